@@ -1,0 +1,57 @@
+"""One code for numpy, torch and jax arrays.
+
+Parameters cross into another namespace once, at the boundary (:func:`like`); activations never do: a score
+that leaves its namespace has left the autodiff graph.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+__all__ = ["backend_of", "like", "namespace", "to_numpy"]
+
+Array = Any
+
+
+def backend_of(array: Array) -> str:
+    """``"numpy"``, ``"torch"`` or ``"jax"``: the library that ``array`` belongs to (tracers are jax)."""
+    if "torch" in sys.modules and isinstance(array, sys.modules["torch"].Tensor):
+        return "torch"
+    if "jax" in sys.modules and isinstance(array, sys.modules["jax"].Array):
+        return "jax"
+    return "numpy"
+
+
+def namespace(*arrays: Array) -> ModuleType:
+    """The array-API namespace of ``arrays`` (array-api-compat's view of numpy, torch or jax.numpy)."""
+    from array_api_compat import array_namespace
+
+    return array_namespace(*arrays)
+
+
+def like(parameter: np.ndarray, reference: Array) -> Array:
+    """``parameter`` in the namespace, on the device and (if floating) in the dtype of ``reference``."""
+    backend = backend_of(reference)
+    floating = np.issubdtype(parameter.dtype, np.floating)
+    if backend == "torch":
+        torch = sys.modules["torch"]
+        dtype = reference.dtype if floating and reference.dtype.is_floating_point else None
+        return torch.as_tensor(np.array(parameter), device=reference.device, dtype=dtype)
+    if backend == "jax":
+        jnp = sys.modules["jax"].numpy
+        return jnp.asarray(parameter, dtype=reference.dtype if floating else None)
+    xp = namespace(reference)
+    if xp.__name__.endswith("numpy"):
+        return parameter.astype(reference.dtype, copy=False) if floating else parameter
+    return xp.asarray(parameter, dtype=reference.dtype) if floating else xp.asarray(parameter)
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """A numpy copy or view, detached and on the host. For results only, never inside a score."""
+    if backend_of(array) == "torch":
+        return np.asarray(array.detach().cpu().numpy())
+    return np.asarray(array)

@@ -1,0 +1,117 @@
+"""The attack protocol: an attack only proposes moves; the engine applies, re-scores, checks behaviour and decides.
+
+An attack sees an :class:`Oracle`: the questions it may ask, each counted and limited by the budget, according to the
+access that it declares. Whatever it returns is only a proposal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from elk_stress.limit_state import LimitState, Meter
+
+__all__ = ["Access", "Attack", "Oracle", "Proposal", "Scope"]
+
+Scope = Literal["item", "universal"]
+Access = Literal["none", "label", "score", "gradient", "weights"]
+
+_ORDER: tuple[Access, ...] = ("none", "label", "score", "gradient", "weights")
+
+
+class Oracle:
+    """What an attack may ask about a batch of problems; counts and limits every question.
+
+    Args:
+        limit_state: ``g <= 0`` = failed (and kept, if the threat constrains behaviour).
+        access: the attack's declared access; asking for more raises ``PermissionError``.
+        budget: questions per problem.
+        pool: ``(problems, n, dim)`` real alternatives in u-space (contexts B), for attacks that choose among them.
+    """
+
+    def __init__(self, limit_state: LimitState, access: Access, budget: int, pool: np.ndarray | None = None) -> None:
+        self._meter = Meter(limit_state, budget)
+        self.access = access
+        self.dim = limit_state.dim
+        self.n_problems = limit_state.n_problems
+        self.budget = budget
+        self.pool = pool
+
+    @property
+    def queries(self) -> np.ndarray:
+        """Values asked so far, per problem."""
+        return self._meter.evaluations
+
+    @property
+    def gradients(self) -> np.ndarray:
+        """Gradients asked so far, per problem."""
+        return self._meter.gradients
+
+    def score(self, problems: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """g at ``(p, n, dim)``: needs ``score`` access."""
+        self._need("score")
+        return self._meter.value(problems, u)
+
+    def label(self, problems: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Whether each point fails: needs ``label`` access."""
+        self._need("label")
+        return self._meter.value(problems, u) <= 0
+
+    def gradient(self, problems: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """g and its gradient: needs ``gradient`` access."""
+        self._need("gradient")
+        return self._meter.value_and_gradient(problems, u)
+
+    def _need(self, access: Access) -> None:
+        if _ORDER.index(self.access) < _ORDER.index(access):
+            raise PermissionError(
+                f"an attack that declares {self.access!r} access asked for {access!r}; declare the access it needs"
+            )
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What an attack returns: candidate moves, best first, and how it drew them.
+
+    Attributes:
+        moves: ``(problems, candidates, dim)`` points in u-space.
+        centre: ``(problems, dim)``: if the attack is a Gaussian ``N(centre, I)`` around a point, that point: the engine
+            turns it into a rigorous evidence bound. ``None`` if it is no such thing.
+        from_prior: the candidates are independent draws from the prior, so counting them bounds B.
+        spent: bits of selection spent per problem where exactly known (best-of-n: log2 n), else ``None``.
+    """
+
+    moves: np.ndarray
+    centre: np.ndarray | None = None
+    from_prior: bool = False
+    spent: np.ndarray | None = None
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """A frozen dataclass of hyperparameters with these declarations (class variables).
+
+    Attributes:
+        name: registered name.
+        access: the most that it asks of the oracle.
+        scopes: the scopes it works in.
+        needs_pool: it chooses among real alternatives.
+        priors: names of the priors it makes sense under; empty for all.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def access(self) -> Access: ...
+    @property
+    def scopes(self) -> tuple[Scope, ...]: ...
+    @property
+    def needs_pool(self) -> bool: ...
+    @property
+    def priors(self) -> tuple[str, ...]: ...
+
+    def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
+        """Search within the oracle's budget and propose moves for every problem."""
+        ...

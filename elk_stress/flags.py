@@ -1,0 +1,131 @@
+"""Red flags: what makes a number of bits untrustworthy, when each is raised, and what to do about it.
+
+A flag never changes a number silently: it travels with the result, into the tables and into ``result.json``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CATALOGUE", "Flag", "FlagEntry", "flag"]
+
+
+@dataclass(frozen=True)
+class FlagEntry:
+    """One row of the catalogue: when a flag is raised and what a reader should do about it."""
+
+    raised_if: str
+    what_to_do: str
+    red: bool = True
+
+
+CATALOGUE: dict[str, FlagEntry] = {
+    "did_not_engage": FlagEntry(
+        "the attack did not lower the score that it was told to lower",
+        "do not read this row as robustness; raise the attack's budget or step size, or check its gradient",
+    ),
+    "bounds_violated": FlagEntry(
+        "an estimate lies above an upper bound or below a lower bound, beyond both intervals",
+        "trust the bound, not the estimate; raise n_particles and look for a missed failure mode",
+    ),
+    "black_box_beats_white_box": FlagEntry(
+        "an attack without gradients succeeded more often than the gradient attack on the same event",
+        "the gradient is masked or the search too short; raise its starts and steps before believing B",
+    ),
+    "weak_beats_strong": FlagEntry(
+        "random draws succeeded more often than an attack that may choose",
+        "the stronger attack is broken or starved of budget; raise its budget",
+    ),
+    "runs_disagree": FlagEntry(
+        "independent, differently started estimates disagree beyond their errors",
+        "the interval is the union of both; raise n_particles or n_runs, or add starts in the missed region",
+    ),
+    "low_effective_sample_size": FlagEntry(
+        "too few effective samples carry an importance estimate",
+        "the centre is off the failure boundary; add starts or raise n_particles",
+    ),
+    "budget_exhausted": FlagEntry(
+        "the evaluation budget ended before the method converged",
+        "the answer is censored where the search stopped; raise max_evaluations",
+    ),
+    "fpr_unresolved": FlagEntry(
+        "fewer calibration negatives than 3/fpr: the false-positive rate has no useful interval",
+        "add calibration negatives or raise the false-positive rate",
+    ),
+    "behaviour_broken": FlagEntry(
+        "most moves that break the probe also break behaviour",
+        "read B_given_kept, not B_joint: breaking the model must never look like robustness",
+    ),
+    "benign_broke_it": FlagEntry(
+        "the benign control of equal size broke the probe too",
+        "call the probe brittle, not attacked",
+    ),
+    "brittle": FlagEntry(
+        "B is below 1 bit: ordinary variation breaks the probe",
+        "no attack is needed; fix the probe or its threshold first",
+    ),
+    "leak": FlagEntry(
+        "an entity occurs in more than one split",
+        "regroup the data so that no entity crosses",
+    ),
+    "wide_interval": FlagEntry(
+        "the 95% interval is wider than the estimate",
+        "raise the number of items, contexts or particles",
+    ),
+    "catches_nothing": FlagEntry(
+        "the probe catches no positive at its threshold",
+        "it has no bits to lose; train a better probe or raise the false-positive rate",
+        red=False,
+    ),
+    "uncalibrated": FlagEntry(
+        "the threshold was set at the bare item, not under the prior",
+        "use the row whose threshold is set under the prior",
+        red=False,
+    ),
+    "prediction_failed": FlagEntry(
+        "the observed best-of-n curve leaves the predicted one beyond both intervals",
+        "the prior does not describe real contexts for this probe; trust the observed curve",
+    ),
+    "control_failed": FlagEntry(
+        "a control that must survive broke, or one that must break survived",
+        "do not trust any number of this run until the control behaves",
+    ),
+    "missed_mode": FlagEntry(
+        "splitting missed a failure region that importance sampling found; a rigorous bound settled it",
+        "none needed: the estimate is the one that the bound supports",
+        red=False,
+    ),
+    "origin_fails": FlagEntry(
+        "the unmoved point already fails",
+        "a distance (FORM) says nothing here; read the sampling estimate",
+        red=False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A raised flag: its name in the catalogue and what was seen."""
+
+    name: str
+    detail: str = ""
+
+    @property
+    def entry(self) -> FlagEntry:
+        """The catalogue row of this flag."""
+        return CATALOGUE[self.name]
+
+    @property
+    def red(self) -> bool:
+        """Whether ``--strict`` turns this flag into a failing exit code."""
+        return self.entry.red
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.detail}" if self.detail else self.name
+
+
+def flag(name: str, detail: str = "") -> Flag:
+    """Raise a flag by its catalogue name; an unknown name is a programming error and lists the known ones."""
+    if name not in CATALOGUE:
+        raise KeyError(f"no flag is called {name!r}; the catalogue has: {', '.join(sorted(CATALOGUE))}")
+    return Flag(name, detail)

@@ -1,0 +1,363 @@
+"""Limit states: what "the probe failed and behaviour was kept" means, as a function of a standard normal point.
+
+``g(u) <= 0`` is failure. A :class:`LimitState` holds many *problems* at once (one per item, say): it maps problem
+indices of shape ``(p,)`` and points of shape ``(p, n, dim)`` to values ``(p, n)``. Estimators are written once, in
+numpy; the function behind may be numpy, jax (jitted on padded shapes, so that a second call never recompiles) or torch
+(a real model, on its own device). Every evaluation goes through a :class:`Meter`, which counts it and enforces the
+budget.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from elk_stress.arrays import backend_of, to_numpy
+
+__all__ = ["Backend", "BudgetExhausted", "LimitState", "Linear", "Meter", "both", "from_function"]
+
+Backend = Literal["numpy", "jax", "torch"]
+
+# elements of u per call of the underlying function: bounds memory (float64: 32 MB of points)
+_CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A limit state known to be ``g(u) = offset + scale * (weight . u)`` with an elliptical tail, per problem.
+
+    Attributes:
+        weight: ``(problems, rank)``: the gradient in the Gaussian coordinates.
+        offset: ``(problems,)``: g at the origin.
+        tail: the prior's :class:`elk_stress.priors.Tail` (``None``: Gaussian); with a heavy tail ``dim = rank + 1``
+            and the last coordinate sets the scale.
+    """
+
+    weight: np.ndarray
+    offset: np.ndarray
+    tail: Any = None
+
+
+@dataclass(frozen=True)
+class LimitState:
+    """Many limit states of one shape, evaluated together.
+
+    Attributes:
+        function: ``(problems (p,) int, u (p, n, dim)) -> (p, n)`` in the arrays of ``backend``; a pure function.
+        dim: number of standard normal coordinates.
+        n_problems: how many problems ``function`` knows.
+        backend: which library ``function`` is written in.
+        gradient: the gradient for a numpy function, ``(problems, u) -> (p, n, dim)``. jax and torch differentiate
+            themselves; a numpy function without one is differentiated by finite differences, at ``dim + 1``
+            evaluations a point.
+        lipschitz: ``(problems,)`` Lipschitz constants of g in u, where known (for the isoperimetric bound).
+        linear: closed form, where known.
+        device: torch device for ``u`` (torch only).
+        dtype: ``"float32"`` or ``"float64"``: what ``function`` receives.
+    """
+
+    function: Callable[[Any, Any], Any]
+    dim: int
+    n_problems: int = 1
+    backend: Backend = "numpy"
+    gradient: Callable[[Any, Any], Any] | None = None
+    lipschitz: np.ndarray | None = None
+    linear: Linear | None = None
+    device: str = "cpu"
+    dtype: str = "float64"
+    _compiled: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a gradient costs about one evaluation (not ``dim`` of them)."""
+        return self.backend != "numpy" or self.gradient is not None
+
+    def value(self, problems: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """g at ``u`` of shape ``(p, n, dim)`` -> ``(p, n)`` float64. Uncounted; estimators use a :class:`Meter`."""
+        return self._chunked(self._value_chunk, problems, u)
+
+    def value_and_gradient(self, problems: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """g and its gradient: ``(p, n)`` and ``(p, n, dim)``, float64."""
+        out = self._chunked(self._gradient_chunk, problems, u)
+        return out[..., 0], out[..., 1:]
+
+    def _chunked(self, evaluate: Callable[..., np.ndarray], problems: np.ndarray, u: np.ndarray) -> np.ndarray:
+        p, n, dim = u.shape
+        if dim != self.dim:
+            raise ValueError(
+                f"the limit state has {self.dim} coordinates but points came with {dim}; "
+                "pass dim= the number of coordinates that the function reads"
+            )
+        if p * n * dim <= _CHUNK_ELEMENTS:
+            return evaluate(problems, u)
+        if n * dim <= _CHUNK_ELEMENTS:
+            step = max(1, _CHUNK_ELEMENTS // (n * dim))
+            return np.concatenate([evaluate(problems[i : i + step], u[i : i + step]) for i in range(0, p, step)])
+        step = max(1, _CHUNK_ELEMENTS // dim)
+        rows = [
+            np.concatenate(
+                [evaluate(problems[i : i + 1], u[i : i + 1, j : j + step]) for j in range(0, n, step)], axis=1
+            )
+            for i in range(p)
+        ]
+        return np.concatenate(rows)
+
+    def _value_chunk(self, problems: np.ndarray, u: np.ndarray) -> np.ndarray:
+        if self.backend == "numpy":
+            out = np.asarray(self.function(problems, u.astype(self.dtype, copy=False)), dtype=float)
+        elif self.backend == "jax":
+            out = self._jax("value", problems, u)
+        else:
+            import torch
+
+            with torch.no_grad():
+                out = to_numpy(self.function(*self._torch_arguments(problems, u))).astype(float)
+        return _checked(out, u)
+
+    def _gradient_chunk(self, problems: np.ndarray, u: np.ndarray) -> np.ndarray:
+        if self.backend == "numpy":
+            gradient = self.gradient(problems, u) if self.gradient is not None else self._differences(problems, u)
+            value = self._value_chunk(problems, u)
+            return np.concatenate([value[..., None], np.asarray(gradient, dtype=float)], axis=-1)
+        if self.backend == "jax":
+            value, gradient = self._jax("gradient", problems, u)
+        else:
+            import torch
+
+            indices, points = self._torch_arguments(problems, u)
+            points.requires_grad_(True)
+            with torch.enable_grad():
+                tensor = self.function(indices, points)
+                (slope,) = torch.autograd.grad(tensor.sum(), points)
+            value, gradient = to_numpy(tensor).astype(float), to_numpy(slope).astype(float)
+        _checked(value, u)
+        return np.concatenate([value[..., None], gradient], axis=-1)
+
+    def _torch_arguments(self, problems: np.ndarray, u: np.ndarray) -> tuple[Any, Any]:
+        import torch
+
+        points = torch.as_tensor(u, dtype=getattr(torch, self.dtype), device=self.device)
+        return torch.as_tensor(problems, device=self.device), points
+
+    def _jax(self, what: str, problems: np.ndarray, u: np.ndarray) -> Any:
+        """Run the jitted function on shapes padded up to a bucket, so that few shapes are ever compiled."""
+        import jax
+        import jax.numpy as jnp
+
+        if what not in self._compiled:
+            function = self.function
+
+            def total(points: Any, indices: Any) -> tuple[Any, Any]:
+                values = function(indices, points)
+                return values.sum(), values
+
+            self._compiled[what] = jax.jit(
+                function if what == "value" else lambda i, v: jax.value_and_grad(total, has_aux=True)(v, i)
+            )
+        p, n, _ = u.shape
+        pad_p, pad_n = _bucket(p), _bucket(n)
+        points = np.zeros((pad_p, pad_n, self.dim), dtype=self.dtype)
+        points[:p, :n] = u
+        indices = np.zeros(pad_p, dtype=np.int32)
+        indices[:p] = problems
+        dtype = self.dtype if jax.config.read("jax_enable_x64") else "float32"
+        out = self._compiled[what](jnp.asarray(indices), jnp.asarray(points, dtype=dtype))
+        if what == "value":
+            return np.asarray(out, dtype=float)[:p, :n]
+        (_, values), gradient = out
+        return np.asarray(values, dtype=float)[:p, :n], np.asarray(gradient, dtype=float)[:p, :n]
+
+    def _differences(self, problems: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Central differences: ``2 dim`` evaluations a point, one coordinate at a time to bound memory."""
+        step = 1e-5 if self.dtype == "float64" else 1e-2
+        gradient = np.empty_like(u, dtype=float)
+        for axis in range(self.dim):
+            shifted = u.astype(float)
+            shifted[..., axis] += step
+            up = np.asarray(self.function(problems, shifted), dtype=float)
+            shifted[..., axis] -= 2 * step
+            down = np.asarray(self.function(problems, shifted), dtype=float)
+            gradient[..., axis] = (up - down) / (2 * step)
+        return gradient
+
+
+class BudgetExhausted(RuntimeError):
+    """The evaluation budget ended. Estimators catch it and return what they know, censored, with a flag."""
+
+
+class Meter:
+    """Counts what an estimator or attack spends on a limit state, per problem, and enforces a budget.
+
+    Args:
+        limit_state: what is evaluated.
+        max_evaluations: budget per problem (values and gradients together); ``None`` for no limit.
+    """
+
+    def __init__(self, limit_state: LimitState, max_evaluations: int | None = None) -> None:
+        self.limit_state = limit_state
+        self.max_evaluations = max_evaluations
+        self.evaluations = np.zeros(limit_state.n_problems, dtype=np.int64)
+        self.gradients = np.zeros(limit_state.n_problems, dtype=np.int64)
+
+    def remaining(self) -> float:
+        """Evaluations left for the problem that has spent most."""
+        if self.max_evaluations is None:
+            return math.inf
+        return float(self.max_evaluations - (self.evaluations + self.gradients).max(initial=0))
+
+    def value(self, problems: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """g at ``(p, n, dim)`` points, counted."""
+        self._spend(self.evaluations, problems, u.shape[1])
+        return self.limit_state.value(problems, u)
+
+    def value_and_gradient(self, problems: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """g and gradient, counted as one gradient each (finite differences count their ``2 dim`` evaluations too)."""
+        if not self.limit_state.has_gradient:
+            self._spend(self.evaluations, problems, u.shape[1] * 2 * self.limit_state.dim)
+        self._spend(self.gradients, problems, u.shape[1])
+        return self.limit_state.value_and_gradient(problems, u)
+
+    def _spend(self, counter: np.ndarray, problems: np.ndarray, amount: int) -> None:
+        if self.max_evaluations is not None:
+            spent = self.evaluations[problems] + self.gradients[problems] + amount
+            if spent.size and spent.max() > self.max_evaluations:
+                raise BudgetExhausted(
+                    f"{amount} more evaluations would exceed the budget of {self.max_evaluations} per problem; "
+                    "raise max_evaluations"
+                )
+        counter[problems] += amount
+
+
+def from_function(
+    function: Callable[[Any], Any],
+    dim: int,
+    *,
+    backend: Backend | Literal["auto"] = "auto",
+    gradient: Callable[[Any], Any] | None = None,
+    lipschitz: float | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> LimitState:
+    """A limit state from ``(n, dim) -> (n,)``, failure when ``<= 0``.
+
+    Args:
+        function: plain numpy, jax or torch function.
+        dim: number of standard normal coordinates.
+        backend: ``"auto"`` tries the function on one numpy point (a jax function answers with a jax array), then, if it
+            refuses, on a torch tensor.
+        gradient: ``(n, dim) -> (n, dim)`` for numpy functions.
+        lipschitz: Lipschitz constant of the function, where known.
+        device: torch device of the points.
+        dtype: ``"float32"`` or ``"float64"``; by default float64 for numpy and torch, and what jax is configured for.
+
+    Raises:
+        TypeError: the function takes neither numpy nor torch arrays.
+        ValueError: it returns the wrong shape.
+    """
+    if isinstance(function, LimitState):
+        return function
+    found = _detect(function, dim, device) if backend == "auto" else backend
+    if dtype is None:
+        dtype = "float32" if found == "jax" and not sys.modules["jax"].config.read("jax_enable_x64") else "float64"
+
+    def batched(problems: Any, u: Any) -> Any:
+        return function(u.reshape(-1, dim)).reshape(u.shape[:2])
+
+    slope = None
+    if gradient is not None:
+        given = gradient
+
+        def slope(problems: Any, u: Any) -> Any:
+            return np.asarray(given(u.reshape(-1, dim))).reshape(u.shape)
+
+    state = LimitState(
+        function=batched,
+        dim=dim,
+        backend=found,
+        gradient=slope,
+        lipschitz=None if lipschitz is None else np.array([lipschitz]),
+        device=device,
+        dtype=dtype,
+    )
+    state.value(np.zeros(1, dtype=np.int64), np.zeros((1, 2, dim)))
+    return state
+
+
+def both(failed: LimitState, kept: LimitState) -> LimitState:
+    """The joint event: failed *and* kept, ``max`` of the two limit states (each scaled by the caller).
+
+    Raises:
+        ValueError: the two differ in coordinates, problems or backend.
+    """
+    for name in ("dim", "n_problems", "backend"):
+        if getattr(failed, name) != getattr(kept, name):
+            raise ValueError(
+                f"cannot join limit states that differ in {name} ({getattr(failed, name)} and {getattr(kept, name)}); "
+                "build both from the same prior and backend"
+            )
+
+    def function(problems: Any, u: Any) -> Any:
+        a, b = failed.function(problems, u), kept.function(problems, u)
+        if failed.backend == "torch":
+            import torch
+
+            return torch.maximum(a, b)
+        if failed.backend == "jax":
+            import jax.numpy as jnp
+
+            return jnp.maximum(a, b)
+        return np.maximum(a, b)
+
+    gradient = None
+    if failed.backend == "numpy" and failed.gradient is not None and kept.gradient is not None:
+        slope_a, slope_b = failed.gradient, kept.gradient
+
+        def gradient(problems: Any, u: Any) -> Any:
+            a, b = np.asarray(failed.function(problems, u)), np.asarray(kept.function(problems, u))
+            return np.where((a >= b)[..., None], slope_a(problems, u), slope_b(problems, u))
+
+    return replace(failed, function=function, gradient=gradient, linear=None, lipschitz=None, _compiled={})
+
+
+def _detect(function: Callable[[Any], Any], dim: int, device: str) -> Backend:
+    point = np.zeros((2, dim))
+    try:
+        out = function(point)
+    except Exception as numpy_error:
+        try:
+            import torch
+
+            out = function(torch.as_tensor(point, device=device))
+        except Exception:
+            raise TypeError(
+                f"the limit state takes neither a numpy nor a torch array of shape (n, {dim}): on numpy it raised "
+                f"{type(numpy_error).__name__}: {numpy_error}; pass backend= and check the shape it expects"
+            ) from numpy_error
+    if getattr(out, "shape", None) != (2,):
+        raise ValueError(
+            f"the limit state must map (n, {dim}) points to (n,) values; for n=2 it returned shape "
+            f"{getattr(out, 'shape', type(out).__name__)}"
+        )
+    return backend_of(out)  # type: ignore[return-value]
+
+
+def _bucket(n: int) -> int:
+    """The next size of the form 2^k or 1.5 * 2^k: at most 50% padding, few compiled shapes."""
+    power = 1 << max(0, (n - 1).bit_length())
+    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
+
+
+def _checked(value: np.ndarray, u: np.ndarray) -> np.ndarray:
+    if value.shape != u.shape[:2]:
+        raise ValueError(
+            f"the limit state returned shape {value.shape} for points of shape {u.shape}; expected {u.shape[:2]}"
+        )
+    if np.isnan(value).any():
+        bad = int(np.isnan(value).sum())
+        raise ValueError(f"the limit state returned NaN at {bad} of {value.size} points; make it finite everywhere")
+    return value

@@ -1,0 +1,1 @@
+"""(interface placeholder: replaced by the priors work)"""

@@ -1,0 +1,252 @@
+"""The probe protocol: activations -> one real score per item; higher = more strongly positive.
+
+A *probe* is a recipe (a small frozen dataclass of hyperparameters) with ``fit``; a :class:`FittedProbe` is the frozen
+result. The score is one pure function on array-API operations: parameters are numpy and cross once into the namespace
+of the activations, which themselves never leave it, so one definition is differentiable in torch and in jax.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+
+from elk_stress import registry
+from elk_stress.arrays import like, namespace
+
+__all__ = ["FittedProbe", "Probe", "Traits", "as_fitted", "check_activations", "check_training_data", "direction"]
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a probe is, so that the suites know what to demand and the engine what to give it.
+
+    Attributes:
+        learns: it must separate planted classes after ``fit`` (the rock and a random direction do not).
+        linear: its score is ``activations @ weight + bias`` with parameters of these names.
+        needs_pairs: ``fit`` wants ``pairs``.
+        tokens: activations carry a token axis and ``score`` takes a ``mask``.
+        needs_model: it runs a model itself.
+        negatives_only: it learns from negatives alone.
+        differentiable: scores carry gradients.
+    """
+
+    learns: bool = True
+    linear: bool = False
+    needs_pairs: bool = False
+    tokens: bool = False
+    needs_model: bool = False
+    negatives_only: bool = False
+    differentiable: bool = True
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """A recipe for a probe. Implementations are frozen dataclasses whose fields are hyperparameters."""
+
+    @property
+    def name(self) -> str:
+        """Registered name."""
+        ...
+
+    @property
+    def traits(self) -> Traits:
+        """What the probe is."""
+        ...
+
+    def fit(
+        self,
+        activations: np.ndarray,
+        labels: np.ndarray,
+        *,
+        pairs: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> FittedProbe:
+        """Fit on ``activations (n, d)`` and ``labels (n,)`` in {0, 1}, 1 = positive.
+
+        Args:
+            activations: one row per (item, context).
+            labels: 1 = positive.
+            pairs: ``(n_pairs, 2)`` row indices of contrast pairs (row 0: the affirmed form, row 1: its negation),
+                for probes with the ``needs_pairs`` trait.
+            seed: all randomness.
+        """
+        ...
+
+    def score(self, xp: Any, parameters: Mapping[str, Array], activations: Array) -> Array:
+        """Pure scores ``(*batch, d) -> (*batch,)`` with array-API operations of ``xp``."""
+        ...
+
+
+@dataclass(frozen=True)
+class FittedProbe:
+    """A frozen probe: its recipe and its numpy parameters.
+
+    Attributes:
+        probe: the recipe, which holds the pure score function.
+        parameters: numpy arrays by name; linear probes have ``weight (d,)`` and ``bias ()``.
+        site: where its activations were read, for error messages.
+        notes: what ``fit`` wants the reader to know (convergence, how a sign was chosen, ...).
+    """
+
+    probe: Probe
+    parameters: Mapping[str, np.ndarray]
+    site: str = ""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return self.probe.name
+
+    @property
+    def traits(self) -> Traits:
+        """The recipe's traits."""
+        return self.probe.traits
+
+    @property
+    def dim(self) -> int | None:
+        """Width of the activations, from the parameters that carry it (``weight``), or ``None``."""
+        weight = self.parameters.get("weight")
+        return None if weight is None else int(weight.shape[0])
+
+    def score(self, activations: Array) -> Array:
+        """Scores ``(*batch, d) -> (*batch,)`` in the namespace, dtype and device of ``activations``; differentiable.
+
+        Raises:
+            ValueError: another width than the probe was fitted on.
+        """
+        if self.dim is not None and activations.shape[-1] != self.dim:
+            where = f" (site {self.site})" if self.site else ""
+            raise ValueError(
+                f"activations have {activations.shape[-1]} features but the probe {self.name!r} was fitted on "
+                f"{self.dim}{where}; read them at that site, or refit"
+            )
+        parameters = {name: like(value, activations) for name, value in self.parameters.items()}
+        return self.probe.score(namespace(activations), parameters, activations)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``probe.safetensors`` and ``probe.json`` into ``folder`` (made if missing). Never pickle."""
+        from safetensors.numpy import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: np.ascontiguousarray(v) for k, v in self.parameters.items()}, str(folder / "probe.safetensors"))
+        recipe = {k.name: getattr(self.probe, k.name) for k in fields(self.probe) if k.init}  # type: ignore[arg-type]
+        record = {"name": self.name, "recipe": recipe, "site": self.site, "notes": dict(self.notes)}
+        (folder / "probe.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> FittedProbe:
+        """Read a probe back; its recipe is found in the registry by name. Scores are identical to those saved.
+
+        Raises:
+            FileNotFoundError: not a saved probe.
+            UnknownName: the package that registers the probe is not installed.
+        """
+        from safetensors.numpy import load_file
+
+        folder = Path(folder)
+        try:
+            record = json.loads((folder / "probe.json").read_text())
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{folder} holds no probe.json; expected a folder written by FittedProbe.save"
+            ) from None
+        if record["name"] == _Direction.name:
+            probe: Probe = _Direction()
+        else:
+            probe = registry.load("probes", record["name"], **record["recipe"])
+        return cls(probe, load_file(str(folder / "probe.safetensors")), record["site"], record["notes"])
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """A given direction as a probe: nothing to fit."""
+
+    name: ClassVar[str] = "direction"
+    traits: ClassVar[Traits] = Traits(learns=False, linear=True)
+
+    def fit(
+        self, activations: np.ndarray, labels: np.ndarray, *, pairs: np.ndarray | None = None, seed: int = 0
+    ) -> FittedProbe:
+        raise TypeError("a bare direction is already fitted; pass it where a fitted probe is expected")
+
+    def score(self, xp: Any, parameters: Mapping[str, Array], activations: Array) -> Array:
+        return xp.matmul(activations, parameters["weight"]) + parameters["bias"]
+
+
+def direction(
+    weight: np.ndarray, bias: float = 0.0, *, site: str = "", notes: Mapping[str, Any] | None = None
+) -> FittedProbe:
+    """A fitted linear probe from a bare direction: ``score = activations @ weight + bias``."""
+    weight = np.asarray(weight)
+    if weight.ndim != 1 or not np.isfinite(weight).all():
+        raise ValueError(f"a direction is a finite vector of shape (d,), got shape {weight.shape}")
+    parameters = {"weight": weight, "bias": np.asarray(bias, dtype=weight.dtype)}
+    return FittedProbe(_Direction(), parameters, site, notes or {})
+
+
+def as_fitted(
+    probe: FittedProbe | Probe | str | np.ndarray,
+    activations: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    *,
+    pairs: np.ndarray | None = None,
+    seed: int = 0,
+    site: str = "",
+) -> FittedProbe:
+    """A fitted probe from a fitted probe, a bare direction, a recipe or a registered name (fitted here if needed).
+
+    Raises:
+        TypeError: none of these, or a recipe without data to fit it on.
+    """
+    if isinstance(probe, FittedProbe):
+        return probe
+    if isinstance(probe, np.ndarray):
+        return direction(probe, site=site)
+    recipe = registry.load("probes", probe) if isinstance(probe, str) else probe
+    if not isinstance(recipe, Probe):
+        raise TypeError(
+            f"expected a fitted probe, a probe recipe, a registered name or a direction (numpy vector), "
+            f"got {type(probe).__name__}"
+        )
+    if activations is None or labels is None:
+        raise TypeError(f"probe {recipe.name!r} is not fitted; pass training activations and labels, or a fitted probe")
+    check_training_data(activations, labels)
+    fitted = recipe.fit(activations, labels, pairs=pairs, seed=seed)
+    return FittedProbe(fitted.probe, fitted.parameters, fitted.site or site, fitted.notes)
+
+
+def check_activations(activations: np.ndarray, what: str = "activations") -> None:
+    """Refuse NaN, inf and constant activations, with the count and the way out."""
+    finite = np.isfinite(activations)
+    if not finite.all():
+        rows = int((~finite.reshape(len(activations), -1).all(axis=1)).sum())
+        raise ValueError(
+            f"{what} hold NaN or inf in {rows} of {len(activations)} rows; "
+            "drop these items, or read the activations in float32"
+        )
+    if len(activations) > 1 and np.ptp(activations, axis=0).max() == 0:
+        raise ValueError(
+            f"{what} are constant over all {len(activations)} rows; the site reads the same for every item"
+        )
+
+
+def check_training_data(activations: np.ndarray, labels: np.ndarray) -> None:
+    """Refuse what no probe can be fitted on: bad activations, mismatched lengths, one class only, other labels."""
+    if activations.ndim != 2 or len(activations) != len(labels):
+        raise ValueError(f"expected activations (n, d) and labels (n,), got {activations.shape} and {np.shape(labels)}")
+    check_activations(activations, "training activations")
+    values = set(np.unique(labels).tolist())
+    if not values <= {0, 1}:
+        raise ValueError(f"labels must be 0 or 1 (1 = positive), got {sorted(values)}")
+    if len(values) < 2:
+        raise ValueError(f"labels hold one class only ({values}); a probe needs both positives and negatives")

@@ -1,0 +1,59 @@
+"""Names -> probes, attacks and testbeds, by entry points, so that a third party's package plugs in like our own."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+__all__ = ["Group", "UnknownName", "describe", "load", "names"]
+
+Group = Literal["probes", "attacks", "testbeds"]
+
+
+class UnknownName(KeyError):
+    """No such name in the registry; the message lists the known ones."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def names(group: Group) -> list[str]:
+    """All registered names of a group, in order of registration of the engine's own, then others by name."""
+    return list(_entries(group))
+
+
+def load(group: Group, name: str, **options: Any) -> Any:
+    """The probe, attack or testbed called ``name``, made with ``options``.
+
+    Raises:
+        UnknownName: nothing is called so; lists the known names and the closest one.
+        TypeError: an option that it does not take; lists those that it does.
+    """
+    entries = _entries(group)
+    if name not in entries:
+        close = difflib.get_close_matches(name, entries, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UnknownName(f"no {group[:-1]} is called {name!r}.{hint} Known {group}: {', '.join(entries)}")
+    made = entries[name].load()
+    try:
+        inspect.signature(made).bind(**options)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(made).parameters) or "no options"
+        raise TypeError(f"{group[:-1]} {name!r}: {error}; it takes: {takes}") from None
+    return made(**options)
+
+
+def describe(group: Group) -> dict[str, str]:
+    """Name -> the first line of its docstring."""
+    return {name: (inspect.getdoc(entry.load()) or "").split("\n", 1)[0] for name, entry in _entries(group).items()}
+
+
+@cache
+def _entries(group: Group) -> dict[str, EntryPoint]:
+    found = entry_points(group=f"elk_stress.{group}")
+    own = [entry for entry in found if entry.value.startswith("elk_stress.")]
+    others = sorted((entry for entry in found if not entry.value.startswith("elk_stress.")), key=lambda e: e.name)
+    return {entry.name: entry for entry in [*own, *others]}
