@@ -223,14 +223,16 @@ class Meter:
         return self.limit_state.value_and_gradient(problems, u)
 
     def _spend(self, counter: np.ndarray, problems: np.ndarray, amount: int) -> None:
+        # an index may come several times in one call: every occurrence is paid for
+        amounts = amount * np.bincount(problems, minlength=counter.shape[0])
         if self.max_evaluations is not None:
-            spent = self.evaluations[problems] + self.gradients[problems] + amount
+            spent = (self.evaluations + self.gradients + amounts)[problems]
             if spent.size and spent.max() > self.max_evaluations:
                 raise BudgetExhausted(
                     f"{amount} more evaluations would exceed the budget of {self.max_evaluations} per problem; "
                     "raise max_evaluations"
                 )
-        counter[problems] += amount
+        counter += amounts
 
 
 def from_function(
