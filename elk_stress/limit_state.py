@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -59,6 +59,9 @@ class LimitState:
         linear: closed form, where known.
         device: torch device for ``u`` (torch only).
         dtype: ``"float32"`` or ``"float64"``: what ``function`` receives.
+        data: arrays with one row per problem. Where given, ``function`` receives the rows of its problems in place of
+            their indices, ``({name: (p, ...)}, u (p, n, dim)) -> (p, n)``, so that one compiled function serves any
+            selection of problems (:meth:`select`).
     """
 
     function: Callable[[Any, Any], Any]
@@ -70,12 +73,43 @@ class LimitState:
     linear: Linear | None = None
     device: str = "cpu"
     dtype: str = "float64"
+    data: Mapping[str, np.ndarray] | None = None
     _compiled: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def has_gradient(self) -> bool:
         """Whether a gradient costs about one evaluation (not ``dim`` of them)."""
         return self.backend != "numpy" or self.gradient is not None
+
+    def select(self, problems: np.ndarray) -> LimitState:
+        """The limit states of some problems only, renumbered from 0; shares what is compiled if ``data`` is used."""
+        chosen = np.asarray(problems)
+        linear = self.linear and replace(
+            self.linear, weight=self.linear.weight[chosen], offset=self.linear.offset[chosen]
+        )
+        lipschitz = None if self.lipschitz is None else self.lipschitz[chosen]
+        if self.data is not None:
+            data = {name: rows[chosen] for name, rows in self.data.items()}
+            return replace(self, data=data, n_problems=len(chosen), linear=linear, lipschitz=lipschitz)
+        function, gradient = self.function, self.gradient
+        where: Any = chosen
+        if self.backend == "torch":
+            import torch
+
+            where = torch.as_tensor(chosen, device=self.device)
+        elif self.backend == "jax":
+            import jax.numpy as jnp
+
+            where = jnp.asarray(chosen)
+        return replace(
+            self,
+            function=lambda i, u: function(where[i], u),
+            gradient=None if gradient is None else (lambda i, u: gradient(where[i], u)),
+            n_problems=len(chosen),
+            linear=linear,
+            lipschitz=lipschitz,
+            _compiled={},
+        )
 
     def value(self, problems: np.ndarray, u: np.ndarray) -> np.ndarray:
         """g at ``u`` of shape ``(p, n, dim)`` -> ``(p, n)`` float64. Uncounted; estimators use a :class:`Meter`."""
@@ -109,7 +143,7 @@ class LimitState:
 
     def _value_chunk(self, problems: np.ndarray, u: np.ndarray) -> np.ndarray:
         if self.backend == "numpy":
-            out = np.asarray(self.function(problems, u.astype(self.dtype, copy=False)), dtype=float)
+            out = np.asarray(self.function(self._rows(problems), u.astype(self.dtype, copy=False)), dtype=float)
         elif self.backend == "jax":
             out = self._jax("value", problems, u)
         else:
@@ -121,7 +155,8 @@ class LimitState:
 
     def _gradient_chunk(self, problems: np.ndarray, u: np.ndarray) -> np.ndarray:
         if self.backend == "numpy":
-            gradient = self.gradient(problems, u) if self.gradient is not None else self._differences(problems, u)
+            rows = self._rows(problems)
+            gradient = self.gradient(rows, u) if self.gradient is not None else self._differences(rows, u)
             value = self._value_chunk(problems, u)
             return np.concatenate([value[..., None], np.asarray(gradient, dtype=float)], axis=-1)
         if self.backend == "jax":
@@ -142,7 +177,14 @@ class LimitState:
         import torch
 
         points = torch.as_tensor(u, dtype=getattr(torch, self.dtype), device=self.device)
-        return torch.as_tensor(problems, device=self.device), points
+        rows = self._rows(problems)
+        if isinstance(rows, Mapping):
+            return {name: torch.as_tensor(array, device=self.device) for name, array in rows.items()}, points
+        return torch.as_tensor(rows, device=self.device), points
+
+    def _rows(self, problems: np.ndarray) -> Any:
+        """What the function receives to know its problems: their indices, or their rows of ``data``."""
+        return problems if self.data is None else {name: rows[problems] for name, rows in self.data.items()}
 
     def _jax(self, what: str, problems: np.ndarray, u: np.ndarray) -> Any:
         """Run the jitted function on shapes padded up to a bucket, so that few shapes are ever compiled."""
@@ -163,25 +205,27 @@ class LimitState:
         pad_p, pad_n = _bucket(p), _bucket(n)
         points = np.zeros((pad_p, pad_n, self.dim), dtype=self.dtype)
         points[:p, :n] = u
-        indices = np.zeros(pad_p, dtype=np.int32)
-        indices[:p] = problems
-        dtype = self.dtype if jax.config.read("jax_enable_x64") else "float32"
-        out = self._compiled[what](jnp.asarray(indices), jnp.asarray(points, dtype=dtype))
+        padded = np.zeros(pad_p, dtype=np.int32)
+        padded[:p] = problems
+        rows = self._rows(padded)
+        indices = {k: jnp.asarray(v) for k, v in rows.items()} if isinstance(rows, Mapping) else jnp.asarray(rows)
+        dtype = self.dtype if _jax_has_x64() else "float32"
+        out = self._compiled[what](indices, jnp.asarray(points, dtype=dtype))
         if what == "value":
             return np.asarray(out, dtype=float)[:p, :n]
         (_, values), gradient = out
         return np.asarray(values, dtype=float)[:p, :n], np.asarray(gradient, dtype=float)[:p, :n]
 
-    def _differences(self, problems: np.ndarray, u: np.ndarray) -> np.ndarray:
+    def _differences(self, rows: Any, u: np.ndarray) -> np.ndarray:
         """Central differences: ``2 dim`` evaluations a point, one coordinate at a time to bound memory."""
         step = 1e-5 if self.dtype == "float64" else 1e-2
         gradient = np.empty_like(u, dtype=float)
         for axis in range(self.dim):
             shifted = u.astype(float)
             shifted[..., axis] += step
-            up = np.asarray(self.function(problems, shifted), dtype=float)
+            up = np.asarray(self.function(rows, shifted), dtype=float)
             shifted[..., axis] -= 2 * step
-            down = np.asarray(self.function(problems, shifted), dtype=float)
+            down = np.asarray(self.function(rows, shifted), dtype=float)
             gradient[..., axis] = (up - down) / (2 * step)
         return gradient
 
@@ -265,7 +309,7 @@ def from_function(
         return function
     found = _detect(function, dim, device) if backend == "auto" else backend
     if dtype is None:
-        dtype = "float32" if found == "jax" and not sys.modules["jax"].config.read("jax_enable_x64") else "float64"
+        dtype = "float32" if found == "jax" and not _jax_has_x64() else "float64"
 
     def batched(problems: Any, u: Any) -> Any:
         return function(u.reshape(-1, dim)).reshape(u.shape[:2])
@@ -303,6 +347,9 @@ def both(failed: LimitState, kept: LimitState) -> LimitState:
                 "build both from the same prior and backend"
             )
 
+    if (failed.data is None) != (kept.data is None):
+        raise ValueError("cannot join limit states of which only one carries its problems as data; give both data")
+
     def function(problems: Any, u: Any) -> Any:
         a, b = failed.function(problems, u), kept.function(problems, u)
         if failed.backend == "torch":
@@ -323,7 +370,8 @@ def both(failed: LimitState, kept: LimitState) -> LimitState:
             a, b = np.asarray(failed.function(problems, u)), np.asarray(kept.function(problems, u))
             return np.where((a >= b)[..., None], slope_a(problems, u), slope_b(problems, u))
 
-    return replace(failed, function=function, gradient=gradient, linear=None, lipschitz=None, _compiled={})
+    data = None if failed.data is None or kept.data is None else {**failed.data, **kept.data}
+    return replace(failed, function=function, gradient=gradient, linear=None, lipschitz=None, data=data, _compiled={})
 
 
 def _detect(function: Callable[[Any], Any], dim: int, device: str) -> Backend:
@@ -346,6 +394,12 @@ def _detect(function: Callable[[Any], Any], dim: int, device: str) -> Backend:
             f"{getattr(out, 'shape', type(out).__name__)}"
         )
     return backend_of(out)  # type: ignore[return-value]
+
+
+def _jax_has_x64() -> bool:
+    import jax.numpy as jnp
+
+    return bool(jnp.zeros(0, dtype=float).dtype == jnp.float64)
 
 
 def _bucket(n: int) -> int:

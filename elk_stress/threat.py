@@ -1,4 +1,4 @@
-"""Threats: what a number of bits is relative to. Numbers under different threats are never ranked against each other."""
+"""Threats: what a number of bits is relative to; numbers under different threats are never ranked together."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Threat:
 
 
 def default_threats(*, kept: bool = True, epsilon: float | None = None) -> tuple[Threat, ...]:
-    """Per item under natural thoughts (Gaussian and best-fitting tail), universal, per item isotropic; free and kept."""
+    """Per item under natural thoughts (Gaussian, best-fitting tail), universal, per item isotropic; free and kept."""
     free = (
         Threat(),
         Threat(tail="best"),

@@ -1,0 +1,247 @@
+r"""From probe, prior, threshold and behaviour to limit states: the events whose bits are measured.
+
+============  ====================================================================================
+event         limit state (failure when <= 0), scaled so that an unmoved item has |g| about 1
+============  ====================================================================================
+item failed   ``(score(origin_i + move(u)) - threshold) / scale``
+item kept     ``(0.5 ||F_i move(u)||^2 - epsilon) / epsilon``
+universal     the order statistic of the margins that decides whether the metric is at most tau:
+              recall <= tau exactly when the ``(floor(tau n) + 1)``-th largest margin is <= 0, and
+              AUROC <= tau exactly when the like order statistic of all score differences is <= 0
+============  ====================================================================================
+
+The universal events are thus continuous in u although the metrics are step functions; nothing is smoothed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from scipy.special import log_ndtr, ndtri_exp
+
+from elk_stress.arrays import like
+from elk_stress.limit_state import LimitState, Linear
+from elk_stress.priors import EllipticalPrior
+from elk_stress.probe import FittedProbe
+
+__all__ = [
+    "failures_of_linear",
+    "item_event",
+    "kept_event",
+    "linear_weight",
+    "nearest_of_linear",
+    "universal_auroc_event",
+    "universal_recall_event",
+]
+
+
+def linear_weight(probe: FittedProbe) -> np.ndarray | None:
+    """``(d,)`` float64 weight of a linear probe, else ``None``."""
+    return np.asarray(probe.parameters["weight"], dtype=float) if probe.traits.linear else None
+
+
+def item_event(
+    probe: FittedProbe, prior: EllipticalPrior, origins: np.ndarray, threshold: float, *, closed: bool = True
+) -> LimitState:
+    """One problem per row of ``origins (n, d)``: the probe no longer scores it above ``threshold``.
+
+    A linear probe carries its closed form unless ``closed`` is false (joint events have none).
+    """
+    weight = linear_weight(probe)
+    if weight is not None and closed:
+        margin = origins.astype(float) @ weight + float(probe.parameters["bias"]) - threshold
+        return _linear_state(prior, weight, margin)
+    margins = np.asarray(probe.score(origins), dtype=float) - threshold
+    scale = float(np.median(np.abs(margins))) or 1.0
+
+    def function(data: Any, u: Any) -> Any:
+        x = data["origin"][:, None, :] + prior.move(u)
+        return (probe.score(x) - threshold) / scale
+
+    return LimitState(
+        function=function,
+        dim=prior.dim,
+        n_problems=len(origins),
+        backend="jax",
+        dtype="float32",
+        data={"origin": np.asarray(origins, dtype=np.float32)},
+    )
+
+
+def kept_event(prior: EllipticalPrior, factors: np.ndarray, epsilon: float) -> LimitState:
+    """One problem per factor ``F (n, rank, d)``: behaviour is kept when the quadratic shift is at most ``epsilon``."""
+    inner = np.asarray(factors @ prior.factor, dtype=np.float32)
+    rank = prior.factor.shape[1]
+
+    def function(data: Any, u: Any) -> Any:
+        import jax.numpy as jnp
+
+        v = u[..., :rank]
+        if prior.tail.extra:
+            v = v * prior.tail.scale(u[..., rank:], jnp)
+        image = jnp.einsum("pnk,prk->pnr", v, data["inner"])
+        return (0.5 * (image * image).sum(-1) - epsilon) / epsilon
+
+    return LimitState(
+        function=function,
+        dim=prior.dim,
+        n_problems=len(factors),
+        backend="jax",
+        dtype="float32",
+        data={"inner": inner},
+    )
+
+
+def universal_recall_event(
+    probe: FittedProbe, prior: EllipticalPrior, positives: np.ndarray, threshold: float, levels: np.ndarray
+) -> LimitState:
+    """One problem per level tau: one move for all leaves recall on ``positives (n, d)`` at most tau."""
+    n = len(positives)
+    ranks = np.minimum(np.floor(np.asarray(levels) * n + 1e-9).astype(int), n - 1)
+    weight = linear_weight(probe)
+    if weight is not None:
+        margins = positives.astype(float) @ weight + float(probe.parameters["bias"]) - threshold
+        return _linear_state(prior, weight, np.sort(margins)[::-1][ranks])
+    spread = float(np.std(np.asarray(probe.score(positives), dtype=float))) or 1.0
+
+    def function(data: Any, u: Any) -> Any:
+        import jax.numpy as jnp
+
+        x = prior.move(u)[:, :, None, :] + like(positives.astype(np.float32), u)[None, None]
+        ordered = jnp.sort((probe.score(x) - threshold) / spread, axis=-1)[..., ::-1]
+        return jnp.take_along_axis(ordered, jnp.asarray(data["rank"])[:, None, None], axis=-1)[..., 0]
+
+    return LimitState(
+        function=function,
+        dim=prior.dim,
+        n_problems=len(ranks),
+        backend="jax",
+        dtype="float32",
+        data={"rank": ranks.astype(np.int32)},
+    )
+
+
+def universal_auroc_event(
+    probe: FittedProbe, prior: EllipticalPrior, items: np.ndarray, labels: np.ndarray, levels: np.ndarray
+) -> LimitState:
+    """One problem per level tau: one move for all leaves the AUROC on ``items (n, d)`` at most tau.
+
+    A shift of all items moves every score of a linear probe equally: its AUROC never changes, and no number of bits
+    breaks it (an infinite closed form).
+    """
+    positives, negatives = items[labels == 1], items[labels == 0]
+    pairs = len(positives) * len(negatives)
+    ranks = np.minimum(np.floor(np.asarray(levels) * pairs + 1e-9).astype(int), pairs - 1)
+    weight = linear_weight(probe)
+    if weight is not None:
+        scores = items.astype(float) @ weight
+        gaps = np.sort((scores[labels == 1][:, None] - scores[labels == 0][None, :]).ravel())[::-1]
+        return _linear_state(prior, np.zeros_like(weight), gaps[ranks])
+    spread = float(np.std(np.asarray(probe.score(items), dtype=float))) or 1.0
+    stacked = np.concatenate([positives, negatives]).astype(np.float32)
+
+    def function(data: Any, u: Any) -> Any:
+        import jax.numpy as jnp
+
+        scores = probe.score(prior.move(u)[:, :, None, :] + like(stacked, u)[None, None]) / spread
+        gaps = scores[..., : len(positives), None] - scores[..., None, len(positives) :]
+        ordered = jnp.sort(gaps.reshape(*gaps.shape[:2], pairs), axis=-1)[..., ::-1]
+        return jnp.take_along_axis(ordered, jnp.asarray(data["rank"])[:, None, None], axis=-1)[..., 0]
+
+    return LimitState(
+        function=function,
+        dim=prior.dim,
+        n_problems=len(ranks),
+        backend="jax",
+        dtype="float32",
+        data={"rank": ranks.astype(np.int32)},
+    )
+
+
+def nearest_of_linear(state: LimitState, overshoot: float = 1e-6) -> np.ndarray:
+    """``(problems, dim)``: the shortest u that fails, for a state with a closed form and a nonzero weight.
+
+    Under a heavy tail the move grows with the scale coordinate too: minimize ``t^2 + z^2`` with ``t s(z) = beta``,
+    ``beta`` the standardized margin.
+    """
+    assert state.linear is not None
+    weight, offset, tail = state.linear.weight, state.linear.offset, state.linear.tail
+    length = np.linalg.norm(weight, axis=1)
+    beta = (1 + overshoot) * offset / np.where(length > 0, length, np.inf)
+    unit = -weight / np.where(length > 0, length, 1.0)[:, None]
+    if tail is None or not tail.extra:
+        return np.asarray(beta[:, None] * unit)
+    z = np.linspace(0.0, 12.0, 2401)
+    scale = np.asarray(tail.scale(z, np), dtype=float)
+    t = beta[:, None] / scale[None, :]
+    best = np.argmin(t**2 + z[None, :] ** 2, axis=1)
+    return np.concatenate([np.take_along_axis(t, best[:, None], axis=1) * unit, z[best][:, None]], axis=1)
+
+
+def failures_of_linear(state: LimitState, n: int, rng: np.random.Generator) -> np.ndarray:
+    """``(problems, n, dim)``: exact draws of the prior given failure, for a state with a closed form.
+
+    Along the weight a normal truncated beyond the boundary, across it an ordinary normal. Under a heavy tail the scale
+    coordinate comes first, from its density given failure, ``phi(z) Phi(-beta/s(z))``, by inverting its distribution
+    on a grid of step 0.005.
+    """
+    assert state.linear is not None
+    weight, offset, tail = state.linear.weight, state.linear.offset, state.linear.tail
+    length = np.linalg.norm(weight, axis=1)
+    if not (length > 0).all():
+        raise ValueError("draws given failure need an event of positive probability: the weight is zero in the prior")
+    beta = offset / length
+    unit = -weight / length[:, None]
+    bounds = np.broadcast_to(beta[:, None], (len(beta), n))
+    z = None
+    if tail is not None and tail.extra:
+        grid = np.arange(-8.0, 38.0, 0.005)
+        log_scale = np.log(np.asarray(tail.scale(grid, np), dtype=float))
+        z = np.empty((len(beta), n))
+        for i, b in enumerate(beta):
+            log_density = -0.5 * grid**2 + log_ndtr(-b / np.exp(log_scale))
+            cumulative = np.cumsum(np.exp(log_density - log_density.max()))
+            z[i] = np.interp(rng.random(n) * cumulative[-1], cumulative, grid)
+        bounds = beta[:, None] / np.exp(np.interp(z, grid, log_scale))
+    # t >= bound: -Phi^-1 of a uniform share of the tail beyond it, in logarithms
+    t = -ndtri_exp(log_ndtr(-bounds) + np.log1p(-rng.random((len(beta), n))))
+    across = rng.standard_normal((len(beta), n, weight.shape[1]))
+    across -= np.einsum("pnk,pk->pn", across, unit)[..., None] * unit[:, None, :]
+    v = across + t[..., None] * unit[:, None, :]
+    return v if z is None else np.concatenate([v, z[..., None]], axis=-1)
+
+
+def _linear_state(prior: EllipticalPrior, weight: np.ndarray, offset: np.ndarray) -> LimitState:
+    inner = prior.factor.T.astype(float) @ weight
+    size = float(np.median(np.abs(offset))) or 1.0
+    rows = np.broadcast_to(inner / size, (len(offset), len(inner)))
+    rank = len(inner)
+    tail = prior.tail
+
+    def function(data: Any, u: Any) -> Any:
+        projected = u[..., :rank] @ (inner / size)
+        if tail.extra:
+            projected = projected * np.asarray(tail.scale(u[..., rank], np))
+        return data["offset"][:, None] + projected
+
+    def gradient(data: Any, u: Any) -> Any:
+        if not tail.extra:
+            return np.broadcast_to(inner / size, u.shape)
+        z, h = u[..., rank], 1e-4
+        scale = np.asarray(tail.scale(z, np))
+        slope = (np.asarray(tail.scale(z + h, np)) - np.asarray(tail.scale(z - h, np))) / (2 * h)
+        projected = u[..., :rank] @ (inner / size)
+        return np.concatenate([scale[..., None] * (inner / size), (projected * slope)[..., None]], axis=-1)
+
+    return LimitState(
+        function=function,
+        dim=prior.dim,
+        n_problems=len(offset),
+        backend="numpy",
+        gradient=gradient,
+        linear=Linear(rows, offset / size, tail if tail.extra else None),
+        data={"offset": offset / size},
+        lipschitz=None if tail.extra else np.full(len(offset), math.sqrt(float((inner / size) @ (inner / size)))),
+    )
