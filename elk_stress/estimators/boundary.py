@@ -40,7 +40,7 @@ def cross(
         tolerance: length of the final bracket, in u.
 
     Returns:
-        ``(k,)`` fractions in (0, 1]; the point there is on the failing side and at most ``tolerance`` from the boundary.
+        ``(k,)`` fractions in (0, 1]; the point there fails and is at most ``tolerance`` from the boundary.
     """
     k = problems.shape[0]
     signs = np.broadcast_to(np.asarray(sign, dtype=float), (k,))
