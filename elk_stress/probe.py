@@ -35,6 +35,7 @@ class Traits:
         needs_model: it runs a model itself.
         negatives_only: it learns from negatives alone.
         differentiable: scores carry gradients.
+        rotation_equivariant: fitting commutes with rotations of the activations.
     """
 
     learns: bool = True
@@ -44,6 +45,7 @@ class Traits:
     needs_model: bool = False
     negatives_only: bool = False
     differentiable: bool = True
+    rotation_equivariant: bool = False
 
 
 @runtime_checkable
