@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
-__all__ = ["Group", "UnknownName", "describe", "load", "names"]
+__all__ = ["Group", "UnknownName", "describe", "load", "names", "options", "unknown"]
 
 Group = Literal["probes", "attacks", "testbeds"]
 
@@ -34,9 +34,7 @@ def load(group: Group, name: str, **options: Any) -> Any:
     """
     entries = _entries(group)
     if name not in entries:
-        close = difflib.get_close_matches(name, entries, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UnknownName(f"no {group[:-1]} is called {name!r}.{hint} Known {group}: {', '.join(entries)}")
+        raise unknown(group, name)
     made = entries[name].load()
     try:
         inspect.signature(made).bind(**options)
@@ -49,6 +47,21 @@ def load(group: Group, name: str, **options: Any) -> Any:
 def describe(group: Group) -> dict[str, str]:
     """Name -> the first line of its docstring."""
     return {name: (inspect.getdoc(entry.load()) or "").split("\n", 1)[0] for name, entry in _entries(group).items()}
+
+
+def options(group: Group, name: str) -> list[str]:
+    """The options that ``load`` takes for ``name``."""
+    if name not in _entries(group):
+        raise unknown(group, name)
+    return list(inspect.signature(_entries(group)[name].load()).parameters)
+
+
+def unknown(group: Group, name: str) -> UnknownName:
+    """The error for a name that nothing has: the closest one, and all known ones."""
+    entries = _entries(group)
+    close = difflib.get_close_matches(name, entries, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return UnknownName(f"no {group[:-1]} is called {name!r}.{hint} Known {group}: {', '.join(entries)}")
 
 
 @cache

@@ -1,0 +1,349 @@
+"""``elk-stress``: stress probes on a testbed from the command line, and list what is registered.
+
+Exit codes: 0 done; 1 no probe could be stressed; 2 bad usage or bad input (one line on stderr, never a traceback);
+3 with ``--strict`` when red flags were raised or a probe failed; 130 after Ctrl-C, when what was finished is written.
+
+Tables or, with ``--json``, the complete result go to stdout; progress and messages to stderr. Nothing heavy is imported
+before the arguments are known to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from elk_stress.run import RunResult
+    from elk_stress.threat import Threat
+
+__all__ = ["PRESETS", "main"]
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "demo": {
+        "probes": "rock,random_direction,mass_mean,lda,logistic,ccs",
+        "attacks": "isotropic_noise,natural_thoughts,gradient,best_of_n",
+    },
+}
+"""Named settings; flags given beside ``--preset`` win."""
+
+DONE, FAILED, USAGE, FLAGGED, INTERRUPTED = 0, 1, 2, 3, 130
+
+_EXAMPLES = """\
+examples:
+  elk-stress run --testbed statements --preset demo
+      six probes and four attacks on a small language model; a few minutes
+  elk-stress run --testbed statements --size full --out runs/full
+      all items and contexts; under an hour, and activations are cached
+  elk-stress run --testbed linear --probes lda,logistic --threats item/natural/gaussian
+      Gaussian activations whose bits are known in closed form; seconds
+  elk-stress run --model ./my-model --data mine.jsonl --site layers.12 --probes logistic
+      a model and data of your own: one JSON object a line with text, label (1 = positive)
+      and optionally group (items of one group stay in one split) and pair (contrast pairs)
+  elk-stress probes --json
+      what is registered, yours included
+"""
+_LISTS = {"probes": "probes that can be stressed", "attacks": "attacks", "testbeds": "testbeds"}
+
+
+class _BadInput(Exception):
+    """One clear line for the user."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _BadInput(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+        return _run(options) if options.command == "run" else _list(options)
+    except _BadInput as error:
+        print(f"elk-stress: {error}", file=sys.stderr)
+        return USAGE
+    except BrokenPipeError:
+        # the reader of our output has left (`| head`); nothing is wrong
+        sys.stderr.close()
+        return DONE
+    except KeyboardInterrupt:
+        print("elk-stress: interrupted before any probe was finished", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    from elk_stress import __version__
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog="elk-stress",
+        description="How many bits of optimization does a probe survive?",
+        epilog=_EXAMPLES + "\nexit codes: 0 done; 1 no probe could be stressed; 2 bad usage or input; "
+        "3 red flags (with --strict); 130 Ctrl-C",
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"elk-stress {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_run(commands.add_parser("run", help="stress probes on a testbed", epilog=_EXAMPLES, formatter_class=raw))
+    for name, what in _LISTS.items():
+        listing = commands.add_parser(name, help=f"list the {what}")
+        listing.add_argument("--json", action="store_true", help="as one JSON object, name -> description")
+    return parser
+
+
+def _add_run(run: argparse.ArgumentParser) -> None:
+    what = run.add_argument_group("what")
+    what.add_argument("--testbed", default="statements", metavar="NAME", help="registered name (default: statements)")
+    what.add_argument("--preset", metavar="NAME", help=f"named settings: {', '.join(PRESETS)}")
+    what.add_argument(
+        "--probes", metavar="all|A,B", help="names; all: those that apply, the others are listed (default)"
+    )
+    what.add_argument("--attacks", metavar="all|A,B", help="names; all: those that apply (default)")
+    what.add_argument(
+        "--threats",
+        default="default",
+        metavar="default|free|A,B",
+        help="threats as scope/prior/tail[/kept], e.g. item/natural/best/kept; free: the default ones without the kept",
+    )
+    where = run.add_argument_group("model and data")
+    where.add_argument("--size", choices=("demo", "full"), help="how much data (default: demo)")
+    where.add_argument("--model", metavar="ID_OR_PATH", help="Hugging Face model or local folder")
+    where.add_argument("--data", type=Path, metavar="FILE.jsonl", help="fields text, label and optionally group, pair")
+    where.add_argument("--relation", metavar="NAME", help="which facts to state")
+    where.add_argument("--positive", choices=("false", "true"), help="which statements a monitor must catch")
+    where.add_argument("--site", metavar="auto|layers.N", help="where to read; auto: chosen on a validation split")
+    where.add_argument("--dtype", metavar="NAME", help="of the model, e.g. float32, bfloat16")
+    where.add_argument("--device", metavar="NAME", help="of the model, e.g. cpu, cuda")
+    how = run.add_argument_group("how")
+    how.add_argument("--fpr", type=_fraction, default=0.05, metavar="RATE", help="false-positive rate (default: 0.05)")
+    how.add_argument("--epsilon", type=_positive, metavar="NATS", help="behaviour kept: shift at most this")
+    how.add_argument("--max-bits", type=_positive, metavar="BITS", help="items are censored beyond")
+    how.add_argument("--seed", type=_natural, default=0, help="all randomness (default: 0)")
+    output = run.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<testbed>-<preset>-<date-time>")
+    output.add_argument("--json", action="store_true", help="print the complete result instead of tables")
+    output.add_argument("--strict", action="store_true", help="exit with 3 if red flags were raised")
+    output.add_argument("--no-progress", action="store_true", help="no progress bars")
+    output.add_argument("--traceback", action="store_true", help="show where an error came from")
+
+
+def _run(options: argparse.Namespace) -> int:
+    preset = _preset(options.preset)
+    probes = _names("probes", options.probes or preset.get("probes", "all"))
+    attacks = options.attacks or preset.get("attacks", "all")
+    chosen = attacks if attacks == "all" else _names("attacks", attacks)
+    threats = _threats(options.threats, options.epsilon)
+    _names("testbeds", options.testbed)
+    if options.data is not None and not options.data.is_file():
+        raise _BadInput(f"--data {options.data}: no such file; expected JSON lines with fields text and label")
+    out = options.out or Path("runs") / "-".join(
+        [options.testbed, options.preset or options.size or "demo", datetime.now().strftime("%Y%m%d-%H%M%S")]
+    )
+    # before numpy, torch or jax are loaded: OpenMP reads its environment once
+    from elk_stress.subjects.threads import configure_threads
+
+    configure_threads()
+    from elk_stress.report.folder import check_folder
+    from elk_stress.run import Interrupted, run
+    from elk_stress.subjects.models import ModelUnavailable
+
+    code = DONE
+    try:
+        check_folder(out)
+        testbed = _testbed(options)
+        with _progress(options) as progress:
+            result = run(
+                testbed,
+                probes,
+                out=out,
+                attacks=chosen,
+                threats=threats,
+                behaviour_epsilon=options.epsilon,
+                max_bits=options.max_bits,
+                seed=options.seed,
+                fpr=options.fpr,
+                progress=progress,
+                config={"command": _settings(options)},
+            )
+    except Interrupted as interrupted:
+        result, code = interrupted.result, INTERRUPTED
+    except (OSError, ValueError, LookupError, ModelUnavailable) as error:
+        # a traceback is for mistakes in the code; these say what was expected, what came, and the way out
+        if options.traceback or isinstance(error, IndexError) or type(error) is KeyError:
+            raise
+        raise _BadInput(_one_line(error)) from error
+    _show(result, out, options)
+    if code == DONE and not result.results:
+        return FAILED if result.failures else USAGE
+    return FLAGGED if code == DONE and options.strict and result.red else code
+
+
+def _show(result: RunResult, out: Path, options: argparse.Namespace) -> None:
+    if options.json:
+        json.dump(result.to_json(), sys.stdout, allow_nan=False)
+        print()
+    else:
+        from rich.console import Console
+
+        from elk_stress.report import tables
+
+        console = Console()
+        if not console.is_terminal:
+            # a file or a pipe has no width; the tables are made for this one
+            console = Console(width=120)
+        tables.show(console, result.results, skipped=result.skipped.items())
+    for name, reason in result.failures.items():
+        print(f"elk-stress: probe {name} failed: {reason}", file=sys.stderr)
+    if result.status == "interrupted":
+        done = ", ".join(r.probe for r in result.results) or "none"
+        print(f"elk-stress: interrupted; finished probes: {done}", file=sys.stderr)
+    if result.results or result.failures:
+        print(f"written to {out}", file=sys.stderr if options.json else sys.stdout)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from elk_stress import registry
+
+    found = registry.describe(options.command)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return DONE
+    width = max((len(name) for name in found), default=0)
+    for name, what in found.items():
+        print(f"{name:<{width}}  {what}")
+    return DONE
+
+
+def _preset(name: str | None) -> Mapping[str, Any]:
+    if name is not None and name not in PRESETS:
+        raise _BadInput(f"no preset is called {name!r}. Known presets: {', '.join(PRESETS)}")
+    return PRESETS[name] if name is not None else {}
+
+
+def _names(group: Any, text: str) -> list[str]:
+    """Registered names; unknown ones are refused here, before any work, with the known ones listed."""
+    from elk_stress import registry
+
+    known = registry.names(group)
+    if text == "all":
+        return known
+    asked = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not asked:
+        raise _BadInput(f"--{group} names nothing. Known {group}: {', '.join(known)}")
+    for name in asked:
+        if name not in known:
+            raise _BadInput(str(registry.unknown(group, name)))
+    return asked
+
+
+def _threats(text: str, epsilon: float | None) -> tuple[Threat, ...] | None:
+    from dataclasses import replace
+
+    from elk_stress.threat import default_threats, parse_threat
+
+    if text == "default":
+        return None
+    if text == "free":
+        return default_threats(kept=False)
+    try:
+        found = [parse_threat(name.strip()) for name in text.split(",") if name.strip()]
+    except ValueError as error:
+        raise _BadInput(f"--threats: {error}") from None
+    if not found:
+        raise _BadInput(f"--threats names nothing. Default threats: {', '.join(t.name for t in default_threats())}")
+    return tuple(replace(threat, epsilon=epsilon) if threat.kept else threat for threat in found)
+
+
+def _testbed(options: argparse.Namespace) -> Any:
+    """The testbed with the options that were given; seed and size only where it takes them."""
+    from elk_stress import registry
+
+    takes = registry.options("testbeds", options.testbed)
+    given = {
+        name: getattr(options, name)
+        for name in ("size", "model", "data", "relation", "positive", "site", "dtype", "device")
+        if getattr(options, name) is not None
+    }
+    refused = [name for name in given if name not in takes]
+    if refused:
+        flags = ", ".join(f"--{name}" for name in refused)
+        raise _BadInput(
+            f"testbed {options.testbed!r} does not take {flags}; it takes: {', '.join(takes) or 'no options'}"
+        )
+    if "seed" in takes:
+        given["seed"] = options.seed
+    return registry.load("testbeds", options.testbed, **given)
+
+
+def _progress(options: argparse.Namespace) -> Any:
+    if options.no_progress:
+        return nullcontext(None)
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    # only the name of a file: where it lies is nobody's business and no part of the result
+    return {
+        name: value.name if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if value is not None and name not in ("command", "json", "no_progress", "strict", "traceback")
+    }
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}") from None
+
+
+def _fraction(text: str) -> float:
+    value = _number(text, "a rate between 0 and 1")
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a rate between 0 and 1, got {text}")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = _number(text, "a positive number")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

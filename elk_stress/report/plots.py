@@ -1,0 +1,221 @@
+r"""Two figures: what each probe still catches after b bits, and best-of-n as predicted beside as observed.
+
+``survival.png``: one panel per threat (columns) with behaviour free or kept (rows), never two threats in one panel;
+recall(b) over all positives, since conditioning on the caught rewards a probe that catches little. Bands are pointwise
+95% intervals; dotted lines are the best and worst case over items whose search failed early; a line that ends in an
+open triangle is censored there (``max_bits``): nothing is known beyond.
+
+``best_of_n.png``: share of caught items that the best of n real contexts breaks, against log2 n. Lines are the
+prior's predictions, one per tail; points with bars are the observation on test items under other contexts. A panel
+with fewer contexts than a grid value stops there.
+
+Every probe has its own colour, line style and marker, so that the figures read in grey. Matplotlib is used through
+its object interface with the Agg canvas: no global state, no display.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from elk_stress.report import words
+from elk_stress.result import BestOfNCurves, Curve, StressResult, ThreatResult
+from elk_stress.threat import Threat
+
+__all__ = ["best_of_n", "save", "survival"]
+
+# Okabe-Ito, ordered so that neighbours differ in lightness
+_COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#8C8C00")
+_LINES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)), (0, (3, 3)))
+_MARKERS = "osD^vPX*"
+_TAILS: Mapping[str, Any] = {"gaussian": "-", "logistic": (0, (5, 1.6)), "student_t": (0, (1.2, 1.2))}
+
+
+def survival(results: Sequence[StressResult]) -> Figure:
+    """recall(b) of every probe, a panel per threat; universal threats show their metric at b bits."""
+    threats = words.columns(results)
+    kept = [False, True] if any(t.threat.kept for r in results for t in r.threats.values()) else [False]
+    figure = _figure(3.1 * max(2, len(threats)) + 0.6, 2.75 * len(kept) + 1.25)
+    axes = figure.subplots(len(kept), len(threats), sharey=True, squeeze=False)
+    for i, is_kept in enumerate(kept):
+        for j, free in enumerate(threats):
+            axis = axes[i][j]
+            shown = [_pick(result, free, is_kept) for result in results]
+            _survival_panel(axis, shown)
+            if i == 0:
+                axis.set_title(_title(free), fontsize=9.5)
+            if i == len(kept) - 1:
+                axis.set_xlabel("bits of optimization b")
+        label = "behaviour kept" if is_kept else "behaviour free"
+        axes[i][0].set_ylabel(f"{label}\nrecall(b)" if len(kept) > 1 else "recall(b)")
+        axes[i][0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    fpr = results[0].detection.fpr
+    _title_and_legend(
+        figure,
+        f"What each probe still catches after b bits: {results[0].testbed} at {results[0].site}, "
+        f"{fpr:.0%} false positives",
+        [_handle(r.probe, k) for k, r in enumerate(results)]
+        + [
+            Patch(color="0.8", label="95% interval"),
+            Line2D([], [], color="0.4", lw=0.8, ls=":", label="best and worst case"),
+            Line2D([], [], color="0.4", ls="none", marker=">", mfc="white", ms=7, label="unknown beyond (censored)"),
+            Line2D([], [], color="0.75", lw=0.8, label="1 bit: brittle below"),
+        ],
+    )
+    return figure
+
+
+def best_of_n(results: Sequence[StressResult]) -> Figure | None:
+    """Predicted (lines, per tail) and observed (points) best-of-n; ``None`` if no result has any."""
+    having = [(k, result) for k, result in enumerate(results) if result.best_of_n]
+    if not having:
+        return None
+    kept = sorted({curves.kept for _, result in having for curves in result.best_of_n})
+    figure = _figure(2.5 * max(2, len(having)) + 0.8, 2.5 * len(kept) + 1.35)
+    axes = figure.subplots(len(kept), len(having), sharey=True, sharex=True, squeeze=False)
+    for i, is_kept in enumerate(kept):
+        for j, (k, result) in enumerate(having):
+            axis = axes[i][j]
+            found = next((curves for curves in result.best_of_n if curves.kept is is_kept), None)
+            if found is None:
+                axis.text(0.5, 0.5, "not observed", ha="center", va="center", transform=axis.transAxes, color="0.4")
+            else:
+                _best_of_n_panel(axis, found, _COLOURS[k % len(_COLOURS)])
+            if i == 0:
+                axis.set_title(result.probe, fontsize=10)
+            if i == len(kept) - 1:
+                axis.set_xlabel("bits spent, log2 n")
+        label = "behaviour kept" if is_kept else "behaviour free"
+        axes[i][0].set_ylabel(f"{label}\ncatches broken")
+        axes[i][0].yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes[i][0].set_ylim(-0.03, 1.03)
+    tails = list(dict.fromkeys(tail for _, r in having for curves in r.best_of_n for tail in curves.predicted))
+    handles: list[Any] = [
+        Line2D([], [], color="0.3", ls=_tail_line(tail), label=f"predicted, {tail.replace('_', ' ')} tail")
+        for tail in tails
+    ]
+    handles.append(Patch(color="0.8", label="95% interval of the prediction"))
+    handles.append(Line2D([], [], color="black", marker="o", mfc="white", ls="none", label="observed, 95% interval"))
+    n = max(curves.n_contexts for _, r in having for curves in r.best_of_n)
+    _title_and_legend(
+        figure, f"Best of n real contexts ({n} that the prior never saw), predicted beside observed", handles
+    )
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG without dates or versions inside, so that the same figure is the same file."""
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def _survival_panel(axis: Any, shown: Sequence[ThreatResult | None]) -> None:
+    right = 0.0
+    for k, threat in enumerate(shown):
+        if threat is None or len(threat.curve.x) == 0:
+            continue
+        curve, colour = threat.curve, _COLOURS[k % len(_COLOURS)]
+        known = _known(curve)
+        x = curve.x[known]
+        axis.fill_between(x, curve.low[known], curve.high[known], color=colour, alpha=0.16, lw=0)
+        axis.plot(x, curve.value[known], color=colour, ls=_LINES[k % len(_LINES)], lw=1.7)
+        for bound in (curve.worst[known], curve.best[known]):
+            if not np.allclose(bound, curve.value[known], atol=1e-9):
+                axis.plot(x, bound, color=colour, ls=":", lw=0.8)
+        _mark(axis, x, curve.value[known], k, len(shown))
+        if math.isfinite(curve.censored_from) and len(x) and curve.value[known][-1] > 0.005:
+            axis.plot(
+                x[-1:], curve.value[known][-1:], marker=">", ms=7, mfc="white", mec=colour, ls="none", clip_on=False
+            )
+        right = max(right, _extent(curve))
+    if not any(t is not None and len(t.curve.x) for t in shown):
+        axis.text(0.5, 0.5, "not run", ha="center", va="center", transform=axis.transAxes, color="0.4")
+    axis.set_xlim(0, right * 1.03 if right > 0 else 1)
+    axis.set_ylim(-0.02, 1.02)
+    axis.axvline(1, color="0.75", lw=0.8, zorder=0)
+
+
+def _best_of_n_panel(axis: Any, curves: BestOfNCurves, colour: str) -> None:
+    for tail, curve in curves.predicted.items():
+        x = np.log2(curve.x)
+        axis.fill_between(x, curve.low, curve.high, color=colour, alpha=0.14, lw=0)
+        axis.plot(x, curve.value, color=colour, ls=_tail_line(tail), lw=1.6)
+    seen = curves.observed
+    x = np.log2(seen.x)
+    bars = np.stack([np.maximum(seen.value - seen.low, 0), np.maximum(seen.high - seen.value, 0)])
+    axis.errorbar(x, seen.value, yerr=bars, fmt="o", ms=4.5, mfc="white", color="black", ecolor="0.35", lw=1, capsize=2)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _known(curve: Curve) -> np.ndarray:
+    return curve.x <= curve.censored_from
+
+
+def _extent(curve: Curve) -> float:
+    """Where a curve has fallen to 1% of its start: bits beyond show nothing; a surviving curve keeps its whole grid."""
+    known = _known(curve)
+    if not known.any():
+        return 0.0
+    value = curve.high[known]
+    above = np.flatnonzero(value > max(0.01, 0.02 * float(curve.value[0])) + float(value.min()))
+    last = min(int(above[-1]) + 1, len(value) - 1) if len(above) else 0
+    alive = curve.value[known][-1] > 0.05 * max(float(curve.value[0]), 1e-9)
+    return float(curve.x[known][-1] if alive else curve.x[known][last])
+
+
+def _mark(axis: Any, x: np.ndarray, y: np.ndarray, k: int, n: int) -> None:
+    # markers at places that differ from probe to probe, so that coinciding lines stay apart
+    if len(x) > 1:
+        step = max(1, len(x) // 9)
+        at = np.arange((k * step) // max(1, n), len(x), step)
+        axis.plot(
+            x[at], y[at], ls="none", marker=_MARKERS[k % len(_MARKERS)], ms=4.5, color=_COLOURS[k % len(_COLOURS)]
+        )
+
+
+def _pick(result: StressResult, free: Threat, kept: bool) -> ThreatResult | None:
+    return words.free_and_kept(result, free)[int(kept)]
+
+
+def _title(threat: Threat) -> str:
+    scope, prior, tail = words.heading(threat)
+    return f"{scope}, {prior}\n{tail}"
+
+
+def _tail_line(tail: str) -> Any:
+    return _TAILS.get(tail, (0, (6, 1.5, 1.2, 1.5)))
+
+
+def _handle(name: str, k: int) -> Line2D:
+    return Line2D(
+        [], [], color=_COLOURS[k % len(_COLOURS)], ls=_LINES[k % len(_LINES)], marker=_MARKERS[k % len(_MARKERS)],
+        ms=4.5, lw=1.7, label=name,
+    )  # fmt: skip
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _title_and_legend(figure: Figure, title: str, handles: Sequence[Any]) -> None:
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.legend(
+        handles=list(handles), loc="outside lower center", ncols=min(5, len(handles)), frameon=False, fontsize=9,
+        handlelength=3.2,
+    )  # fmt: skip
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.92", lw=0.8)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=8.5)

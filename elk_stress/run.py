@@ -1,0 +1,232 @@
+"""One run: a testbed, several probes, one folder. Nothing that is finished is ever lost.
+
+The output folder is checked before the long work. After every finished probe ``result.json`` is replaced atomically
+with everything so far (status ``partial``); a probe that fails is recorded with its message and the others go on;
+Ctrl-C writes what is finished (status ``interrupted``) before it goes on its way. Probes that do not apply are listed
+with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from elk_stress.bits import Bits
+from elk_stress.probe import FittedProbe, Probe
+from elk_stress.report.folder import check_folder, write_folder, write_result
+from elk_stress.result import StressResult, plain
+from elk_stress.testbed import Testbed
+from elk_stress.threat import Threat
+from elk_stress.versions import versions
+
+__all__ = ["Interrupted", "RunResult", "run"]
+
+Status = Literal["ok", "partial", "interrupted"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Everything of one run; serializes completely.
+
+    Attributes:
+        results: one per finished probe, in the order asked for.
+        comparisons: paired comparisons, Holm-adjusted (empty with fewer than two results).
+        controls: control -> threat -> bits, or why it does not apply.
+        skipped: name -> why it does not apply here.
+        failures: probe -> what went wrong.
+        description: what the testbed says of itself (model, data, sizes, how the site was chosen).
+        config, versions, seed, seconds: how to get the same again.
+        status: ``partial`` while probes remain, ``interrupted`` after Ctrl-C.
+    """
+
+    testbed: str
+    results: tuple[StressResult, ...] = ()
+    comparisons: tuple[Any, ...] = ()
+    controls: Mapping[str, Mapping[str, Bits] | str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
+    description: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    seconds: float = 0.0
+    status: Status = "partial"
+
+    @property
+    def red(self) -> bool:
+        """Whether any red flag was raised or any probe failed."""
+        return bool(self.failures) or any(f.red for r in self.results for _, f in r.all_flags)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary with everything in it."""
+        record = plain(self)
+        assert isinstance(record, dict)
+        return record
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; ``result`` holds what was finished, which is also written."""
+
+    def __init__(self, result: RunResult) -> None:
+        super().__init__("the run was interrupted; what was finished is written")
+        self.result = result
+
+
+def run(
+    testbed: Testbed,
+    probes: Sequence[str | Probe | FittedProbe],
+    *,
+    out: str | Path,
+    attacks: Literal["all"] | Sequence[str] = "all",
+    threats: Sequence[Threat] | None = None,
+    behaviour_epsilon: float | None = None,
+    max_bits: float | None = None,
+    seed: int = 0,
+    fpr: float = 0.05,
+    progress: Any = None,
+    config: Mapping[str, Any] | None = None,
+) -> RunResult:
+    """Stress every probe on one testbed and write the folder ``out``.
+
+    Args:
+        testbed: prepared here, with progress.
+        probes: registered names, recipes or fitted probes.
+        out: folder for ``result.json``, ``survival.png``, ``best_of_n.png`` and ``report.md``; checked first.
+        attacks: names, or ``"all"`` that apply.
+        threats: default: see :func:`elk_stress.threat.default_threats`.
+        behaviour_epsilon: nats; default 3 x the median shift under the prior.
+        max_bits: where items are censored; default: that of :func:`elk_stress.stress`.
+        seed: all randomness.
+        fpr: false-positive rate of the threshold.
+        progress: a ``rich.progress.Progress``, or ``None``.
+        config: further settings to record (the command line, say).
+
+    Raises:
+        UnusableFolder: the folder cannot be written; before any work.
+        Interrupted: Ctrl-C, after what was finished has been written.
+    """
+    folder = check_folder(Path(out))
+    started = time.monotonic()
+    engine = importlib.import_module("elk_stress.stress")
+    # here and not left to the scene: contrast pairs, for one, are known only afterwards
+    testbed.prepare(progress)
+    apply, skipped = _applicable(testbed, probes)
+    settings: dict[str, Any] = {"threats": threats, "behaviour_epsilon": behaviour_epsilon, "seed": seed, "fpr": fpr}
+    if max_bits is not None:
+        settings["max_bits"] = max_bits
+    asked = attacks if attacks == "all" else tuple(attacks)
+    state = RunResult(
+        testbed=testbed.name,
+        skipped=skipped,
+        description=dict(testbed.describe()),
+        config={"probes": [_name(p) for p in probes], "attacks": asked, **settings, **(config or {})},
+        versions=versions(),
+        seed=seed,
+    )
+    try:
+        scene = engine.prepare_scene(testbed, seed=seed, progress=progress)
+        with _task(progress, f"stressing {len(apply)} probes", len(apply)) as advance:
+            for probe in apply:
+                try:
+                    result = engine.stress(testbed, probe, attacks=asked, progress=progress, scene=scene, **settings)
+                    state = replace(state, results=(*state.results, result))
+                except Exception as error:
+                    state = replace(state, failures={**state.failures, _name(probe): _message(error)})
+                state = replace(state, seconds=time.monotonic() - started, controls=_merged(state.results))
+                _write_if_possible(state, folder)
+                advance()
+        state = replace(state, controls=_known_controls(engine, testbed, state, scene, settings, progress))
+        if len(state.results) > 1:
+            state = replace(state, comparisons=tuple(engine.compare_all(state.results)))
+    except KeyboardInterrupt:
+        state = replace(state, status="interrupted", seconds=time.monotonic() - started)
+        if state.results or state.failures:
+            write_folder(state, folder)
+        raise Interrupted(state) from None
+    state = replace(state, status="ok", seconds=time.monotonic() - started)
+    write_folder(state, folder)
+    return state
+
+
+def _applicable(
+    testbed: Testbed, probes: Sequence[str | Probe | FittedProbe]
+) -> tuple[list[str | Probe | FittedProbe], dict[str, str]]:
+    from elk_stress import registry
+
+    apply: list[str | Probe | FittedProbe] = []
+    skipped: dict[str, str] = {}
+    for probe in probes:
+        recipe = registry.load("probes", probe) if isinstance(probe, str) else probe
+        fitted = isinstance(recipe, FittedProbe)
+        if recipe.traits.needs_pairs and not fitted and testbed.splits["train"].pairs is None:
+            skipped[_name(probe)] = "it learns from contrast pairs and these data have none (field pair)"
+        elif recipe.traits.tokens:
+            skipped[_name(probe)] = "it reads a token axis and this testbed gives one activation per item"
+        elif recipe.traits.needs_model:
+            skipped[_name(probe)] = "it runs a model itself, which the stress test cannot move"
+        else:
+            apply.append(probe)
+    return apply, skipped
+
+
+def _known_controls(
+    engine: Any, testbed: Testbed, state: RunResult, scene: Any, settings: Mapping[str, Any], progress: Any
+) -> Mapping[str, Mapping[str, Bits] | str]:
+    """Oracle and paper: from the results where these hold them, else stressed here, without attacks."""
+    controls = dict(state.controls)
+    for name, probe in testbed.known_probes().items():
+        if name in controls:
+            continue
+        try:
+            result = engine.stress(testbed, probe, attacks=(), progress=progress, scene=scene, **settings)
+            controls[name] = {threat: row.headline for threat, row in result.threats.items()}
+        except Exception as error:
+            controls[name] = f"failed: {_message(error)}"
+    return controls
+
+
+def _merged(results: Sequence[StressResult]) -> dict[str, Mapping[str, Bits] | str]:
+    controls: dict[str, Mapping[str, Bits] | str] = {}
+    for result in results:
+        for name, row in result.controls.items():
+            # a sentence why it does not apply gives way to numbers
+            if name not in controls or isinstance(controls[name], str):
+                controls[name] = row
+    return controls
+
+
+def _write_if_possible(state: RunResult, folder: Path) -> None:
+    # the previous file is whole and everything is in memory: go on, and let the last write report the error
+    with suppress(OSError):
+        write_result(state, folder)
+
+
+def _task(progress: Any, description: str, total: int) -> Any:
+    if progress is None:
+        return nullcontext(lambda: None)
+    return _Task(progress, description, total)
+
+
+class _Task:
+    def __init__(self, progress: Any, description: str, total: int) -> None:
+        self._progress, self._id = progress, progress.add_task(description, total=total)
+
+    def __enter__(self) -> Any:
+        return lambda: self._progress.advance(self._id)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop_task(self._id)
+
+
+def _name(probe: str | Probe | FittedProbe) -> str:
+    return probe if isinstance(probe, str) else probe.name
+
+
+def _message(error: Exception) -> str:
+    text = str(error).strip()
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text or 'no message'}"
