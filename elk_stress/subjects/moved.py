@@ -1,0 +1,290 @@
+r"""What a causal model does when the activation of one token is moved: behaviour shifts, and their local quadratic form.
+
+An item is a text whose last token's activation at a site is replaced by ``origin + move``. The model then goes on: the
+next token, and a fixed continuation of 8 tokens, which is its own greedy continuation at the origin. Behaviour is the
+``T = 9`` next-token distributions along it, and
+
+.. math:: \mathrm{shift}(m) = \frac1T \sum_{t=1}^{T} KL(p_t(\cdot \mid 0) \,\|\, p_t(\cdot \mid m)) \quad [nats per token]
+
+teacher-forced on that continuation. What can be kept is kept: tokens before the last one do not depend on the move, so
+their keys and values are cached; the continuation tokens' states *at* the site do not either (they attend to the moved
+token only in later blocks). So a move costs ``T`` tokens through the later blocks and the head, nothing else.
+
+The local form is Fisher's: :math:`shift(m) = \frac12 m^\top \bar F m + O(|m|^3)` with
+:math:`\bar F = \frac1T\sum_t J_t^\top (\mathrm{diag}\,p_t - p_t p_t^\top) J_t` and :math:`J_t` the Jacobian of the logits.
+:meth:`MovedModel.fisher` samples it: with ``y_t ~ p_t`` independent and :math:`g = \sum_t \nabla \log p_t(y_t)`,
+:math:`E[g g^\top] = T \bar F`, since scores have mean zero and are independent between positions. One forward and one
+backward pass give one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from elk_stress.subjects.language_model import LanguageModel, key_value_pairs
+
+__all__ = ["CONTINUATION", "MovedModel"]
+
+# tokens of the fixed continuation; behaviour is read at one position more
+CONTINUATION = 8
+# logits of a batch take rows * 9 * vocabulary * 4 bytes: 28 MB at 16 rows and SmolLM2's vocabulary
+_ROWS = 16
+# items whose keys and values are computed together
+_ITEMS = 16
+
+
+@dataclass(frozen=True)
+class _Host:
+    """One item, ready to be moved.
+
+    ``past``: keys and values ``(heads, tokens, width)`` before the last token, for the blocks after the site.
+    ``ids (T,)``: the last token and the continuation. ``states (T - 1, d)``: the continuation's states at the site.
+    ``reference (T, V)``: log-probabilities at the origin.
+    """
+
+    past: list[tuple[Any, Any]]
+    ids: Any
+    origin: Any
+    states: Any
+    reference: Any
+
+
+class MovedModel:
+    """Items of one causal model, moved at one site at their last token.
+
+    Args:
+        subject: a causal model.
+        site: where the activation is replaced.
+        texts: the items.
+        origins: ``(n, dim)``: what each item's activation is replaced by at move zero.
+    """
+
+    def __init__(self, subject: LanguageModel, site: str, texts: Sequence[str], origins: np.ndarray) -> None:
+        if not subject.causal:
+            raise TypeError("behaviour after a move is defined for causal models only; this one has no next token")
+        if origins.shape != (len(texts), subject.dim):
+            raise ValueError(f"expected origins of shape ({len(texts)}, {subject.dim}), got {origins.shape}")
+        self.subject = subject
+        self.depth = subject.depth(site)
+        self._rows = subject.tokenize(texts)
+        self._origins = np.asarray(origins, dtype=np.float32)
+        self._hosts: dict[int, _Host] = {}
+
+    def prepare(self, items: Sequence[int], advance: Callable[[int], None] | None = None) -> None:
+        """Keys, values, continuation and reference of ``items``, where not there yet (they are kept)."""
+        missing = [i for i in dict.fromkeys(map(int, items)) if i not in self._hosts]
+        missing.sort(key=lambda i: (len(self._rows[i]), i))
+        for start in range(0, len(missing), _ITEMS):
+            batch = missing[start : start + _ITEMS]
+            self._prepare(batch)
+            if advance is not None:
+                advance(len(batch))
+
+    def shift(self, items: np.ndarray, moves: np.ndarray, advance: Callable[[int], None] | None = None) -> np.ndarray:
+        """Shift in nats per token, ``items (p,)`` and ``moves (p, n, dim)`` -> ``(p, n)`` float64."""
+        import torch
+
+        self.prepare(items.tolist())
+        p, n, _ = moves.shape
+        flat = [(int(item), moves[i, j]) for i, item in enumerate(items) for j in range(n)]
+        out = np.empty(len(flat))
+        # neighbours in length share a batch, so that little padding is computed
+        order = sorted(range(len(flat)), key=lambda i: (len(self._rows[flat[i][0]]), flat[i][0], i))
+        for start in range(0, len(order), _ROWS):
+            chosen = order[start : start + _ROWS]
+            hosts = [self._hosts[flat[i][0]] for i in chosen]
+            delta = torch.as_tensor(
+                np.stack([flat[i][1] for i in chosen]), dtype=torch.float32, device=self.subject.device
+            )
+            with torch.no_grad():
+                log_q = torch.log_softmax(self._logits(hosts, delta).float(), dim=-1)
+                log_p = torch.stack([host.reference for host in hosts])
+                # in place: these are the largest arrays here
+                kl = log_q.neg_().add_(log_p).mul_(log_p.exp_()).sum(-1)
+            # rounding may leave a KL of zero slightly negative
+            out[chosen] = kl.double().mean(-1).clamp(min=0).cpu().numpy()
+            if advance is not None:
+                advance(len(chosen))
+        return out.reshape(p, n)
+
+    def fisher(self, items: np.ndarray, rank: int, seeds: Sequence[np.random.SeedSequence]) -> np.ndarray:
+        """``(p, rank, dim)`` float32: F with ``shift(move) ~ 0.5 |F move|^2`` near the origin, by sampled scores."""
+        import torch
+
+        self.prepare(items.tolist())
+        out = np.empty((len(items), rank, self.subject.dim), dtype=np.float32)
+        for i, item in enumerate(items.tolist()):
+            host = self._hosts[item]
+            rng = np.random.default_rng(seeds[i])
+            # inverse CDF, in float64: the tail of a 49,152-word vocabulary is lost in float32
+            cdf = host.reference.double().exp().cumsum(-1)
+            uniform = torch.as_tensor(rng.random((rank, len(host.ids))), device=cdf.device) * cdf[:, -1]
+            sampled = torch.searchsorted(cdf, uniform.T.contiguous()).clamp(max=cdf.shape[1] - 1).T
+            for start in range(0, rank, _ROWS):
+                chosen = sampled[start : start + _ROWS]
+                move = torch.zeros(len(chosen), self.subject.dim, device=cdf.device, requires_grad=True)
+                with torch.enable_grad():
+                    log_q = torch.log_softmax(self._logits([host] * len(chosen), move).float(), dim=-1)
+                    score = log_q.gather(2, chosen[..., None]).sum()
+                    (rows,) = torch.autograd.grad(score, move)
+                out[i, start : start + len(chosen)] = rows.cpu().numpy()
+        return out / np.sqrt(rank * (CONTINUATION + 1)).astype(np.float32)
+
+    # -- the model ------------------------------------------------------------------------------------------------
+
+    def _prepare(self, batch: Sequence[int]) -> None:
+        """Run the prefixes once, then the origin and its greedy continuation token by token."""
+        import torch
+        from transformers import DynamicCache
+
+        subject = self.subject
+        rows = [self._rows[i] for i in batch]
+        if min(map(len, rows)) < 2:
+            raise ValueError("a moved item needs at least two tokens; put a context before it")
+        with torch.no_grad():
+            # padded on the left, so that the last tokens of all items are one column
+            ids, mask = subject.pad([row[:-1] for row in rows], "left")
+            cache = DynamicCache()
+            subject.base(ids, mask, mask.cumsum(1).sub(1).clamp(min=0), cache)
+            before = [(k.clone(), v.clone()) for k, v in key_value_pairs(cache)[self.depth + 1 :]]
+            token = torch.as_tensor([[row[-1]] for row in rows], device=subject.device)
+            origins = torch.as_tensor(self._origins[list(batch)], device=subject.device)
+            tokens, states = [token], []
+            position = mask.sum(1, keepdim=True)
+            for step in range(CONTINUATION + 1):
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+                replacement = origins[:, None] if step == 0 else None
+                hidden, logits = self._step(tokens[-1], mask, position + step, cache, replacement)
+                if step > 0:
+                    states.append(hidden)
+                if step < CONTINUATION:
+                    tokens.append(logits[:, -1:].argmax(-1))
+            all_ids, all_states = torch.cat(tokens, dim=1), torch.cat(states, dim=1)
+            hosts = []
+            for b, row in enumerate(rows):
+                past = [
+                    (k[b, :, k.shape[2] - len(row) + 1 :].clone(), v[b, :, v.shape[2] - len(row) + 1 :].clone())
+                    for k, v in before
+                ]
+                hosts.append(_Host(past, all_ids[b], origins[b], all_states[b], None))
+            # by the same path as moved outputs, so that rounding is the same
+            logits = self._logits(hosts, torch.zeros_like(origins))
+            reference = torch.log_softmax(logits.float(), dim=-1)
+        for b, (i, host) in enumerate(zip(batch, hosts, strict=True)):
+            self._hosts[i] = _Host(host.past, host.ids, host.origin, host.states, reference[b].clone())
+
+    def _step(self, token: Any, mask: Any, position: Any, cache: Any, replacement: Any) -> tuple[Any, Any]:
+        """One token through the whole model: its state at the site (replaced, if asked) and the logits."""
+        seen: list[Any] = []
+        subject = self.subject
+
+        def at_site(hidden: Any) -> Any:
+            seen.append(hidden if replacement is None else replacement.to(hidden.dtype))
+            return seen[-1]
+
+        with self._rewriting(at_site):
+            logits = subject.model(
+                token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+            ).logits
+        return seen[0], logits
+
+    def _logits(self, hosts: Sequence[_Host], moves: Any) -> Any:
+        """Logits ``(rows, T, V)`` of one move per host; differentiable in ``moves (rows, dim)``."""
+        import torch
+
+        subject = self.subject
+        lengths = [host.past[0][0].shape[1] if host.past else 1 for host in hosts]
+        width = max(lengths)
+        pairs = {}
+        for index in range(len(hosts[0].past)):
+            keys, values = (torch.stack([_left_padded(host.past[index][kv], width) for host in hosts]) for kv in (0, 1))
+            pairs[self.depth + 1 + index] = (keys, values)
+        if self.depth >= 0:
+            # blocks before the site are skipped; the first one's cache only says how long the past is
+            empty = moves.new_zeros(len(hosts), 1, width, 1)
+            pairs[0] = (empty, empty)
+        cache = subject.make_cache(pairs, len(hosts))
+        length = torch.as_tensor(lengths, device=moves.device)[:, None]
+        steps = torch.arange(CONTINUATION + 1, device=moves.device)
+        mask = (torch.arange(width, device=moves.device) >= width - length).long()
+        mask = torch.cat([mask, mask.new_ones(len(hosts), CONTINUATION + 1)], dim=1)
+        origins = torch.stack([host.origin for host in hosts])
+        states = torch.stack([host.states for host in hosts])
+        hidden = torch.cat([(origins + moves)[:, None].to(states.dtype), states], dim=1)
+        with self._rewriting(lambda _: hidden), self._skipping():
+            return subject.model(
+                torch.stack([host.ids for host in hosts]),
+                attention_mask=mask,
+                position_ids=length + steps,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+
+    @contextmanager
+    def _rewriting(self, rewrite: Callable[[Any], Any]) -> Iterator[None]:
+        """Pass the states at the site through ``rewrite``."""
+        blocks = self.subject.blocks
+
+        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (rewrite(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": rewrite(kwargs["hidden_states"])}
+
+        def after(module: Any, args: Any, output: Any) -> Any:
+            return (rewrite(output[0]), *output[1:]) if isinstance(output, tuple) else rewrite(output)
+
+        if self.depth < 0:
+            handle = blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            handle = blocks[self.depth].register_forward_hook(after)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _skipping(self) -> Iterator[None]:
+        """Make the blocks up to the site pass their input on. Restored on exit, whatever happens."""
+        skipped = self.subject.blocks[: self.depth + 1]
+        as_tuple = self._blocks_return_tuples()
+
+        def identity(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            if not as_tuple:
+                return hidden_states
+            past = kwargs.get("past_key_values", kwargs.get("past_key_value"))
+            return (hidden_states, past, None)
+
+        for block in skipped:
+            block.forward = identity
+        try:
+            yield
+        finally:
+            for block in skipped:
+                del block.forward
+
+    def _blocks_return_tuples(self) -> bool:
+        """Blocks return a tensor in transformers 5 and a tuple in transformers 4: look once."""
+        if not hasattr(self, "_tuples"):
+            kinds: list[bool] = []
+            handle = self.subject.blocks[0].register_forward_hook(
+                lambda m, a, out: kinds.append(isinstance(out, tuple))
+            )
+            ids, mask = self.subject.pad([self._rows[0][:1]], "right")
+            try:
+                self.subject.base(ids, mask, mask - 1, None)
+            finally:
+                handle.remove()
+            self._tuples = kinds[0]
+        return self._tuples
+
+
+def _left_padded(tensor: Any, width: int) -> Any:
+    """``(heads, tokens, width_of_head)`` padded with zeros on the left to ``width`` tokens."""
+    import torch
+
+    return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[1], 0))
