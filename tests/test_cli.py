@@ -1,0 +1,255 @@
+"""The command line: exit codes, one clear line for bad input, clean output, a fast start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fabricated
+import pytest
+from fake_engine import FakeTestbed, install
+
+from elk_stress import cli, registry
+
+Calls = list[dict[str, Any]]
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
+    """A fake engine and testbed; the current folder is a temporary one."""
+    monkeypatch.chdir(tmp_path)
+    real_options, real_load = registry.options, registry.load
+
+    def options(group: Any, name: str) -> list[str]:
+        return ["size", "seed"] if (group, name) == ("testbeds", "statements") else real_options(group, name)
+
+    def load(group: Any, name: str, **given: Any) -> Any:
+        return FakeTestbed(**given) if group == "testbeds" else real_load(group, name, **given)
+
+    monkeypatch.setattr(registry, "options", options)
+    monkeypatch.setattr(registry, "load", load)
+    return install(monkeypatch)
+
+
+def one_line(captured: Any) -> str:
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert captured.err.count("\n") == 1, captured.err
+    return str(captured.err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--probes", "logistik"], "Did you mean 'logistic'? Known probes: "),
+        (["run", "--attacks", "gradint"], "Known attacks: "),
+        (["run", "--testbed", "statement"], "Known testbeds: "),
+        (["run", "--preset", "big"], "Known presets: demo"),
+        (["run", "--threats", "item/natural"], "a threat reads scope/prior/tail"),
+        (["run", "--threats", "item/natural/cauchy"], "a threat's tail is one of"),
+        (["run", "--threats", ","], "names nothing"),
+        (["run", "--probes", ","], "names nothing. Known probes"),
+        (["run", "--fpr", "5"], "expected a rate between 0 and 1, got 5"),
+        (["run", "--fpr", "x"], "expected a rate between 0 and 1, got 'x'"),
+        (["run", "--epsilon", "-1"], "expected a positive number, got -1"),
+        (["run", "--epsilon", "nan"], "expected a positive number, got nan"),
+        (["run", "--max-bits", "inf"], "expected a positive number, got inf"),
+        (["run", "--seed", "-1"], "expected a whole number from 0 on"),
+        (["run", "--size", "huge"], "invalid choice"),
+        (["run", "--data", "missing.jsonl"], "--data missing.jsonl: no such file"),
+        (["run", "--relation", "x"], "does not take --relation; it takes: size, seed"),
+        (["run", "--wrong"], "unrecognized arguments"),
+        (["fly"], "invalid choice"),
+        ([], "required: command"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_usage_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, engine: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert message in one_line(capsys.readouterr())
+    assert engine == [], "nothing may run"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("facts.jsonl line 3: not JSON"),
+        ValueError("test activations hold NaN or inf in 2 of 9 rows;\n drop these items"),
+        FileNotFoundError("no model there"),
+        registry.UnknownName("no testbed is called so"),
+    ],
+)
+def test_bad_input_found_by_the_testbed_is_one_line(
+    error: Exception, engine: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, {"scene": error})
+    assert cli.main(["run", "--no-progress"]) == 2
+    assert " ".join(str(error).split()) in one_line(capsys.readouterr())
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback(engine: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, {"scene": KeyError("oops")})
+    with pytest.raises(KeyError, match="oops"):
+        cli.main(["run", "--no-progress"])
+    install(monkeypatch, {"scene": ValueError("bad data")})
+    with pytest.raises(ValueError, match="bad data"):
+        cli.main(["run", "--no-progress", "--traceback"])
+
+
+def test_an_unusable_folder_is_refused_first(engine: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").write_text("")
+    assert cli.main(["run", "--out", "taken"]) == 2
+    assert "a file is in the way" in one_line(capsys.readouterr())
+    assert engine == []
+
+
+def test_a_run_prints_both_tables_and_says_where(
+    engine: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", "--preset", "demo", "--out", "here"]) == 0
+    out = capsys.readouterr().out
+    assert "Bits of optimization that each probe survives" in out
+    assert "Attacks on logistic" in out
+    assert "not run: ccs: it learns from contrast pairs" in out
+    assert out.rstrip().endswith("written to here")
+    assert max(map(len, out.splitlines())) <= 120
+    assert [c["probe"] for c in engine] == ["rock", "random_direction", "mass_mean", "lda", "logistic"]
+    assert engine[0]["attacks"] == ("isotropic_noise", "natural_thoughts", "gradient", "best_of_n")
+    assert json.loads((tmp_path / "here" / "result.json").read_text())["config"]["command"]["preset"] == "demo"
+
+
+def test_the_default_folder_names_testbed_preset_and_time(engine: Calls, tmp_path: Path) -> None:
+    assert cli.main(["run", "--preset", "demo", "--probes", "lda", "--no-progress"]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    name, preset, day, time = folder.name.split("-")
+    assert (name, preset, len(day), len(time)) == ("statements", "demo", 8, 6)
+
+
+def test_json_on_stdout_is_the_whole_result_and_nothing_else(
+    engine: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", "--probes", "lda", "--json", "--out", "o"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == json.loads((tmp_path / "o" / "result.json").read_text())
+    assert "written to o" in captured.err
+
+
+def test_ctrl_c_is_130_and_shows_what_is_finished(
+    engine: Calls, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, {"logistic": KeyboardInterrupt()})
+    assert cli.main(["run", "--probes", "lda,logistic", "--out", "o"]) == 130
+    captured = capsys.readouterr()
+    assert "interrupted; finished probes: lda" in captured.err
+    assert "Attacks on lda" in captured.out
+    assert json.loads((tmp_path / "o" / "result.json").read_text())["status"] == "interrupted"
+
+
+def test_ctrl_c_during_preparation_is_130(
+    engine: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, {"scene": KeyboardInterrupt()})
+    assert cli.main(["run", "--probes", "lda", "--no-progress"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_strict_turns_red_flags_into_3(engine: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, {"lda": lambda: fabricated.result("lda", 0.4)})  # brittle
+    assert cli.main(["run", "--probes", "lda", "--no-progress"]) == 0
+    assert cli.main(["run", "--probes", "lda", "--no-progress", "--strict"]) == 3
+    assert cli.main(["run", "--probes", "mass_mean", "--no-progress", "--strict"]) == 0
+
+
+def test_a_failing_probe_is_said_on_stderr(
+    engine: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, {"lda": ValueError("fewer negatives than the rate resolves")})
+    assert cli.main(["run", "--probes", "lda,mass_mean", "--no-progress"]) == 0
+    assert "probe lda failed: fewer negatives than the rate resolves" in capsys.readouterr().err
+    assert cli.main(["run", "--probes", "lda,mass_mean", "--no-progress", "--strict"]) == 3
+    assert cli.main(["run", "--probes", "lda", "--no-progress"]) == 1
+
+
+def test_only_inapplicable_probes_is_bad_usage(engine: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--probes", "ccs", "--no-progress"]) == 2
+    assert "contrast pairs" in capsys.readouterr().out
+
+
+def test_threats_and_epsilon_reach_the_engine(engine: Calls) -> None:
+    names = "item/natural/best,universal/natural/gaussian/kept"
+    assert cli.main(["run", "--probes", "lda", "--no-progress", "--threats", names, "--epsilon", "0.5"]) == 0
+    free, kept = engine[0]["threats"]
+    assert (free.tail, free.kept, free.epsilon) == ("best", False, None)
+    assert (kept.scope, kept.kept, kept.epsilon) == ("universal", True, 0.5)
+    cli.main(["run", "--probes", "lda", "--no-progress", "--threats", "free"])
+    assert not any(t.kept for t in engine[1]["threats"])
+    cli.main(["run", "--probes", "lda", "--no-progress"])
+    assert engine[2]["threats"] is None
+
+
+@pytest.mark.parametrize("group", ["probes", "attacks", "testbeds"])
+def test_lists_name_everything_registered(group: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([group, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == registry.names(group)
+    assert all(len(text) > 10 and "\n" not in text for text in found.values())
+    assert cli.main([group]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(found)
+
+
+def test_help_has_examples_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["run", "--help"]):
+        with pytest.raises(SystemExit) as done:
+            cli.main(arguments)
+        assert done.value.code == 0
+        assert "elk-stress run --testbed statements --preset demo" in capsys.readouterr().out
+
+
+def test_help_and_bad_usage_load_nothing_heavy() -> None:
+    code = (
+        "import sys; from elk_stress.cli import main\n"
+        "assert main(['run', '--probes', 'nobody']) == 2\n"
+        "assert main(['run', '--threats', 'x']) == 2\n"
+        "heavy = {'torch', 'jax', 'sklearn', 'scipy', 'transformers', 'matplotlib', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_are_set_before_anything_heavy_loads() -> None:
+    code = (
+        "import builtins, os, sys\n"
+        "os.environ.pop('OMP_WAIT_POLICY', None)\n"
+        "real = builtins.__import__\n"
+        "def watch(name, *rest, **more):\n"
+        "    if name.split('.')[0] == 'torch':\n"
+        "        assert os.environ.get('OMP_WAIT_POLICY') == 'PASSIVE', 'torch before threads'\n"
+        "    return real(name, *rest, **more)\n"
+        "builtins.__import__ = watch\n"
+        "from elk_stress import cli, registry\n"
+        "def load(*a, **k):\n"
+        "    import torch\n"
+        "    raise ValueError('seen')\n"
+        "registry.options = lambda *a: []\n"
+        "registry.load = load\n"
+        "sys.exit(cli.main(['run', '--no-progress', '--out', sys.argv[1]]))\n"
+    )
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "elk-stress: seen\n")
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    code = "import sys; from elk_stress.cli import main; sys.exit(main(['probes']))"
+    shell = f'"{sys.executable}" -c "{code}" | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr

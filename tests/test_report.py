@@ -1,0 +1,310 @@
+"""Tables, figures and text on fabricated results: what they say, what they must never say, and that they fit."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import fabricated
+import numpy as np
+import pytest
+from rich.console import Console
+
+from elk_stress.bits import Bits, Kind
+from elk_stress.flags import CATALOGUE, flag
+from elk_stress.report import plots, tables, words
+from elk_stress.report.folder import UnusableFolder, check_folder, write_folder
+from elk_stress.report.markdown import report
+from elk_stress.result import StressResult
+from elk_stress.run import RunResult
+from elk_stress.threat import Threat
+
+
+def printed(results: list[StressResult], width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    tables.show(console, results, skipped=[("ccs", "needs pairs")])
+    return console.export_text()
+
+
+def a_run(**changes: object) -> RunResult:
+    comparisons = (
+        {"a": "logistic", "b": "lda", "threat": "item/natural/gaussian", "difference": 6.3, "low": 3.1, "high": 9.5,
+         "p": 0.0004, "p_holm": 0.0008},
+        {"a": "mass_mean", "b": "lda", "threat": "item/natural/gaussian", "difference": -8.1, "low": -20.0, "high": 3.0,
+         "p": 0.3, "p_holm": 0.6},
+    )  # fmt: skip
+    made = RunResult(
+        "statements", tuple(fabricated.six()), comparisons, fabricated.six()[0].controls, {"extra": "needs pairs"},
+        {"broken": "ValueError: x"}, {"model": "tiny"}, {"fpr": 0.05}, {"python": "3.11"}, 7, 12.0, "ok",
+    )  # fmt: skip
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [100, 110, 120, 140])
+def test_tables_fit_and_cut_nothing(width: int) -> None:
+    text = printed(fabricated.six(), width)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    assert "…" not in text
+    for name in ("random_direction", "miscalibrated", "no signal", "best tail", "isotropic 0.3", "gradient", ">= 40.0"):
+        assert name in text, name
+
+
+def test_every_bits_of_the_result_is_in_the_table() -> None:
+    results = fabricated.six()
+    text = printed(results, 160)
+    for result in results:
+        for threat in result.threats.values():
+            assert words.bits_text(threat.headline) in text
+
+
+def test_kept_stands_below_free_in_the_same_column() -> None:
+    result = fabricated.result("lda", 12.3)
+    lines = printed([result], 160).splitlines()
+    free = next(line for line in lines if line.strip().startswith("lda"))
+    kept = lines[lines.index(free) + 1]
+    assert "free" in free
+    assert "kept" in kept
+    assert free.index("12.3 [") == kept.index("13.8 [")
+    assert "moved" in kept
+
+
+def test_two_epsilons_are_two_rows() -> None:
+    result = fabricated.result("lda", 12.3, kept=False)
+    low, high = (Threat(kept=True, epsilon=e) for e in (0.5, 2.0))
+    threats = {t.name + str(t.epsilon): fabricated.threat_result(t, 9.0, 0.8, 0.9) for t in (low, high)}
+    text = printed([replace(result, threats={**result.threats, **threats})], 160)
+    assert "kept 0.5" in text
+    assert "kept 2" in text
+
+
+def test_legend_names_raised_flags_only_and_says_what_to_do() -> None:
+    text = " ".join(printed(fabricated.six(), 200).split())
+    assert CATALOGUE["brittle"].raised_if in text
+    assert CATALOGUE["brittle"].what_to_do in text
+    assert CATALOGUE["leak"].raised_if not in text
+    assert "No flag was raised" in printed([fabricated.result("lda", 12.0)], 120)
+
+
+def test_every_flag_has_a_code_of_its_own() -> None:
+    assert set(words.FLAG_CODES) == set(CATALOGUE)
+    assert len(set(words.FLAG_CODES.values())) == len(CATALOGUE)
+
+
+def test_red_flags_come_first() -> None:
+    assert words.codes([flag("origin_fails"), flag("brittle"), flag("brittle")]) == ["BR", "OF"]
+
+
+def test_bits_never_lose_their_kind() -> None:
+    distance = Bits(20.0, 20.0, 20.0, Kind.DISTANCE, "form")
+    assert words.bits_text(distance).startswith("d ")
+    assert "20.0" not in words.bits_text(distance)
+    assert float(words.bits_text(distance)[2:]) == pytest.approx(4.76, abs=0.01)  # -Phi^-1(2^-20)
+    assert words.bits_text(Bits(5, 5, math.inf, Kind.CENSORED, "x")) == ">= 5.0"
+    assert words.bits_text(Bits(5, 0, 5, Kind.UPPER_BOUND, "x")) == "<= 5.0 (bound)"
+    assert words.bits_text(Bits(5, 4, math.inf, Kind.ESTIMATE, "x")) == "5.0 [4.0, inf]"
+    assert words.bits_text(Bits(math.inf, math.inf, math.inf, Kind.EXACT, "x")) == "inf"
+
+
+def test_compact_intervals_hold_the_true_ones() -> None:
+    assert words.bits_text(Bits(12.6, 12.4, 12.9, Kind.ESTIMATE, "x"), compact=True) == "12.6 [12,13]"
+    assert words.bits_text(Bits(12.6, 12.4, math.inf, Kind.ESTIMATE, "x"), compact=True) == "12.6 [12,inf]"
+
+
+def test_draws_are_those_with_an_even_chance() -> None:
+    # (1 - 2^-B)^N = 1/2 exactly at B = 1: N = 1; at B = 10: 709.4
+    assert words.draws(1.0) == "a single natural draw"
+    assert words.draws(10.0) == "the best of about 709 draws"
+    assert words.draws(40.0) == "the best of about 2^39.5 draws"
+
+
+@pytest.mark.parametrize(("n", "text"), [(0, "0"), (812, "812"), (1234, "1.2k"), (35_000, "35k"), (4.1e6, "4.1M")])
+def test_counts(n: float, text: str) -> None:
+    assert words.count(n) == text
+
+
+def test_report_says_what_was_found_and_ranks_only_by_comparison() -> None:
+    text = report(a_run())
+    found = text.split("## Why believe it")[0]
+    assert "`lda`: clean AUROC 0.97" in found
+    assert "half of its catches are lost at **12.3 [10.8, 13.8] bits**" in found
+    assert "more than half still stand at **40.0 bits**" in found
+    assert "brittle" in found
+    assert "`logistic` survives 6.3 [3.1, 9.5] bits more than `lda`" in found
+    assert "`lda` survives" not in found, "a difference that is not significant must not rank"
+    assert "`mass_mean` survives" not in found
+
+
+def test_report_turns_a_negative_difference_round() -> None:
+    negative = {"a": "lda", "b": "logistic", "threat": "item/natural/gaussian", "difference": -6.3, "low": -9.5,
+                "high": -3.1, "p": 0.001, "p_holm": 0.002}  # fmt: skip
+    assert "`logistic` survives 6.3 [3.1, 9.5] bits more than `lda`" in report(a_run(comparisons=(negative,)))
+
+
+def test_report_without_comparisons_ranks_nothing() -> None:
+    text = report(a_run(comparisons=()))
+    assert "bits more than" not in text
+    assert "nothing was compared" in text
+
+
+def test_report_has_every_part() -> None:
+    text = report(a_run())
+    for part in ("What these bits guarantee", "Detection", "Controls", "What was left", "Attacks", "Tails", "scale,",
+                 "predicted beside observed", "Paired comparisons", "Flags", "Not run", "Configuration"):  # fmt: skip
+        assert f"{part}" in text, part
+    assert "`a <= 2^-(B-k)`" in text
+    assert "catches nothing at the threshold" in text
+    assert "0.9: 14.8" in text  # B at 0.9 of the prior's scale, lda
+    assert "![best of n](best_of_n.png)" in text
+    assert "`broken` **failed**: ValueError: x" in text
+    assert CATALOGUE["brittle"].what_to_do in text
+
+
+def test_tables_in_the_report_are_well_formed() -> None:
+    widths: list[int] = []
+    for line in [*report(a_run()).splitlines(), ""]:
+        if line.startswith("|"):
+            widths.append(line.replace("\\|", "").count("|"))
+        elif widths:
+            assert len(set(widths)) == 1
+            assert len(widths) > 2, "a table with no row"
+            widths = []
+
+
+def test_report_prints_no_distance_as_bits() -> None:
+    result = fabricated.result("lda", 12.0)
+    name, first = next(iter(result.threats.items()))
+    form = Bits(23.4, 23.4, 23.4, Kind.DISTANCE, "design_point")
+    changed = replace(result, threats={**result.threats, name: replace(first, headline=form)}, controls={})
+    text = report(a_run(results=(changed,), comparisons=()))
+    assert "23.4" not in text
+    assert "only a distance is known: d 5.2" in text
+
+
+def test_coverage_of_best_of_n_counts_what_is_outside() -> None:
+    result = fabricated.result("lda", 12.0, kept=False)
+    curves = result.best_of_n[0]
+    off = replace(curves.observed, value=np.ones(6), low=np.full(6, 0.9), high=np.ones(6))
+    agree = report(a_run(results=(replace(result, best_of_n=(curves,)),)))
+    differ = report(a_run(results=(replace(result, best_of_n=(replace(curves, observed=off),)),)))
+    assert "at 6 of 6 points" in agree
+    assert "at 0 of 6 points" in differ
+
+
+def test_result_json_is_complete_and_strict(tmp_path: Path) -> None:
+    run = a_run()
+    files = write_folder(run, tmp_path)
+    assert sorted(f.name for f in files) == ["best_of_n.png", "report.md", "result.json", "survival.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f.name for f in files), "no temporary file may stay"
+
+    def refuse(name: str) -> float:
+        raise AssertionError(f"{name} is not JSON")
+
+    record = json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse)
+    for key in ("versions", "seed", "config", "status", "results", "comparisons", "controls", "skipped", "failures"):
+        assert key in record
+    threat = record["results"][3]["threats"]["item/natural/gaussian"]
+    assert len(threat["items"]["bits"]) == len(threat["items"]["ids"]) == 34
+    assert threat["items"]["bits"][0]["value"] == pytest.approx(12.3 * 0.5)
+    assert record["results"][5]["threats"]["item/natural/gaussian"]["headline"]["high"] == "inf"
+
+
+def test_figures_are_the_same_bytes_twice(tmp_path: Path) -> None:
+    for name in "ab":
+        plots.save(plots.survival(fabricated.six()), tmp_path / f"{name}.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_survival_draws_the_curve_and_marks_censoring() -> None:
+    result = fabricated.result("ccs", 60.0, kept=False)
+    axis = plots.survival([result]).axes[0]
+    curve = next(iter(result.threats.values())).curve
+    line = axis.lines[0]
+    np.testing.assert_allclose(line.get_ydata(), curve.value)
+    triangles = [m for m in axis.lines if m.get_marker() == ">"]
+    assert [float(m.get_xdata()[0]) for m in triangles] == [fabricated.MAX_BITS]
+
+
+def test_nothing_is_drawn_beyond_the_censoring_point() -> None:
+    result = fabricated.result("ccs", 60.0, kept=False)
+    name, threat = next(iter(result.threats.items()))
+    cut = replace(threat, curve=replace(threat.curve, censored_from=20.0))
+    axis = plots.survival([replace(result, threats={name: cut})]).axes[0]
+    assert max(float(np.max(line.get_xdata())) for line in axis.lines) <= 20.0
+
+
+def test_probes_differ_without_colour() -> None:
+    axis = plots.survival(fabricated.six()).axes[0]
+    styles = [str(line.get_linestyle()) + str(line._dash_pattern) for line in axis.lines if line.get_linewidth() == 1.7]
+    markers = {line.get_marker() for line in axis.lines if line.get_marker() not in ("None", ">")}
+    assert len(set(styles)) == 6
+    assert len(markers) == 6
+
+
+def test_best_of_n_draws_prediction_and_observation_on_log2_n() -> None:
+    result = fabricated.result("lda", 6.0)
+    figure = plots.best_of_n([result])
+    assert figure is not None
+    axis = figure.axes[0]
+    curves = result.best_of_n[0]
+    np.testing.assert_allclose(axis.lines[0].get_xdata(), np.log2(curves.observed.x))
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), curves.predicted["gaussian"].value)
+    observed = axis.containers[0].lines[0]
+    np.testing.assert_allclose(observed.get_ydata(), curves.observed.value)
+    assert plots.best_of_n([replace(result, best_of_n=())]) is None
+
+
+def test_plots_touch_no_global_state() -> None:
+    import sys
+
+    plots.survival([fabricated.result("lda", 6.0)])
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or pyplot.get_fignums() == []
+
+
+def test_a_stale_figure_goes_when_this_run_has_none(tmp_path: Path) -> None:
+    (tmp_path / "best_of_n.png").write_bytes(b"old")
+    write_folder(a_run(results=(fabricated.result("ccs", 60.0),), comparisons=()), tmp_path)
+    assert not (tmp_path / "best_of_n.png").exists()
+    assert "best_of_n.png" not in (tmp_path / "report.md").read_text()
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UnusableFolder, match="a file is in the way"):
+        check_folder(tmp_path / "file")
+    with pytest.raises(UnusableFolder, match="a file is in the way"):
+        check_folder(tmp_path / "file" / "below")
+
+
+def test_a_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # root may write anywhere, so the refusal of the system is simulated
+    def refuse(self: Path, data: bytes) -> int:
+        raise PermissionError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(UnusableFolder, match=r"cannot be written: Read-only file system; choose another folder"):
+        check_folder(tmp_path)
+
+
+def test_a_full_disk_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnusableFolder, match=r"MiB free and a run needs"):
+        check_folder(tmp_path, needed=2**62)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(a_run(), tmp_path)
+    before = (tmp_path / "result.json").read_bytes()
+
+    def full(self: Path, text: str) -> int:
+        self.write_bytes(text[:10].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_folder(a_run(seed=8), tmp_path)
+    assert (tmp_path / "result.json").read_bytes() == before
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -1,0 +1,171 @@
+"""The run: nothing finished is lost, a failing probe stops nobody, what does not apply is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fabricated
+import pytest
+from fake_engine import FakeTestbed, install
+
+from elk_stress.flags import flag
+from elk_stress.report.folder import UnusableFolder
+from elk_stress.run import Interrupted, run
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    record = json.loads((folder / "result.json").read_text())
+    assert isinstance(record, dict)
+    return record
+
+
+def test_a_run_writes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = install(monkeypatch)
+    result = run(FakeTestbed(), ["lda", "logistic"], out=tmp_path / "new" / "folder", attacks=["gradient"], seed=3)
+    folder = tmp_path / "new" / "folder"
+    assert sorted(p.name for p in folder.iterdir()) == ["best_of_n.png", "report.md", "result.json", "survival.png"]
+    assert result.status == "ok"
+    assert [r.probe for r in result.results] == ["lda", "logistic"]
+    record = saved(folder)
+    assert record["status"] == "ok"
+    assert record["seed"] == 3
+    assert record["versions"]["python"]
+    assert record["config"]["probes"] == ["lda", "logistic"]
+    assert record["description"] == {"size": "demo", "model": "none"}
+    assert record["comparisons"] == [{"a": "x", "b": "y"}]
+    assert calls[0]["scene"] == calls[1]["scene"] == "scene 3"
+    assert calls[0]["attacks"] == ("gradient",)
+    assert "max_bits" not in calls[0], "the engine's own default must hold"
+
+
+def test_settings_reach_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = install(monkeypatch)
+    run(FakeTestbed(), ["lda"], out=tmp_path, max_bits=33.0, fpr=0.1, behaviour_epsilon=0.7)
+    assert (calls[0]["max_bits"], calls[0]["fpr"], calls[0]["behaviour_epsilon"]) == (33.0, 0.1, 0.7)
+    assert calls[0]["attacks"] == "all"
+
+
+def test_the_folder_is_checked_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = install(monkeypatch)
+    (tmp_path / "file").write_text("")
+    testbed = FakeTestbed()
+    with pytest.raises(UnusableFolder):
+        run(testbed, ["lda"], out=tmp_path / "file")
+    assert testbed.prepared == 0
+    assert calls == []
+
+
+def test_results_are_written_after_every_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def second() -> Any:
+        record = saved(tmp_path)
+        seen.append((record["status"], len(record["results"])))
+        return fabricated.result("logistic", 5.0, kept=False)
+
+    install(monkeypatch, {"logistic": second})
+    run(FakeTestbed(), ["lda", "logistic"], out=tmp_path)
+    assert seen == [("partial", 1)]
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, {"logistic": KeyboardInterrupt()})
+    with pytest.raises(Interrupted) as caught:
+        run(FakeTestbed(), ["lda", "logistic", "mass_mean"], out=tmp_path)
+    assert [r.probe for r in caught.value.result.results] == ["lda"]
+    record = saved(tmp_path)
+    assert record["status"] == "interrupted"
+    assert [r["probe"] for r in record["results"]] == ["lda"]
+    assert "This run is interrupted" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "survival.png").exists()
+
+
+def test_ctrl_c_before_the_first_probe_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, {"lda": KeyboardInterrupt()})
+    with pytest.raises(Interrupted):
+        run(FakeTestbed(), ["lda"], out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_probe_is_recorded_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, {"lda": ValueError("labels hold one class only"), "mass_mean": ZeroDivisionError("oh")})
+    result = run(FakeTestbed(), ["lda", "mass_mean", "logistic"], out=tmp_path)
+    assert [r.probe for r in result.results] == ["logistic"]
+    assert result.failures == {"lda": "labels hold one class only", "mass_mean": "ZeroDivisionError: oh"}
+    assert result.red
+    assert saved(tmp_path)["failures"] == dict(result.failures)
+    assert "labels hold one class only" in (tmp_path / "report.md").read_text()
+
+
+def test_all_probes_failing_still_writes_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, {"lda": ValueError("no")})
+    result = run(FakeTestbed(), ["lda"], out=tmp_path)
+    assert result.results == ()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.md", "result.json"]
+
+
+def test_ccs_without_pairs_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = install(monkeypatch)
+    without = run(FakeTestbed(), ["ccs", "lda"], out=tmp_path)
+    assert "contrast pairs" in without.skipped["ccs"]
+    assert [c["probe"] for c in calls] == ["lda"]
+    having = run(FakeTestbed(pairs=True), ["ccs", "lda"], out=tmp_path)
+    assert having.skipped == {}
+    assert [r.probe for r in having.results] == ["ccs", "lda"]
+
+
+def test_known_probes_become_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = install(monkeypatch)
+    result = run(FakeTestbed(known=("oracle", "planted")), ["lda"], out=tmp_path)
+    # the fabricated result holds an oracle already: only the other one is stressed, and not attacked
+    assert [c["probe"] for c in calls] == ["lda", "planted"]
+    assert calls[1]["attacks"] == ()
+    assert set(result.controls) == {"rock", "random_direction", "oracle", "paper", "planted"}
+    assert not isinstance(result.controls["planted"], str)
+    assert result.controls["planted"]["item/natural/gaussian"].value == 12.0
+
+
+def test_a_failing_control_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, {"planted": ValueError("no direction")})
+    result = run(FakeTestbed(known=("planted",)), ["lda"], out=tmp_path)
+    assert result.controls["planted"] == "failed: no direction"
+
+
+def test_one_probe_is_compared_with_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    assert run(FakeTestbed(), ["lda"], out=tmp_path).comparisons == ()
+
+
+def test_red_flags_make_a_run_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    def red() -> Any:
+        return dataclasses.replace(fabricated.result("lda", 9.0, kept=False), flags=(flag("leak"),))
+
+    def pale() -> Any:
+        return dataclasses.replace(fabricated.result("lda", 9.0, kept=False), flags=(flag("origin_fails"),))
+
+    install(monkeypatch, {"lda": red})
+    assert run(FakeTestbed(), ["lda"], out=tmp_path).red
+    install(monkeypatch, {"lda": pale})
+    assert not run(FakeTestbed(), ["lda"], out=tmp_path).red
+
+
+def test_a_disk_that_fills_up_meanwhile_loses_no_finished_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from elk_stress import run as module
+
+    install(monkeypatch)
+    tries: list[int] = []
+
+    def sometimes(state: Any, folder: Path) -> Path:
+        tries.append(len(state.results))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_result", sometimes)
+    result = run(FakeTestbed(), ["lda", "logistic"], out=tmp_path)
+    assert tries == [1, 2]
+    assert [r["probe"] for r in saved(tmp_path)["results"]] == [r.probe for r in result.results]
