@@ -47,7 +47,7 @@ class BestOfN:
         """
         if oracle.pool is None:
             raise ValueError(
-                "best_of_n chooses among real alternatives and this threat has none; "
+                "best_of_n chooses among real alternatives and the oracle has no pool of them; "
                 "give the testbed observed contexts, or use natural_thoughts, which draws from the prior"
             )
         size = oracle.pool.shape[1]
