@@ -57,30 +57,38 @@ class Mixture:
 
     def draw(self, problems: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """``(p, n, dim)`` draws and ``(p, n)`` log density ratios ``log q/prior`` in nats."""
-        centres, counts = self.centres[problems], self.counts[problems]
+        counts = self.counts[problems]
         n = int(counts[0].sum())
         # component of draw i: how many cumulative counts lie at or below i
         component = (np.arange(n)[None, :, None] >= np.cumsum(counts, axis=1)[:, None, :]).sum(axis=-1)
-        return self._at(centres, counts / n, component, rng)
+        return self._at(problems, counts / n, component, rng)
 
     def draw_independent(self, problems: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Like :meth:`draw`, but each draw picks its own component: independent and identically distributed."""
-        centres, counts = self.centres[problems], self.counts[problems]
+        counts = self.counts[problems]
         share = counts / counts.sum(axis=1, keepdims=True)
         pick = rng.random((problems.shape[0], n))
         component = (pick[:, :, None] >= np.cumsum(share, axis=1)[:, None, :-1]).sum(axis=-1)
-        return self._at(centres, share, component, rng)
+        return self._at(problems, share, component, rng)
 
     def _at(
-        self, centres: np.ndarray, share: np.ndarray, component: np.ndarray, rng: np.random.Generator
+        self, problems: np.ndarray, share: np.ndarray, component: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
+        centres = self.centres[problems]
         u = rng.standard_normal((*component.shape, centres.shape[-1]))
         u += np.take_along_axis(centres, component[..., None], axis=1)
+        return u, self.log_ratio(problems, u, share)
+
+    def log_ratio(self, problems: np.ndarray, u: np.ndarray, share: np.ndarray | None = None) -> np.ndarray:
+        """``log q/prior`` in nats at ``(p, n, dim)`` points -> ``(p, n)``; the realized shares by default."""
+        centres = self.centres[problems]
+        if share is None:
+            share = self.counts[problems] / self.counts[problems].sum(axis=1, keepdims=True)
         with np.errstate(divide="ignore"):
             log_share = np.log(share)
         terms = u @ centres.transpose(0, 2, 1)
         terms += (log_share - 0.5 * np.einsum("pmd,pmd->pm", centres, centres))[:, None, :]
-        return u, np.asarray(logsumexp(terms, axis=-1))
+        return np.asarray(logsumexp(terms, axis=-1))
 
 
 def blocks(n_problems: int, n: int, dim: int) -> Iterator[np.ndarray]:
