@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from elk_stress.bits import Bits
+from elk_stress.comparison import Comparison
 from elk_stress.probe import FittedProbe, Probe
 from elk_stress.report.folder import check_folder, write_folder, write_result
 from elk_stress.result import StressResult, plain
@@ -46,7 +47,7 @@ class RunResult:
 
     testbed: str
     results: tuple[StressResult, ...] = ()
-    comparisons: tuple[Any, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
     controls: Mapping[str, Mapping[str, Bits] | str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
@@ -100,7 +101,7 @@ def run(
         attacks: names, or ``"all"`` that apply.
         threats: default: see :func:`elk_stress.threat.default_threats`.
         behaviour_epsilon: nats; default 3 x the median shift under the prior.
-        max_bits: where items are censored; default: that of :func:`elk_stress.stress`.
+        max_bits: where items are censored; default: that of :func:`elk_stress.engine.stress`.
         seed: all randomness.
         fpr: false-positive rate of the threshold.
         progress: a ``rich.progress.Progress``, or ``None``.
@@ -112,7 +113,7 @@ def run(
     """
     folder = check_folder(Path(out))
     started = time.monotonic()
-    engine = importlib.import_module("elk_stress.stress")
+    engine = importlib.import_module("elk_stress.engine")
     # here and not left to the scene: contrast pairs, for one, are known only afterwards
     testbed.prepare(progress)
     apply, skipped = _applicable(testbed, probes)
@@ -133,16 +134,15 @@ def run(
         with _task(progress, f"stressing {len(apply)} probes", len(apply)) as advance:
             for probe in apply:
                 try:
-                    result = engine.stress(testbed, probe, attacks=asked, progress=progress, scene=scene, **settings)
+                    result = engine.stress(scene, probe, attacks=asked, progress=progress, **settings)
                     state = replace(state, results=(*state.results, result))
                 except Exception as error:
                     state = replace(state, failures={**state.failures, _name(probe): _message(error)})
                 state = replace(state, seconds=time.monotonic() - started, controls=_merged(state.results))
                 _write_if_possible(state, folder)
                 advance()
-        state = replace(state, controls=_known_controls(engine, testbed, state, scene, settings, progress))
         if len(state.results) > 1:
-            state = replace(state, comparisons=tuple(engine.compare_all(state.results)))
+            state = replace(state, comparisons=engine.compare_all(_by_name(state.results)))
     except KeyboardInterrupt:
         state = replace(state, status="interrupted", seconds=time.monotonic() - started)
         if state.results or state.failures:
@@ -174,20 +174,13 @@ def _applicable(
     return apply, skipped
 
 
-def _known_controls(
-    engine: Any, testbed: Testbed, state: RunResult, scene: Any, settings: Mapping[str, Any], progress: Any
-) -> Mapping[str, Mapping[str, Bits] | str]:
-    """Oracle and paper: from the results where these hold them, else stressed here, without attacks."""
-    controls = dict(state.controls)
-    for name, probe in testbed.known_probes().items():
-        if name in controls:
-            continue
-        try:
-            result = engine.stress(testbed, probe, attacks=(), progress=progress, scene=scene, **settings)
-            controls[name] = {threat: row.headline for threat, row in result.threats.items()}
-        except Exception as error:
-            controls[name] = f"failed: {_message(error)}"
-    return controls
+def _by_name(results: Sequence[StressResult]) -> dict[str, StressResult]:
+    """Results by probe; a second probe of the same name is numbered."""
+    named: dict[str, StressResult] = {}
+    for result in results:
+        again = sum(r.probe == result.probe for r in named.values())
+        named[f"{result.probe} {again + 1}" if again else result.probe] = result
+    return named
 
 
 def _merged(results: Sequence[StressResult]) -> dict[str, Mapping[str, Bits] | str]:

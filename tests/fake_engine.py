@@ -11,7 +11,7 @@ import fabricated
 import numpy as np
 import pytest
 
-from elk_stress.bits import Bits
+from elk_stress.comparison import compare_all
 from elk_stress.result import StressResult
 from elk_stress.testbed import Items
 
@@ -23,8 +23,8 @@ class FakeTestbed:
     site = "layers.0"
     dim = 4
 
-    def __init__(self, size: str = "demo", seed: int = 0, *, pairs: bool = False, known: tuple[str, ...] = ()) -> None:
-        self.size, self.seed, self.prepared, self._known = size, seed, 0, known
+    def __init__(self, size: str = "demo", seed: int = 0, *, pairs: bool = False) -> None:
+        self.size, self.seed, self.prepared = size, seed, 0
         labels = np.array([0, 1])
         items = Items(("a", "b"), labels, labels, np.array([[0, 1]]) if pairs else None)
         self.splits = {"train": items, "calibration": items, "test": items}
@@ -35,19 +35,16 @@ class FakeTestbed:
     def describe(self) -> Mapping[str, Any]:
         return {"size": self.size, "model": "none"}
 
-    def known_probes(self) -> Mapping[str, Any]:
-        return {name: name for name in self._known}
-
 
 def install(
     monkeypatch: pytest.MonkeyPatch, behaviour: Mapping[str, BaseException | Callable[[], StressResult]] | None = None
 ) -> list[dict[str, Any]]:
-    """Put a fake ``elk_stress.stress`` in place; returns the calls made. ``behaviour``: probe -> error or result."""
+    """Put a fake ``elk_stress.engine`` in place; returns the calls made. ``behaviour``: probe -> error or result."""
     calls: list[dict[str, Any]] = []
     acts = dict(behaviour or {})
 
-    def stress(testbed: Any, probe: Any, **options: Any) -> StressResult:
-        calls.append({"probe": probe, **options})
+    def stress(scene: Any, probe: Any, **options: Any) -> StressResult:
+        calls.append({"probe": probe, "scene": scene, **options})
         act = acts.get(probe)
         if isinstance(act, BaseException):
             raise act
@@ -61,11 +58,7 @@ def install(
             raise act
         return f"scene {seed}"
 
-    engine = ModuleType("elk_stress.stress")
-    vars(engine).update(stress=stress, prepare_scene=prepare_scene, compare_all=lambda results: [{"a": "x", "b": "y"}])
-    monkeypatch.setitem(sys.modules, "elk_stress.stress", engine)
+    engine = ModuleType("elk_stress.engine")
+    vars(engine).update(stress=stress, prepare_scene=prepare_scene, compare_all=compare_all)
+    monkeypatch.setitem(sys.modules, "elk_stress.engine", engine)
     return calls
-
-
-def bits(value: float) -> Bits:
-    return fabricated.estimate(value)

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from elk_stress.bits import Bits, Kind
+from elk_stress.comparison import Comparison
 from elk_stress.flags import CATALOGUE, flag
 from elk_stress.report import plots, tables, words
 from elk_stress.report.folder import UnusableFolder, check_folder, write_folder
@@ -30,12 +31,11 @@ def printed(results: list[StressResult], width: int) -> str:
 
 
 def a_run(**changes: object) -> RunResult:
+    first = "item/natural/gaussian"
     comparisons = (
-        {"a": "logistic", "b": "lda", "threat": "item/natural/gaussian", "difference": 6.3, "low": 3.1, "high": 9.5,
-         "p": 0.0004, "p_holm": 0.0008},
-        {"a": "mass_mean", "b": "lda", "threat": "item/natural/gaussian", "difference": -8.1, "low": -20.0, "high": 3.0,
-         "p": 0.3, "p_holm": 0.6},
-    )  # fmt: skip
+        Comparison("logistic", "lda", first, 6.3, (3.1, 9.5), 7.2, (4.4, 9.9), 0.0004, 0.0008, "logistic"),
+        Comparison("mass_mean", "lda", first, -8.1, (-20.0, 3.0), -6.0, (-14.0, 2.0), 0.3, 0.6, None),
+    )
     made = RunResult(
         "statements", tuple(fabricated.six()), comparisons, fabricated.six()[0].controls, {"extra": "needs pairs"},
         {"broken": "ValueError: x"}, {"model": "tiny"}, {"fpr": 0.05}, {"python": "3.11"}, 7, 12.0, "ok",
@@ -103,6 +103,7 @@ def test_bits_never_lose_their_kind() -> None:
     assert "20.0" not in words.bits_text(distance)
     assert float(words.bits_text(distance)[2:]) == pytest.approx(4.76, abs=0.01)  # -Phi^-1(2^-20)
     assert words.bits_text(Bits(5, 5, math.inf, Kind.CENSORED, "x")) == ">= 5.0"
+    assert words.bits_text(Bits(5, 3, math.inf, Kind.CENSORED, "x")) == ">= 5.0 [3.0, inf]"
     assert words.bits_text(Bits(5, 0, 5, Kind.UPPER_BOUND, "x")) == "<= 5.0 (bound)"
     assert words.bits_text(Bits(5, 4, math.inf, Kind.ESTIMATE, "x")) == "5.0 [4.0, inf]"
     assert words.bits_text(Bits(math.inf, math.inf, math.inf, Kind.EXACT, "x")) == "inf"
@@ -132,20 +133,23 @@ def test_report_says_what_was_found_and_ranks_only_by_comparison() -> None:
     assert "half of its catches are lost at **12.3 [10.8, 13.8] bits**" in found
     assert "more than half still stand at **40.0 bits**" in found
     assert "brittle" in found
-    assert "`logistic` survives 6.3 [3.1, 9.5] bits more than `lda`" in found
-    assert "`lda` survives" not in found, "a difference that is not significant must not rank"
-    assert "`mass_mean` survives" not in found
+    assert "`logistic` keeps 7.2 [4.4, 9.9] more bits per positive than `lda` (adjusted p < 0.001)" in found
+    assert "the other 1 pairs do not differ" in found
+    assert found.count("more bits per positive") == 1, "a difference that is not significant must not rank"
 
 
 def test_report_turns_a_negative_difference_round() -> None:
-    negative = {"a": "lda", "b": "logistic", "threat": "item/natural/gaussian", "difference": -6.3, "low": -9.5,
-                "high": -3.1, "p": 0.001, "p_holm": 0.002}  # fmt: skip
-    assert "`logistic` survives 6.3 [3.1, 9.5] bits more than `lda`" in report(a_run(comparisons=(negative,)))
+    negative = Comparison(
+        "lda", "logistic", "item/natural/gaussian", -6.3, (-9.5, -3.1), -7.2, (-9.9, -4.4), 0.001, 0.002, "logistic"
+    )
+    text = report(a_run(comparisons=(negative,)))
+    assert "`logistic` keeps 7.2 [4.4, 9.9] more bits per positive than `lda`" in text
+    assert "its headline is +6.3 [3.1, 9.5] bits away" in text
 
 
 def test_report_without_comparisons_ranks_nothing() -> None:
     text = report(a_run(comparisons=()))
-    assert "bits more than" not in text
+    assert "more bits per positive than" not in text
     assert "nothing was compared" in text
 
 

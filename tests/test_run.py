@@ -34,7 +34,8 @@ def test_a_run_writes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert record["versions"]["python"]
     assert record["config"]["probes"] == ["lda", "logistic"]
     assert record["description"] == {"size": "demo", "model": "none"}
-    assert record["comparisons"] == [{"a": "x", "b": "y"}]
+    assert {(row["a"], row["b"]) for row in record["comparisons"]} == {("lda", "logistic")}
+    assert len(record["comparisons"]) == 4
     assert calls[0]["scene"] == calls[1]["scene"] == "scene 3"
     assert calls[0]["attacks"] == ("gradient",)
     assert "max_bits" not in calls[0], "the engine's own default must hold"
@@ -116,21 +117,24 @@ def test_ccs_without_pairs_is_skipped_with_the_reason(tmp_path: Path, monkeypatc
     assert [r.probe for r in having.results] == ["ccs", "lda"]
 
 
-def test_known_probes_become_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = install(monkeypatch)
-    result = run(FakeTestbed(known=("oracle", "planted")), ["lda"], out=tmp_path)
-    # the fabricated result holds an oracle already: only the other one is stressed, and not attacked
-    assert [c["probe"] for c in calls] == ["lda", "planted"]
-    assert calls[1]["attacks"] == ()
-    assert set(result.controls) == {"rock", "random_direction", "oracle", "paper", "planted"}
-    assert not isinstance(result.controls["planted"], str)
-    assert result.controls["planted"]["item/natural/gaussian"].value == 12.0
+def test_controls_of_the_results_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    def other() -> Any:
+        return dataclasses.replace(fabricated.result("logistic", 9.0), controls={"random_direction": {}, "paper": "no"})
+
+    install(monkeypatch, {"logistic": other})
+    controls = run(FakeTestbed(), ["lda", "logistic"], out=tmp_path).controls
+    assert list(controls) == ["rock", "random_direction", "oracle", "paper"]
+    assert controls["random_direction"] == {}, "numbers replace a sentence"
+    assert not isinstance(controls["paper"], str), "a sentence does not replace numbers"
 
 
-def test_a_failing_control_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, {"planted": ValueError("no direction")})
-    result = run(FakeTestbed(known=("planted",)), ["lda"], out=tmp_path)
-    assert result.controls["planted"] == "failed: no direction"
+def test_two_probes_of_one_name_are_both_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    rows = run(FakeTestbed(), ["lda", "lda"], out=tmp_path).comparisons
+    assert {(row.a, row.b) for row in rows} == {("lda", "lda 2")}
+    assert {row.better for row in rows} == {None}, "a probe does not survive more than itself"
 
 
 def test_one_probe_is_compared_with_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ printed as bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from elk_stress.bits import GUARANTEES, Bits, Kind
@@ -18,6 +18,7 @@ from elk_stress.report import words
 from elk_stress.result import AttackResult, StressResult, ThreatResult, plain
 
 if TYPE_CHECKING:
+    from elk_stress.comparison import Comparison
     from elk_stress.run import RunResult
 
 __all__ = ["report"]
@@ -72,13 +73,15 @@ def _found(run: RunResult) -> list[str]:
     ]
     for result in run.results:
         lines.append(f"- {_sentence(result)}")
-    ranking = [_difference(c) for c in _records(run.comparisons) if c.get("threat") == first.threat.name]
-    decided = [text for text in ranking if text is not None]
-    lines += ["", "Compared in pairs (same items and seeds, Holm-adjusted over the table):", ""]
+    compared = [row for row in run.comparisons if row.threat == first.threat.name]
+    decided = [row for row in compared if row.better is not None]
+    lines += ["", f"Compared in pairs, under `{first.threat.name}` ({_COMPARED}):", ""]
     if decided:
-        lines += [f"- {text}" for text in decided]
-    elif ranking:
-        lines.append("- no two probes differ beyond chance under this threat.")
+        lines += [f"- {_difference(row)}." for row in decided]
+        if len(decided) < len(compared):
+            lines.append(f"- the other {len(compared) - len(decided)} pairs do not differ beyond chance.")
+    elif compared:
+        lines.append("- no two probes differ beyond chance.")
     else:
         lines.append("- nothing was compared, so no probe is said to survive more than another.")
     return lines
@@ -117,19 +120,20 @@ def _sentence(result: StressResult) -> str:
     return f"{head}; {text}."
 
 
-def _difference(record: Mapping[str, Any]) -> str | None:
-    """A sentence if the paired interval excludes 0 after Holm, else ``None``."""
-    difference, low, high, p = (record.get(k) for k in ("difference", "low", "high", "p_holm"))
-    if not isinstance(difference, float) or not isinstance(p, float) or p >= 0.05:
-        return None
-    more, less = ("a", "b") if difference > 0 else ("b", "a")
-    sign = 1 if difference > 0 else -1
-    bounds = sorted(sign * x for x in (low, high) if isinstance(x, float))
-    width = f" {words.interval((bounds[0], bounds[1]))}" if len(bounds) == 2 else ""
+def _difference(row: Comparison) -> str:
+    """A decided comparison in words, the better probe first."""
+    turned = row.better == row.b
+    sign, worse = (-1, row.a) if turned else (1, row.b)
+    kept = words.interval(_turn(row.kept_interval, turned))
     return (
-        f"`{record[more]}` survives {abs(difference):.1f}{width} bits more than `{record[less]}` "
-        f"(`{record['threat']}`, adjusted p {_p(p)})"
+        f"`{row.better}` keeps {sign * row.kept:.1f} {kept} more bits per positive than `{worse}` (adjusted p "
+        f"{_p(row.holm)}); its headline is {sign * row.headline:+.1f} "
+        f"{words.interval(_turn(row.headline_interval, turned))} bits away"
     )
+
+
+def _turn(bounds: tuple[float, float], turned: bool) -> tuple[float, float]:
+    return (-bounds[1], -bounds[0]) if turned else bounds
 
 
 def _belief(run: RunResult) -> list[str]:
@@ -285,9 +289,19 @@ def _audit(results: Sequence[StressResult]) -> list[str]:
 def _attacks(results: Sequence[StressResult]) -> list[str]:
     lines = [
         "An attack only proposes; the engine re-scores and decides. Bits belong to the threat; an attack bounds them "
-        "at most. Medians per problem.",
+        "at most. Medians per problem. Benign: the share that random moves of the same length break.",
     ]
-    head = ["threat", "attack", "success", "shift (nats)", "length in u", "queries", "gradients", "bits spent"]
+    head = [
+        "threat",
+        "attack",
+        "success",
+        "shift (nats)",
+        "benign",
+        "length in u",
+        "queries",
+        "gradients",
+        "bits spent",
+    ]
     head += ["upper bound on B", "flags"]
     for result in results:
         body = [_attack_row(t, a) for t in result.threats.values() for a in t.attacks]
@@ -299,12 +313,13 @@ def _attacks(results: Sequence[StressResult]) -> list[str]:
 def _attack_row(threat: ThreatResult, a: AttackResult) -> list[str]:
     name = [f"`{threat.threat.name}`", a.attack]
     if a.status != "ok":
-        return [*name, f"not run: {a.status}", *[""] * 7]
+        return [*name, f"not run: {a.status}", *[""] * 8]
     share = f"{a.success:.0%} [{a.success_interval[0]:.0%}, {a.success_interval[1]:.0%}]"
     if threat.threat.scope == "universal":
         share = "broke it" if a.success >= 0.5 else "held"
     return [
-        *name, share, words.number(a.shift, 2), words.number(a.length, 2), words.count(a.queries),
+        *name, share, words.number(a.shift, 2), "-" if a.benign_success is None else f"{a.benign_success:.0%}",
+        words.number(a.length, 2), words.count(a.queries),
         words.count(a.gradients), words.number(a.spent), words.number(a.upper_bound.value) if a.upper_bound else "-",
         " ".join(words.codes(a.flags)),
     ]  # fmt: skip
@@ -392,35 +407,34 @@ def _best_of_n(results: Sequence[StressResult]) -> list[str]:
     return lines + _table(["probe", "behaviour", "n", "predicted", "observed"], body)
 
 
-def _records(comparisons: Iterable[Any]) -> list[dict[str, Any]]:
-    found = []
-    for comparison in comparisons:
-        record = plain(comparison)
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+_COMPARED = (
+    "same items, contexts and negatives; bits kept per positive, the area under recall(b), so that catching little is "
+    "not rewarded; Holm-adjusted over the table"
+)
 
 
 def _comparisons(run: RunResult) -> list[str]:
-    records = _records(run.comparisons)
-    if not records:
+    if not run.comparisons:
         return ["None: fewer than two probes share a threat."]
-    lines = [
-        "Difference of headlines, first minus second, paired over items and bootstrap seeds, p adjusted by Holm over "
-        "the table. This table is the only place where one probe is said to survive more than another.",
-        "",
+    body = [
+        [
+            f"`{row.a}`",
+            f"`{row.b}`",
+            f"`{row.threat}`",
+            f"{row.headline:+.1f} {words.interval(row.headline_interval)}",
+            f"{row.kept:+.1f} {words.interval(row.kept_interval)}",
+            _p(row.p),
+            _p(row.holm),
+            f"`{row.better}`" if row.better else "undecided",
+        ]
+        for row in run.comparisons
     ]
-    shown = [k for k in ("a", "b", "threat", "quantity", "difference", "low", "high", "p", "p_holm") if k in records[0]]
-    body = [[_comparison_cell(key, record.get(key)) for key in shown] for record in records]
-    return lines + _table(shown, body)
-
-
-def _comparison_cell(key: str, value: Any) -> str:
-    if key.startswith("p") and isinstance(value, float):
-        return _p(value)
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    return "-" if value is None else f"`{value}`" if key in ("a", "b", "threat") else str(value)
+    return [
+        f"First minus second ({_COMPARED}). This is the only place where one probe is said to survive more than "
+        "another. Censored headlines count as the largest number of bits searched.",
+        "",
+        *_table(["first", "second", "threat", "headline", "bits kept", "p", "adjusted p", "survives more"], body),
+    ]
 
 
 def _p(p: float) -> str:

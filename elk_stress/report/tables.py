@@ -72,6 +72,8 @@ def attack_table(result: StressResult) -> RenderableType:
     parts: list[RenderableType] = [Text(""), Text(f"Attacks on {result.probe}", style="bold"), _attack_header()]
     for free in words.columns([result]):
         pair = words.free_and_kept(result, free)
+        if not any(t.attacks for t in pair if t):
+            continue
         named = " · ".join(
             f"{label} {words.bits_text(t.headline)}" for label, t in zip(("free", "kept"), pair, strict=True) if t
         )

@@ -156,7 +156,9 @@ def bits_text(bits: Bits | None, *, compact: bool = False) -> str:
     if bits is None:
         return "-"
     if bits.kind is Kind.CENSORED:
-        return f">= {bits.value:.1f}"
+        # the median is beyond the search, yet a resample of the items may put it within
+        low = f" {interval((bits.low, bits.high), whole=compact)}" if bits.low < bits.value else ""
+        return f">= {bits.value:.1f}{low}"
     if bits.kind is Kind.DISTANCE:
         return f"d {float(beta_of_bits(bits.value)):.2f}"
     if bits.kind is Kind.LOWER_BOUND:
