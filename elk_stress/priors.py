@@ -144,8 +144,12 @@ class EllipticalPrior:
         )
 
     def sample(self, n: int, seed: int | np.random.SeedSequence) -> np.ndarray:
-        """``(n, d)`` independent moves."""
-        rng = np.random.default_rng(np.random.SeedSequence(seed) if isinstance(seed, int) else seed)
+        """``(n, d)`` independent moves.
+
+        An integer seed is salted: a direction drawn elsewhere from the same integer would otherwise equal a move.
+        """
+        sequence = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence([*b"prior", seed])
+        rng = np.random.default_rng(sequence)
         return np.asarray(self.move(rng.standard_normal((n, self.dim))))
 
     def standard_deviation(self, weight: np.ndarray) -> np.ndarray:
@@ -249,7 +253,8 @@ def natural(
         part, record["interaction"] = _shrunk(interaction.T @ interaction, (n - 1) * (n_contexts - 1), shrink)
         covariance += (1.0 - 1.0 / n) * part
     total = float(np.trace(covariance))
-    if not total > 0:
+    # a constant leaves the rounding of its own mean behind
+    if not total > d * (4.0 * np.finfo(np.float64).eps * float(np.abs(activations).max(initial=0.0))) ** 2:
         raise ValueError(
             "activations do not vary over contexts, so there is no natural move; check the contexts and site"
         )

@@ -1,8 +1,8 @@
 r"""A model organism with known answers: Gaussian activations, a linear behaviour readout, and a planted correlate.
 
 Item i in context c reads ``x_ic = mu_i + b_c + e_ic`` with known covariances ``Sigma_b`` and ``Sigma_e``, and
-``mu_i = +-(truth_gap t + incidental_gap a)/2 + form and entity effects``. The model outputs a Gaussian with mean ``R x``
-and unit covariance, so moving its activations shifts behaviour by exactly ``KL = 0.5 ||R move||^2`` nats.
+``mu_i = +-(truth_gap t + incidental_gap a)/2 + form and entity effects``. The model outputs a Gaussian with mean
+``R x`` and unit covariance, so moving its activations shifts behaviour by exactly ``KL = 0.5 ||R move||^2`` nats.
 
 * t, the *truth*: behaviour reads it (the first row of R), and natural thoughts hardly move it.
 * a, an *incidental* correlate of the truth: it separates the classes nearly as well, behaviour ignores it

@@ -5,12 +5,12 @@ pair of the score ``X = w . L v`` and the outputs ``Y = R L v`` (k of them) is j
 ``X | Y ~ N(beta . Y, nu^2)``. In outputs rotated so that beta lies along the first axis the score depends on ``Y_1``
 alone, and
 
-``P = integral over |y| <= delta/s of N(y; 0, C_11) Phi(-(offset/s + |beta| y)/nu) Q(y) dy``, ``delta = sqrt(2 epsilon)``,
+``P = integral over |y| <= delta/s of N(y; 0, C_11) Phi(-(offset/s + |beta| y)/nu) Q(y) dy``
 
-``Q(y)`` the chance that the other outputs stay inside the rest of the ball: 1 for k = 1, a difference of normal
-probabilities for k = 2, one more integral of those for k = 3. All in logarithms, by Gauss-Legendre panels split where
-the integrand bends; heavy tails add a trapezoidal sum over the scale coordinate. No sampling, no search, nothing shared
-with the estimators, so it can judge them.
+with ``delta = sqrt(2 epsilon)`` and ``Q(y)`` the chance that the other outputs stay inside the rest of the ball: 1 for
+k = 1, a difference of normal probabilities for k = 2, one more integral of those for k = 3. All in logarithms, by
+Gauss-Legendre panels split where the integrand bends; heavy tails add a trapezoidal sum over the scale coordinate. No
+sampling, no search, nothing shared with the estimators, so it can judge them.
 
 Guarantee: relative error of P about 1e-8; the tests check it against Monte Carlo and known special cases.
 """
