@@ -1,0 +1,1 @@
+"""A third party's probe and attack."""
