@@ -38,7 +38,7 @@ class RunResult:
         results: one per finished probe, in the order asked for.
         comparisons: paired comparisons, Holm-adjusted (empty with fewer than two results).
         controls: control -> threat -> bits, or why it does not apply.
-        skipped: name -> why it does not apply here.
+        skipped: probe -> why it does not apply here.
         failures: probe -> what went wrong.
         description: what the testbed says of itself (model, data, sizes, how the site was chosen).
         config, versions, seed, seconds: how to get the same again.
@@ -62,6 +62,11 @@ class RunResult:
     def red(self) -> bool:
         """Whether any red flag was raised or any probe failed."""
         return bool(self.failures) or any(f.red for r in self.results for _, f in r.all_flags)
+
+    @property
+    def not_applicable(self) -> dict[str, str]:
+        """Probes, threats and attacks that do not apply here, with the reason, each once."""
+        return {**self.skipped, **{name: why for result in self.results for name, why in result.skipped.items()}}
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary with everything in it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy.stats import norm
 
@@ -110,6 +112,14 @@ def best_of_n(half_life: float, kept: bool) -> BestOfNCurves:
     return BestOfNCurves(kept, predicted, at(half_life * 0.9, 0.12), 32)
 
 
+def tails(probe: str) -> dict[str, Any]:
+    def group(winner: str, nu: float) -> dict[str, Any]:
+        return {"winner": winner, "nu": nu, "clustered_z": 3.1, "skewness": 0.2, "scale_ratio": None}
+
+    own = group("logistic", 5.0 + len(probe))
+    return {"groups": {"random": group("gaussian", 88.0), "probe": own}, "best_elliptical": "logistic"}
+
+
 def stage(name: str, gain: float) -> AuditStage:
     return AuditStage(name, 0.69 - gain, gain, gain - 0.1, gain + 0.1)
 
@@ -132,7 +142,7 @@ def result(
             "logistic",
             first,
         ),
-        {"random": {"winner": "gaussian", "df": 31.0}, "principal": {"winner": "logistic"}},
+        tails(name),
         {
             "rock": {first: estimate(0.0, 0.0)},
             "random_direction": "catches nothing at the threshold",

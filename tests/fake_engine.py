@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -36,6 +37,13 @@ class FakeTestbed:
         return {"size": self.size, "model": "none"}
 
 
+def light(probe: str, half_life: float = 12.0) -> StressResult:
+    """A fabricated result under one threat, which is quick to draw."""
+    result = fabricated.result(probe, half_life, kept=False)
+    name = next(iter(result.threats))
+    return dataclasses.replace(result, threats={name: result.threats[name]}, best_of_n=result.best_of_n[:1])
+
+
 def install(
     monkeypatch: pytest.MonkeyPatch, behaviour: Mapping[str, BaseException | Callable[[], StressResult]] | None = None
 ) -> list[dict[str, Any]]:
@@ -50,7 +58,7 @@ def install(
             raise act
         if act is not None:
             return act()
-        return fabricated.result(probe, 12.0, kept=False)
+        return light(probe)
 
     def prepare_scene(testbed: Any, *, seed: int = 0, progress: Any = None) -> str:
         act = acts.get("scene")

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fabricated
 import pytest
-from fake_engine import FakeTestbed, install
+from fake_engine import FakeTestbed, install, light
 
 from elk_stress import cli, registry
 
@@ -159,7 +158,7 @@ def test_ctrl_c_during_preparation_is_130(
 
 
 def test_strict_turns_red_flags_into_3(engine: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, {"lda": lambda: fabricated.result("lda", 0.4)})  # brittle
+    install(monkeypatch, {"lda": lambda: light("lda", 0.4)})  # brittle
     assert cli.main(["run", "--probes", "lda", "--no-progress"]) == 0
     assert cli.main(["run", "--probes", "lda", "--no-progress", "--strict"]) == 3
     assert cli.main(["run", "--probes", "mass_mean", "--no-progress", "--strict"]) == 0

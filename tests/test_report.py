@@ -166,6 +166,20 @@ def test_report_has_every_part() -> None:
     assert CATALOGUE["brittle"].what_to_do in text
 
 
+def test_tails_common_to_all_probes_are_said_once() -> None:
+    text = report(a_run()).split("## Tails")[1].split("\n## ")[0]
+    assert text.count("| random |") == 1
+    assert "| all | random | gaussian | 88.00 | 3.10 |" in text
+    assert text.count("| probe |") == 5, "lda and ccs have names of the same length and so the same fit here"
+    assert "| `lda`, `ccs` | probe | logistic | 8.00 |" in text
+
+
+def test_what_does_not_apply_is_listed_once() -> None:
+    text = report(a_run()).split("## Not run")[1]
+    assert "`extra` does not apply: needs pairs" in text
+    assert text.count("`universal/natural/gaussian` does not apply: example of a reason") == 1
+
+
 def test_tables_in_the_report_are_well_formed() -> None:
     widths: list[int] = []
     for line in [*report(a_run()).splitlines(), ""]:

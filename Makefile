@@ -1,0 +1,84 @@
+# make demo: everything from a fresh checkout to a report; make test: everything that must hold.
+# PYTHON=... chooses the interpreter that the virtual environment is made with (3.11 or newer).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# stamps must hold whatever runs in parallel: pip is not made for two installations at once
+.NOTPARALLEL:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+INSTALLED := $(VENV)/.installed
+INSTALLED_TEST := $(VENV)/.installed-test
+INSTALLED_BENCH := $(VENV)/.installed-bench
+OUT ?= runs/demo
+WORKERS ?= 2
+
+.PHONY: help demo full test lint fast-tests statistics bench clean
+
+help:
+	@echo "make demo        install, fetch the model, stress six probes, write $(OUT)"
+	@echo "make test        lint, types, import contracts and the fast tests"
+	@echo "make statistics  coverage of intervals over thousands of repeats (long)"
+	@echo "make bench       against rivals, in one run (installs them)"
+	@echo "make full        the README's tables (under an hour)"
+	@echo "make lint        ruff, mypy and import-linter alone"
+	@echo "make clean       remove the environment, caches and builds (not runs/)"
+
+demo: $(INSTALLED)
+	$(BIN)/elk-stress run --testbed statements --preset demo --out $(OUT)
+
+full: $(INSTALLED)
+	$(BIN)/elk-stress run --testbed statements --preset demo --size full --out runs/full
+
+test: lint fast-tests
+
+lint: $(INSTALLED_TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# one thread each: the workers share the cores
+fast-tests: $(INSTALLED_TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not statistics" -n $(WORKERS)
+
+statistics: $(INSTALLED_TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m statistics -n $(WORKERS)
+
+bench: $(INSTALLED_BENCH)
+	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+# the first interpreter that is new enough and can make virtual environments
+$(BIN)/python:
+	@for python in $(or $(PYTHON),python3 python3.12 python3.13 python3.11 python3.14 python); do \
+		command -v "$$python" > /dev/null || continue; \
+		"$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || continue; \
+		echo "making $(VENV) with $$("$$python" --version)"; \
+		"$$python" -m venv $(VENV); \
+		exit 0; \
+	done; \
+	echo "elk_stress needs Python 3.11 or newer with venv and ensurepip; found none of python3, python3.11 to 3.14." >&2; \
+	echo "Install one (on Debian and Ubuntu also the package python3-venv), or say make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; \
+	exit 1
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	@echo "installing elk_stress and what it needs (some minutes the first time)"
+	@$(PIP) -e .
+	@touch $@
+
+$(INSTALLED_TEST): $(INSTALLED)
+	@echo "installing what the tests need"
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(INSTALLED_BENCH): $(INSTALLED_TEST)
+	@echo "installing the rivals"
+	@$(PIP) -e '.[test,bench]'
+	@touch $@

@@ -1,0 +1,137 @@
+"""The run in words: what was found, and why to believe it or not. Nothing ranks probes but a paired comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from elk_stress.bits import Bits, Kind
+from elk_stress.comparison import Comparison
+from elk_stress.report import words
+from elk_stress.report.sections import COMPARED, probability
+from elk_stress.result import StressResult
+
+if TYPE_CHECKING:
+    from elk_stress.run import RunResult
+
+__all__ = ["belief", "found"]
+
+
+def found(run: RunResult) -> list[str]:
+    first = next(iter(run.results[0].threats.values()))
+    lines = [
+        f"Threat `{first.threat.name}`: {words.sentence(first.threat)}. Probes stand in the order of the run, which is "
+        "no ranking.",
+        "",
+    ]
+    for result in run.results:
+        lines.append(f"- {_sentence(result)}")
+    compared = [row for row in run.comparisons if row.threat == first.threat.name]
+    decided = [row for row in compared if row.better is not None]
+    lines += ["", f"Compared in pairs, under `{first.threat.name}` ({COMPARED}):", ""]
+    if decided:
+        lines += [f"- {_difference(row)}." for row in decided]
+        if len(decided) < len(compared):
+            lines.append(f"- the other {len(compared) - len(decided)} pairs do not differ beyond chance.")
+    elif compared:
+        lines.append("- no two probes differ beyond chance.")
+    else:
+        lines.append("- nothing was compared, so no probe is said to survive more than another.")
+    return lines
+
+
+def _sentence(result: StressResult) -> str:
+    seen, (name, threat) = result.detection, next(iter(result.threats.items()))
+    head = (
+        f"`{result.probe}`: clean AUROC {seen.auroc:.2f}, catches {seen.recall:.0%} of positives "
+        f"({seen.n_caught} of {seen.n_positives}) at {seen.fpr:.0%} false positives"
+    )
+    if seen.n_caught == 0:
+        return f"{head}: it has no bits to lose."
+    bits = threat.headline
+    lost = "half of its catches are lost" if threat.threat.scope == "item" else "half of its advantage is lost"
+    if threat.status != "ok" and bits.value <= 0:
+        return f"{head}; not measured under `{name}`: {threat.status}."
+    if bits.kind is Kind.CENSORED:
+        text = f"more than half still stand at **{bits.value:.1f} bits**, where the search ended"
+    elif bits.kind is Kind.DISTANCE:
+        text = f"only a distance is known: {words.bits_text(bits)} in u (no number of bits)"
+    elif math.isinf(bits.value):
+        text = f"{lost} at no number of bits"
+    else:
+        text = f"{lost} at **{words.bits_text(bits)} bits**, about what {words.draws(bits.value)} from the prior does"
+        if bits.value < 1:
+            text += "; that is brittle: ordinary variation breaks it and no attack is needed"
+    kept = words.free_and_kept(result, threat.threat.free)[1]
+    if kept is not None and kept is not threat:
+        text += f". With behaviour kept: {words.bits_text(kept.headline)}"
+        if kept.epsilon is not None:
+            text += f" (shift at most {kept.epsilon:.2g} nats)"
+    if result.audit is not None:
+        verdict = result.audit.verdict
+        text += f". After the break: *{verdict}*, {words.VERDICTS.get(verdict, 'see the audit')}"
+    return f"{head}; {text}."
+
+
+def _difference(row: Comparison) -> str:
+    """A decided comparison in words, the better probe first."""
+    turned = row.better == row.b
+    sign, worse = (-1, row.a) if turned else (1, row.b)
+    kept = words.interval(_turn(row.kept_interval, turned))
+    return (
+        f"`{row.better}` keeps {sign * row.kept:.1f} {kept} more bits per positive than `{worse}` (adjusted p "
+        f"{probability(row.holm)}); its headline is {sign * row.headline:+.1f} "
+        f"{words.interval(_turn(row.headline_interval, turned))} bits away"
+    )
+
+
+def _turn(bounds: tuple[float, float], turned: bool) -> tuple[float, float]:
+    return (-bounds[1], -bounds[0]) if turned else bounds
+
+
+def belief(run: RunResult) -> list[str]:
+    raised = [(where, f) for result in run.results for where, f in result.all_flags]
+    red = [f for _, f in raised if f.red]
+    bounds = [a for r in run.results for t in r.threats.values() for a in t.attacks if a.upper_bound is not None]
+    broken = sum(f.name == "bounds_violated" for _, f in raised)
+    inside, total = _coverage(run.results)
+    lines = []
+    if run.controls:
+        lines.append(f"- Controls: {'; '.join(_control_words(name, row) for name, row in run.controls.items())}.")
+    if bounds:
+        verb = "none contradicts" if not broken else f"**{broken} contradict**"
+        lines.append(f"- {len(bounds)} rigorous upper bounds come from attacks; {verb} the estimate beside it.")
+    if total:
+        lines.append(
+            f"- The prior predicts what real contexts do: the observed best-of-n interval meets the predicted one (any "
+            f"tail) at {inside} of {total} points. The contexts and items that are observed were not used to predict."
+        )
+    lines.append(
+        "- Intervals are 95%, over entities, contexts and calibration negatives together; thresholds hold under the "
+        "prior and not only at the bare item."
+    )
+    names = ", ".join(f"`{n}`" for n in dict.fromkeys(f.name for f in red))
+    lines.append(f"- Red flags raised: {len(red)} ({names}); see below." if red else "- No red flag was raised.")
+    return lines
+
+
+def _control_words(name: str, row: Mapping[str, Bits] | str) -> str:
+    if isinstance(row, str):
+        return f"`{name}`: {row}"
+    return f"`{name}` {next((words.bits_text(b) for b in row.values()), '-')}"
+
+
+def _coverage(results: Sequence[StressResult]) -> tuple[int, int]:
+    inside = total = 0
+    for curves in (c for r in results for c in r.best_of_n):
+        seen = curves.observed
+        for i in range(len(seen.x)):
+            meets = [
+                p.low[i] <= seen.high[i] and seen.low[i] <= p.high[i]
+                for p in curves.predicted.values()
+                if len(p.x) == len(seen.x) and p.x[i] == seen.x[i]
+            ]
+            if meets:
+                inside, total = inside + any(meets), total + 1
+    return inside, total

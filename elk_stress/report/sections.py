@@ -1,0 +1,325 @@
+"""The parts of ``report.md`` that are tables: each function returns the lines of one part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from elk_stress.bits import GUARANTEES, Bits
+from elk_stress.comparison import Comparison
+from elk_stress.flags import CATALOGUE, Flag
+from elk_stress.report import words
+from elk_stress.result import AttackResult, StressResult, ThreatResult
+
+__all__ = [
+    "COMPARED",
+    "attacks",
+    "audit",
+    "best_of_n",
+    "comparisons",
+    "controls",
+    "detection",
+    "figure",
+    "flags",
+    "guarantees",
+    "main_table",
+    "probability",
+    "sensitivity",
+    "table",
+    "tails",
+]
+
+COMPARED = (
+    "same items, contexts and negatives; bits kept per positive, the area under recall(b), so that catching little is "
+    "not rewarded; Holm-adjusted over the table"
+)
+
+
+def main_table(results: Sequence[StressResult]) -> list[str]:
+    threats = words.columns(results)
+    head = ["probe", "clean AUROC", "recall", "audit", "behaviour"]
+    head += [" ".join(words.heading(t)) for t in threats] + ["flags"]
+    body = []
+    for row in words.rows(results):
+        seen, audit = row.result.detection, row.result.audit
+        own = (
+            [f"`{row.result.probe}`", f"{seen.auroc:.2f}", f"{seen.recall:.2f}", audit.verdict if audit else "-"]
+            if row.first
+            else [""] * 4
+        )
+        bits = [words.bits_text(row.cells[t.name].headline) if t.name in row.cells else "" for t in threats]
+        body.append([*own, str(row.variant), *bits, " ".join(words.codes(words.flags_in(row)))])
+    return [
+        *table(head, body),
+        "",
+        "Per item: half-life, the bits at which half of the catches are lost. Universal: B at half advantage, between "
+        "the clean metric and that of a constant. `>=` is censored (at least); `d` is a distance in u, not bits. "
+        "Columns answer different questions: never rank across them.",
+    ]
+
+
+def figure(figures: Sequence[str], name: str, alt: str) -> list[str]:
+    return ["", f"![{alt}]({name})"] if name in figures else []
+
+
+def guarantees() -> list[str]:
+    return [
+        "For an attacker who moves from the prior to q, with a = q(failure) and B the bits of that event (of one item, "
+        "or of the universal move; a half-life is the median over items):",
+        "",
+        *table(["budget", "guarantee", "strength"], [[budget, f"`{g}`", s] for budget, g, s in GUARANTEES]),
+        "",
+        "An attacker who knows where to go needs no luck: a deterministic one has infinite divergence and can jump "
+        "straight to the nearest failure. So read bits beside the queries and gradients of the best attack.",
+    ]
+
+
+def detection(results: Sequence[StressResult]) -> list[str]:
+    body = []
+    for result in results:
+        d = result.detection
+        body.append([
+            f"`{result.probe}`",
+            f"{d.auroc:.3f} {words.interval(d.auroc_interval, digits=3)}",
+            f"{d.recall:.2f} {words.interval(d.recall_interval, digits=2)}",
+            f"{d.fpr:.3f}",
+            f"{d.fpr_measured:.3f} {words.interval(d.fpr_interval, digits=3)}",
+            f"{d.threshold:.4g}",
+            f"{d.n_caught}/{d.n_positives}",
+            str(d.n_negatives),
+        ])  # fmt: skip
+    return table(
+        ["probe", "AUROC", "recall", "fpr set", "fpr measured", "threshold", "caught", "calibration negatives"], body
+    )
+
+
+def controls(measured: Mapping[str, Mapping[str, Bits] | str]) -> list[str]:
+    if not measured:
+        return ["None apply to this testbed."]
+    threats = list(dict.fromkeys(t for row in measured.values() if not isinstance(row, str) for t in row))
+    body = [
+        [f"`{name}`", *([row] + [""] * (len(threats) - 1) if isinstance(row, str) else _bits_of(row, threats))]
+        for name, row in measured.items()
+    ]
+    return [
+        *table(["control", *(f"`{t}`" for t in threats)], body),
+        "",
+        "`rock` is a constant, `random_direction` knows nothing; `oracle` reads what behaviour depends on and must "
+        "survive, `paper` is a planted incidental probe and must break cheaply (where the testbed knows them).",
+    ]
+
+
+def _bits_of(row: Mapping[str, Bits], threats: Sequence[str]) -> list[str]:
+    return [words.bits_text(row.get(t)) for t in threats]
+
+
+def audit(results: Sequence[StressResult]) -> list[str]:
+    body, notes = [], dict[str, None]()
+    for result in results:
+        audit = result.audit
+        if audit is None:
+            body.append([f"`{result.probe}`", "not run", "", "", ""])
+            continue
+        notes[f"*{audit.verdict}*: {words.VERDICTS.get(audit.verdict, '')}."] = None
+        clean = f"{audit.clean.gain:+.3f}"
+        for i, s in enumerate(audit.stages):
+            stage = f"{s.stage} ({audit.strongest})" if s.stage == "strongest" else s.stage
+            cells = [stage, f"{s.log_loss:.3f}", f"{s.gain:+.3f} {words.interval((s.low, s.high), digits=3)}"]
+            body.append(
+                [f"`{result.probe}` (clean {clean})" if i == 0 else "", *cells, audit.verdict if i == 0 else ""]
+            )
+    return [
+        "Log-loss in nats per item on attacked test items, and its gain over a constant. The verdict is the first "
+        "stage that keeps at least half of the clean gain (lower end of the interval).",
+        "",
+        *table(["probe", "stage", "log-loss", "gain over the rock", "verdict"], body),
+        "",
+        *(f"- {note}" for note in notes),
+    ]
+
+
+def attacks(results: Sequence[StressResult]) -> list[str]:
+    lines = [
+        "An attack only proposes; the engine re-scores and decides. Bits belong to the threat; an attack bounds them "
+        "at most. Medians per problem. Benign: the share that random moves of the same length break.",
+    ]
+    head = [
+        "threat",
+        "attack",
+        "success",
+        "shift (nats)",
+        "benign",
+        "length in u",
+        "queries",
+        "gradients",
+        "bits spent",
+    ]
+    head += ["upper bound on B", "flags"]
+    for result in results:
+        body = [_attack_row(t, a) for t in result.threats.values() for a in t.attacks]
+        if body:
+            lines += ["", f"### `{result.probe}`", "", *table(head, body)]
+    return lines
+
+
+def _attack_row(threat: ThreatResult, a: AttackResult) -> list[str]:
+    name = [f"`{threat.threat.name}`", a.attack]
+    if a.status != "ok":
+        return [*name, f"not run: {a.status}", *[""] * 8]
+    share = f"{a.success:.0%} [{a.success_interval[0]:.0%}, {a.success_interval[1]:.0%}]"
+    if threat.threat.scope == "universal":
+        share = "broke it" if a.success >= 0.5 else "held"
+    return [
+        *name, share, words.number(a.shift, 2), "-" if a.benign_success is None else f"{a.benign_success:.0%}",
+        words.number(a.length, 2), words.count(a.queries),
+        words.count(a.gradients), words.number(a.spent), words.number(a.upper_bound.value) if a.upper_bound else "-",
+        " ".join(words.codes(a.flags)),
+    ]  # fmt: skip
+
+
+def tails(results: Sequence[StressResult]) -> list[str]:
+    """Fitted tails by direction group; the same for every probe but along its own direction."""
+    seen: dict[tuple[str, ...], list[str]] = {}
+    best = dict.fromkeys(str(r.tails["best_elliptical"]) for r in results if "best_elliptical" in r.tails)
+    for result in results:
+        groups = result.tails.get("groups", {})
+        for group, fit in groups.items():
+            figures = (str(fit.get("winner", "-")), *(_figure_of(fit.get(key)) for key in _TAIL_FIGURES))
+            seen.setdefault((group, *figures), []).append(result.probe)
+    if not seen:
+        notes = dict.fromkeys(str(r.tails["note"]) for r in results if "note" in r.tails)
+        return [f"No tail was fitted{': ' + '; '.join(notes) if notes else ''}."]
+    everyone = len(results)
+    body = [
+        ["all" if len(probes) == everyone else ", ".join(f"`{p}`" for p in probes), *row]
+        for row, probes in seen.items()
+    ]
+    return [
+        "Fitted by likelihood along groups of directions. `best` in a threat's name is the heavy tail that fits best "
+        f"over all groups: {', '.join(best) or 'none'}. Below about 2, `clustered z` says that the contexts do not "
+        "settle which tail wins.",
+        "",
+        *table(["probes", "directions", "winner", *(key.replace("_", " ") for key in _TAIL_FIGURES)], body),
+    ]
+
+
+_TAIL_FIGURES = ("nu", "clustered_z", "skewness", "excess_kurtosis", "bimodality", "scale_ratio")
+
+
+def _figure_of(value: Any) -> str:
+    return words.number(value, 2) if isinstance(value, (int, float)) else "-"
+
+
+def sensitivity(results: Sequence[StressResult]) -> list[str]:
+    body: list[list[str]] = []
+    for result in results:
+        for name, t in result.threats.items():
+            cells = [_series(t.scale), _series(t.shrink), _series(t.epsilons)]
+            extra = f"{words.number(t.bare_threshold)} (uncalibrated)" if t.bare_threshold is not None else "-"
+            kept = "-" if t.b_kept is None else words.bits_text(t.b_kept)
+            given = "-" if t.b_given_kept is None else words.bits_text(t.b_given_kept)
+            if any(cell != "-" for cell in (*cells, extra, kept, given)):
+                body.append([f"`{result.probe}`", f"`{name}`", *cells, kept, given, extra])
+    head = [
+        "probe",
+        "threat",
+        "x prior's scale",
+        "x shrinkage",
+        "x epsilon",
+        "B_kept",
+        "B_given_kept",
+        "bare threshold",
+    ]
+    lines = [
+        "The headline at multiples (left of each colon) of the prior's scale, of its shrinkage and of the behaviour "
+        "epsilon. B_joint, the headline where behaviour is kept, is B_kept plus B_given_kept for each item.",
+        "",
+    ]
+    return lines + (table(head, body) if body else ["Not computed in this run."])
+
+
+def _series(values: Mapping[str, float]) -> str:
+    return "; ".join(f"{k}: {words.number(float(v))}" for k, v in values.items()) or "-"
+
+
+def best_of_n(results: Sequence[StressResult]) -> list[str]:
+    body = []
+    for result in results:
+        for curves in result.best_of_n:
+            at = [i for i in range(len(curves.observed.x)) if math.log2(curves.observed.x[i]).is_integer()]
+            for i in (at[:: max(1, (len(at) - 1) // 2)] or at)[-3:]:
+                n = curves.observed.x[i]
+                predicted = [
+                    f"{tail} {p.value[i]:.0%} [{p.low[i]:.0%}, {p.high[i]:.0%}]"
+                    for tail, p in curves.predicted.items()
+                    if i < len(p.x) and p.x[i] == n
+                ]
+                o = curves.observed
+                seen = f"{o.value[i]:.0%} [{o.low[i]:.0%}, {o.high[i]:.0%}]"
+                body.append(
+                    [f"`{result.probe}`", "kept" if curves.kept else "free", f"{n:.0f}", "; ".join(predicted), seen]
+                )
+    if not body:
+        return ["Not observed: it takes a testbed with real contexts."]
+    lines = [
+        "Share of caught items that the best of n contexts breaks. The prediction uses training items and contexts A, "
+        "the observation test items and contexts B, at the same epsilon.",
+        "",
+    ]
+    return lines + table(["probe", "behaviour", "n", "predicted", "observed"], body)
+
+
+def comparisons(rows: Sequence[Comparison]) -> list[str]:
+    if not rows:
+        return ["None: fewer than two probes share a threat."]
+    body = [
+        [
+            f"`{row.a}`",
+            f"`{row.b}`",
+            f"`{row.threat}`",
+            f"{row.headline:+.1f} {words.interval(row.headline_interval)}",
+            f"{row.kept:+.1f} {words.interval(row.kept_interval)}",
+            probability(row.p),
+            probability(row.holm),
+            f"`{row.better}`" if row.better else "undecided",
+        ]
+        for row in rows
+    ]
+    return [
+        f"First minus second ({COMPARED}). This is the only place where one probe is said to survive more than "
+        "another. Censored headlines count as the largest number of bits searched.",
+        "",
+        *table(["first", "second", "threat", "headline", "bits kept", "p", "adjusted p", "survives more"], body),
+    ]
+
+
+def flags(results: Sequence[StressResult]) -> list[str]:
+    raised: dict[str, list[tuple[str, Flag]]] = {}
+    for where, f in (pair for result in results for pair in result.all_flags):
+        raised.setdefault(f.name, []).append((where, f))
+    if not raised:
+        return ["None was raised."]
+    lines = []
+    for name in sorted(raised, key=lambda n: (not CATALOGUE[n].red, list(CATALOGUE).index(n))):
+        entry = CATALOGUE[name]
+        colour = "red" if entry.red else "note"
+        lines += [
+            f"**{name}** ({words.FLAG_CODES.get(name, '')}, {colour}). Raised if {entry.raised_if}. "
+            f"What to do: {entry.what_to_do}.",
+            "",
+            *(f"- {where}{f': {f.detail}' if f.detail else ''}" for where, f in raised[name]),
+            "",
+        ]
+    return lines[:-1]
+
+
+def probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+    return [line(head), line(["---"] * len(head)), *(line(row) for row in body)]
