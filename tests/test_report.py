@@ -134,7 +134,7 @@ def test_report_says_what_was_found_and_ranks_only_by_comparison() -> None:
     assert "more than half still stand at **40.0 bits**" in found
     assert "brittle" in found
     assert "`logistic` keeps 7.2 [4.4, 9.9] more bits per positive than `lda` (adjusted p < 0.001)" in found
-    assert "the other 1 pairs do not differ" in found
+    assert "- 1 other pair does not differ" in found
     assert found.count("more bits per positive") == 1, "a difference that is not significant must not rank"
 
 
@@ -145,6 +145,36 @@ def test_report_turns_a_negative_difference_round() -> None:
     text = report(a_run(comparisons=(negative,)))
     assert "`logistic` keeps 7.2 [4.4, 9.9] more bits per positive than `lda`" in text
     assert "its headline is +6.3 [3.1, 9.5] bits away" in text
+
+
+def compared(a: str, b: str, better: str | None) -> Comparison:
+    sign = -1.0 if better == b else 1.0
+    bounds = (2.0, 4.0) if better == a else (-4.0, -2.0) if better == b else (-1.0, 3.0)
+    p = 0.6 if better is None else 0.001
+    return Comparison(a, b, "item/natural/gaussian", 3 * sign, bounds, 3 * sign, bounds, p, p, better)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [("lda", "logistic", "logistic"), ("lda", "ccs", None), ("logistic", "ccs", "logistic")],
+            "**With behaviour free, `logistic` survives more bits than every other probe.**",
+        ),
+        (  # ccs is behind nobody, but it beats nobody either: it may not be said to
+            [("lda", "logistic", "logistic"), ("lda", "ccs", None), ("logistic", "ccs", None)],
+            "no probe is shown to survive more bits than `logistic` and `ccs`; the other is behind.**",
+        ),
+    ],
+)
+def test_the_first_sentence_says_no_more_than_the_comparisons(rows: list[tuple[str, str, str]], said: str) -> None:
+    assert said in report(a_run(comparisons=tuple(compared(*row) for row in rows)))
+
+
+def test_no_first_sentence_when_nothing_is_decided() -> None:
+    text = report(a_run(comparisons=(compared("lda", "ccs", None),)))
+    assert "**With behaviour" not in text
+    assert "no two probes differ beyond chance" in text
 
 
 def test_report_without_comparisons_ranks_nothing() -> None:

@@ -21,6 +21,7 @@ __all__ = ["belief", "found"]
 def found(run: RunResult) -> list[str]:
     first = next(iter(run.results[0].threats.values()))
     lines = [
+        *_leaders(run),
         f"Threat `{first.threat.name}`: {words.sentence(first.threat)}. Probes stand in the order of the run, which is "
         "no ranking.",
         "",
@@ -32,12 +33,33 @@ def found(run: RunResult) -> list[str]:
     lines += ["", f"Compared in pairs, under `{first.threat.name}` ({COMPARED}):", ""]
     if decided:
         lines += [f"- {_difference(row)}." for row in decided]
-        if len(decided) < len(compared):
-            lines.append(f"- the other {len(compared) - len(decided)} pairs do not differ beyond chance.")
+        if rest := len(compared) - len(decided):
+            lines.append(f"- {rest} other pair{'s do' if rest > 1 else ' does'} not differ beyond chance.")
     elif compared:
         lines.append("- no two probes differ beyond chance.")
     else:
         lines.append("- nothing was compared, so no probe is said to survive more than another.")
+    return lines
+
+
+def _leaders(run: RunResult) -> list[str]:
+    """Per threat of the first column: the probes that no paired comparison puts behind another one."""
+    first = next(iter(run.results[0].threats.values())).threat.free
+    lines = []
+    for threat in words.free_and_kept(run.results[0], first):
+        rows = [row for row in run.comparisons if threat is not None and row.threat == threat.threat.name]
+        if threat is None or not any(row.better for row in rows):
+            continue
+        beaten = {row.b if row.better == row.a else row.a for row in rows if row.better}
+        standing = [name for name in dict.fromkeys(n for row in rows for n in (row.a, row.b)) if name not in beaten]
+        said = f"With behaviour {'kept' if threat.threat.kept else 'free'}"
+        names = " and ".join(f"`{name}`" for name in standing)
+        wins = {name: sum(row.better == name for row in rows) for name in standing}
+        if len(standing) == 1 and wins[standing[0]] == len(beaten):
+            lines += [f"**{said}, {names} survives more bits than every other probe.**", ""]
+        else:
+            others = "the others each survive fewer than some other probe" if len(beaten) > 1 else "the other is behind"
+            lines += [f"**{said}, no probe is shown to survive more bits than {names}; {others}.**", ""]
     return lines
 
 
@@ -104,8 +126,8 @@ def belief(run: RunResult) -> list[str]:
         lines.append(f"- {len(bounds)} rigorous upper bounds come from attacks; {verb} the estimate beside it.")
     if total:
         lines.append(
-            f"- The prior predicts what real contexts do: the observed best-of-n interval meets the predicted one (any "
-            f"tail) at {inside} of {total} points. The contexts and items that are observed were not used to predict."
+            f"- The prior's prediction of best-of-n, made from other items and contexts, could fail: its interval (of "
+            f"any tail) meets the observed one at {inside} of {total} points."
         )
     lines.append(
         "- Intervals are 95%, over entities, contexts and calibration negatives together; thresholds hold under the "
