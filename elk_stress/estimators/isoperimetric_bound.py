@@ -1,8 +1,8 @@
 r"""Isoperimetric bound: a rigorous lower bound on bits from how steep g can be.
 
 Idea: among sets of equal Gaussian measure a half-space grows least when enlarged (Borell 1975; Sudakov & Tsirelson
-1974). If g is L-Lipschitz in u and ``P[g >= t] >= q``, then every point nearer than t/L to ``{g >= t}`` has g > 0, so the
-safe set has at least the measure of that enlargement:
+1974). If g is L-Lipschitz in u and ``P[g >= t] >= q``, then every point nearer than t/L to ``{g >= t}`` has g > 0, so
+the safe set has at least the measure of that enlargement:
 
     P[g <= 0] <= Phi(-(t/L + Phi^-1(q))),    B >= -log2 Phi(-(t/L + Phi^-1(q)))
 

@@ -31,9 +31,9 @@ to matter, the result is flagged and the interval widened by that half-space.
 Shapes: ``BitsBatch`` over problems; ``diagnostics["failures"]`` is ``(problems, n_failures, dim)``, NaN where none.
 Particles are float32 from dim 64 on (half the memory traffic), float64 below. Memory is bounded by chunks of problems.
 
-Guarantee: kernels are exactly invariant; p_hat is unbiased where clones are independent of their parents, and has a
-relative bias of order r/N otherwise (levels are quantiles of a correlated population). The interval is asymptotic, and
-blind to a mode that no run reached.
+Guarantee: kernels are exactly invariant; p_hat is unbiased where clones are independent of their parents, and biased
+by order 1/N otherwise (levels are quantiles of a correlated population; none was seen beyond 2% at 200 particles). The
+interval is asymptotic, and blind to a mode that no run reached.
 
 References: Au & Beck 2001; Guyader, Hengartner & Matzner-Lober 2011; Brehier et al. 2015 (1505.02674); Webb et al. 2018
 (1811.07209).
@@ -259,7 +259,8 @@ class _Sweeps:
         every = np.arange(rows)[:, None]
         most = int(killed.max())
         # parents: survivors in random order, each used once before any is used twice (less variance than independent
-        # choices, same expectation). Spare slots of rows with fewer kills move themselves, which is harmless.
+        # choices, same expectation). Rows with fewer kills than others have spare slots. What moves there is thrown
+        # away: to move survivors chosen by their rank, on the doomed side, would bias p_hat upward.
         keys = self.normals.uniform.random((rows, n))
         keys[np.arange(n) < killed[:, None]] = 2.0
         survivors = np.argsort(keys, axis=1)
@@ -281,8 +282,13 @@ class _Sweeps:
             self.normals,
             self.scratch,
         )
-        self.u[every, slots] = moved.u
-        self.g[every, slots] = moved.g
+        if spare.any():
+            row, column = np.nonzero(~spare)
+            self.u[row, slots[row, column]] = moved.u[row, column]
+            self.g[row, slots[row, column]] = moved.g[row, column]
+        else:
+            self.u[every, slots] = moved.u
+            self.g[every, slots] = moved.g
         self.pairs = (slots, np.where(spare, -1, parent))
         gain = min(1.0, most * self.config.n_moves / 50.0)
         self.step = np.clip(self.step * np.exp(gain * (moved.accepted - self.kernel.target)), 1e-4, self.kernel.largest)
