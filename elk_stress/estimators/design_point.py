@@ -7,7 +7,10 @@ HL-RF iterates ``u <- (G.u - g) G / ||G||^2`` (the point of the linearized bound
 It may cycle, so a step is taken only if it lowers the merit ``||u||^2 / 2 + c |g|`` with
 ``c = 2 max(||u|| / ||G||, ||v||^2 / (2 |g|))``, v the target; else it is halved. Where ``g = max(a, b)`` (failed *and*
 kept) the nearest point is a kink: a rejected step that met another gradient gives a second cut, and the next target is
-the nearest point that satisfies both linearizations. Every search ends on the ray through its point: the crossing is
+the nearest point that satisfies both linearizations. A piecewise linear g (ReLU) can have many kinks at its nearest
+point, where every gradient leads away: a search that has not settled after ``quick`` steps goes on with a full step to
+the linearized boundary and a damped one, ``1/(2 + k/2)``, along it. That averages the gradients, since at such a point
+u* is a convex combination of them, times a number; the lowest crossing seen is kept. Every search ends on the ray through its point: the crossing is
 bracketed, so that a design point is on the boundary, on its failing side, within ``tolerance``.
 
 Shapes: centres ``(problems, m, dim)``, NaN padded, nearest first, in standard normal coordinates.
@@ -45,6 +48,7 @@ class DesignPoint:
         n_starts: the origin and ``n_starts - 1`` random directions at radii that grow up to ``reach``.
         reach: radius of the farthest random start; 6 is where a half-space has 30 bits.
         max_iterations: gradient steps per start.
+        quick: steps before a search that has not settled is damped.
         tolerance: distance to the boundary and to the optimum, relative to ``1 + ||u||``.
         max_radius: nothing farther from the origin is looked at (40 is about 1,160 bits).
         separation: centres nearer to each other than this are one.
@@ -54,6 +58,7 @@ class DesignPoint:
     n_starts: int = 8
     reach: float = 6.0
     max_iterations: int = 60
+    quick: int = 15
     tolerance: float = 1e-3
     max_radius: float = 40.0
     separation: float = 0.5
@@ -156,7 +161,8 @@ class _Search:
         self.config, self.meter, self.owner, self.sign = config, meter, owner, sign
         k = owner.shape[0]
         self.u, self.g, self.slope = u, np.full(k, np.nan), np.zeros(u.shape)
-        self.converged = np.zeros(k, bool)
+        self.converged = np.zeros(k, bool)  # settled at a stationary point
+        self.ended = np.zeros(k, bool)  # u is a point to look for the boundary at
         self.failing = np.full(u.shape, np.nan)  # the nearest failing point that this search has seen
         self.failing_g, self.failing_radius = np.full(k, np.nan), np.full(k, np.inf)
 
@@ -168,7 +174,7 @@ class _Search:
         second = np.full(self.u.shape, np.nan)  # target of two cuts, where a kink was met
         try:
             self.g, self.slope = self._evaluate(active, self.u)
-            for _ in range(self.config.max_iterations):
+            for _ in range(min(self.config.quick, self.config.max_iterations)):
                 u, g, slope = self.u[active], self.g[active], self.slope[active]
                 steepness = np.einsum("kd,kd->k", slope, slope)
                 flat = steepness <= 1e-30
@@ -179,10 +185,10 @@ class _Search:
                 move = target - u
                 size = 1 + np.linalg.norm(u, axis=1)
                 near = np.linalg.norm(move, axis=1) <= tolerance * size
-                self.converged[active[near & ~flat]] = True
+                self.converged[active[near & ~flat]] = self.ended[active[near & ~flat]] = True
                 go = ~(near | flat | (step[active] < 1e-3))
                 if not go.any():
-                    return False
+                    break
                 active, u, g, slope, target, move = (x[go] for x in (active, u, g, slope, target, move))
                 steepness = safe_steepness[go]
                 proposal = u + step[active, None] * move
@@ -202,35 +208,65 @@ class _Search:
                 fresh = np.isnan(second[no, 0]) & ~np.isnan(both[:, 0])
                 step[no] = np.where(fresh, 1.0, 0.5 * step[no])
                 second[no] = np.where(fresh[:, None], both, np.nan)
+            self._damped()
         except BudgetExhausted:
             return True
         return False
 
+    def _damped(self) -> None:
+        """Go on where the quick steps did not settle; end at the lowest crossing of a ray that was seen."""
+        steps = self.config.max_iterations - self.config.quick
+        active = np.flatnonzero(~self.converged & (np.einsum("kd,kd->k", self.slope, self.slope) > 1e-30))
+        if steps < 1 or not active.size:
+            return
+        u, g, slope = self.u[active], self.g[active], self.slope[active]
+        best, lowest = u.copy(), np.full(active.shape[0], np.inf)
+        earlier = lowest
+        for k in range(steps):
+            steepness = np.maximum(np.einsum("kd,kd->k", slope, slope), 1e-30)
+            along = np.einsum("kd,kd->k", slope, u)
+            # where the ray through u meets the linearized boundary; trusted only near u
+            factor = 1 - g / np.where(along < 0, along, -1e-30)
+            crossing = np.linalg.norm(u, axis=1) * factor
+            better = (np.abs(factor - 1) < 0.1) & (crossing < lowest)
+            lowest, best[better] = np.where(better, crossing, lowest), (factor[:, None] * u)[better]
+            if k == 2 * steps // 3:
+                earlier = lowest
+            nearest = slope * ((along - g) / steepness)[:, None]
+            foot = u - slope * (g / steepness)[:, None]
+            u = _clip(foot + (nearest - foot) / (2 + 0.5 * k), self.config.max_radius)
+            g, slope = self._evaluate(active, u)
+        found = np.isfinite(lowest)
+        self.u[active[found]] = best[found]
+        self.ended[active[found]] = True
+        self.converged[active] = found & (lowest >= 0.99 * earlier)
+
     def on_boundary(self, g_origin: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """``(points, reached, cut short)``: each search's end, moved along its ray onto the boundary."""
         points, reached = self.failing.copy(), np.isfinite(self.failing_radius)
-        finite = self.converged & (np.linalg.norm(self.u, axis=1) > 0)
-        eta = 4 * self.config.tolerance * (1 + 1 / np.maximum(np.linalg.norm(self.u, axis=1), 1e-6))
-        eta = np.minimum(eta, 0.5)
-        inner, outer = self.u * (1 - eta)[:, None], self.u * (1 + eta)[:, None]
+        radius = np.linalg.norm(self.u, axis=1)
+        eta = np.minimum(4 * self.config.tolerance * (1 + 1 / np.maximum(radius, 1e-6)), 0.5)
         low, high = np.zeros(self.u.shape), self.failing.copy()
         g_low, g_high = g_origin.copy(), self.failing_g.copy()
         try:
-            some = np.flatnonzero(finite)
-            if some.size:
-                ends = np.stack([inner[some], outer[some]], axis=1)
-                g = self.sign[some, None] * self.meter.value(self.owner[some], ends)
+            some = np.flatnonzero(self.ended & (radius > 0))
+            for wider in (1.0, 16.0):
+                if not some.size:
+                    break
+                stretch = np.minimum(wider * eta[some], 0.5)[:, None]
+                inner, outer = self.u[some] * (1 - stretch), self.u[some] * (1 + stretch)
+                g = self.sign[some, None] * self.meter.value(self.owner[some], np.stack([inner, outer], axis=1))
                 around = (g[:, 0] > 0) & (g[:, 1] <= 0)
                 these = some[around]
-                low[these], high[these] = inner[these], outer[these]
+                low[these], high[these] = inner[around], outer[around]
                 g_low[these], g_high[these] = g[around, 0], g[around, 1]
-                points[these], reached[these] = outer[these], True
+                points[these], reached[these] = outer[around], True
                 # a ray that fails already before the search's end is crossed nearer the origin
-                these = some[g[:, 0] <= 0]
-                closer = np.linalg.norm(inner[these], axis=1) < self.failing_radius[these]
-                these, g_these = these[closer], g[g[:, 0] <= 0, 0][closer]
-                high[these], g_high[these] = inner[these], g_these
-                points[these], reached[these] = inner[these], True
+                early = (g[:, 0] <= 0) & (np.linalg.norm(inner, axis=1) < self.failing_radius[some])
+                these = some[early]
+                high[these], g_high[these] = inner[early], g[early, 0]
+                points[these], reached[these] = inner[early], True
+                some = some[(g[:, 0] > 0) & (g[:, 1] > 0)]
             ready = np.flatnonzero(reached)
             if ready.size:
                 fraction = cross(
