@@ -139,7 +139,7 @@ class FittedProbe:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: np.ascontiguousarray(v) for k, v in self.parameters.items()}, str(folder / "probe.safetensors"))
+        save_file({k: np.array(v, order="C") for k, v in self.parameters.items()}, str(folder / "probe.safetensors"))
         recipe = {k.name: getattr(self.probe, k.name) for k in fields(self.probe) if k.init}  # type: ignore[arg-type]
         record = {"name": self.name, "recipe": recipe, "site": self.site, "notes": dict(self.notes)}
         (folder / "probe.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")

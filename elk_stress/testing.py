@@ -142,6 +142,10 @@ def checks_for_probe(probe: Probe, *, seed: int = 0) -> Checks:
         fitted = reference()
         with tempfile.TemporaryDirectory() as folder:
             loaded = FittedProbe.load(fitted.save(folder))
+        for name, value in fitted.parameters.items():
+            read = loaded.parameters[name]
+            same = read.dtype == value.dtype and read.shape == value.shape
+            assert same, f"{name!r} was {value.dtype} {value.shape} and came back as {read.dtype} {read.shape}"
         before, after = fitted.score(data.activations), loaded.score(data.activations)
         assert np.array_equal(before, after), "a saved and loaded probe scores differently"
         single = data.activations.astype(np.float32)
