@@ -165,6 +165,26 @@ class TestExactBits:
             bits = joint_bits(weight, z * float(prior.standard_deviation(weight)), prior, readout, 1e6)
             assert bits == pytest.approx(float(Gaussian().bits(z)), rel=1e-8)
 
+    @pytest.mark.parametrize(("margin", "epsilon"), [(1.0, 0.5), (4.0, 2.0), (12.0, 3.0)])
+    def test_three_outputs_in_spherical_coordinates(self, margin, epsilon):
+        # another scheme for the same integral: a spherical grid over the ball of unequal outputs, oblique to the score
+        sizes, weight = np.array([1.0, 2.5, 0.4]), np.array([0.8, -1.1, 0.5, 0.7])
+        readout = np.column_stack([np.diag(sizes), np.zeros(3)])
+        bits = joint_bits(weight, margin, EllipticalPrior(np.eye(4)), readout, epsilon)
+        x, w = np.polynomial.legendre.leggauss(64)
+        radius = math.sqrt(2 * epsilon) * (1 + x) / 2
+        radius_weight = math.sqrt(2 * epsilon) * w / 2 * radius**2
+        angle = np.arange(96) * 2 * np.pi / 96
+        sine = np.sqrt(1 - x**2)
+        sphere = np.stack(
+            [np.outer(sine, np.cos(angle)), np.outer(sine, np.sin(angle)), np.repeat(x[:, None], 96, axis=1)], axis=-1
+        )
+        y = radius[:, None, None, None] * sphere / sizes
+        log_density = stats.norm.logpdf(y).sum(-1) - np.log(sizes).sum()
+        log_fail = stats.norm.logcdf(-(margin + y @ weight[:3]) / weight[3])
+        mass = np.exp(log_density + log_fail) * radius_weight[:, None, None] * w[:, None] * (2 * np.pi / 96)
+        assert bits == pytest.approx(-math.log2(mass.sum()), abs=1e-7)
+
     def test_kept_is_the_chi_squared_of_white_outputs(self):
         # outputs that are themselves standard normal: P[kept] = P[chi2_k <= 2 epsilon]
         for k in (1, 2, 3):

@@ -175,6 +175,9 @@ class TestFit:
         assert fit.best_elliptical.extra == 1
         assert fit.groups["axis"].scale_ratio == pytest.approx(2.0, rel=0.05)
         assert fit.winners["axis"] == "logistic"
+        axis = fit.groups["axis"]
+        assert axis.aic["student_t"] + 2 * axis.log_likelihood["student_t"] == pytest.approx(4)  # scale and nu
+        assert axis.aic["logistic"] + 2 * axis.log_likelihood["logistic"] == pytest.approx(2)
         record = fit.to_json()
         assert record["groups"]["axis"]["winner"] == "logistic"
         assert record["best_elliptical"] == fit.best_elliptical.name
