@@ -31,8 +31,6 @@ class Items:
         groups: ``(n,)`` entity of each item; no entity may occur in two splits.
         pairs: ``(n_pairs, 2)`` row indices of contrast pairs within this split, or ``None``.
         texts: the texts, where there are any.
-        affirmed: ``(n,)`` bool: False marks rows that are there only as the negated partner of a contrast pair;
-            probes that need no pairs are fitted on the others (:meth:`fit_rows`). ``None``: all rows count.
     """
 
     ids: tuple[str, ...]
@@ -40,16 +38,9 @@ class Items:
     groups: np.ndarray
     pairs: np.ndarray | None = None
     texts: tuple[str, ...] | None = None
-    affirmed: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def fit_rows(self, needs_pairs: bool = False) -> np.ndarray:
-        """Rows that a probe is fitted on: all if it needs pairs, else those that are no mere partners."""
-        if needs_pairs or self.affirmed is None:
-            return np.arange(len(self))
-        return np.flatnonzero(self.affirmed)
 
 
 @runtime_checkable

@@ -1,8 +1,8 @@
 """Activations on disk, by content: a file's name is a hash of everything that its numbers depend on.
 
-The key covers the weights' fingerprint, dtype, device kind, site, the exact list of texts and the version of the code that reads
-them. A block of texts is stored whole, because the last bits of an activation depend on how texts were batched: a run
-that finds half of its blocks here gives the same numbers as one that finds none.
+The key covers the weights' fingerprint, dtype, device kind, site, the exact list of texts and the version of the code
+that reads them. A block of texts is stored whole, because the last bits of an activation depend on how texts were
+batched: a run that finds half of its blocks here gives the same numbers as one that finds none.
 
 Guarantee: files appear atomically (written aside, then renamed), a damaged one counts as absent, and the folder stays
 below ``max_bytes`` (least recently used go first). A folder that cannot be written costs time, never a result.

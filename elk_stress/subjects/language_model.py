@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from elk_stress.subjects.activation_cache import ActivationCache
+from elk_stress.subjects.fast_linear import use_onednn
 from elk_stress.subjects.models import cache_folder, resolve
 from elk_stress.subjects.threads import configure_threads
 
@@ -118,6 +119,7 @@ class LanguageModel:
         cache: ActivationCache | Literal[True] | None,
     ) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
+        self.onednn = use_onednn(self.model)
         self.tokenizer = tokenizer
         self.causal = causal
         self.device = device
@@ -126,7 +128,7 @@ class LanguageModel:
         self.dim = int(getattr(_text_config(model), "hidden_size", 0)) or model.get_input_embeddings().weight.shape[1]
         self.sites = ("embeddings", *(f"layers.{i}" for i in range(len(self.blocks))))
         self._accepts = set(inspect.signature(self.model.base_model.forward).parameters)
-        self._identity = (fingerprint, dtype, device.split(":")[0])
+        self._identity = (fingerprint, dtype, device.split(":")[0], "onednn" if self.onednn else "torch")
         self._cache = ActivationCache(cache_folder() / "activations") if cache is True else cache
 
     # -- reading --------------------------------------------------------------------------------------------------
@@ -231,9 +233,8 @@ class LanguageModel:
         import torch
 
         captured: dict[str, Any] = {}
-        with torch.no_grad(), self._listening(sites, captured, stop_after=deepest):
-            with suppress(_Finished):
-                self.base(ids, mask, position, cache)
+        with torch.no_grad(), self._listening(sites, captured, stop_after=deepest), suppress(_Finished):
+            self.base(ids, mask, position, cache)
         return captured
 
     def base(self, ids: Any, mask: Any, position: Any, cache: Any) -> Any:
@@ -351,7 +352,9 @@ def _text_config(model: Any) -> Any:
 
 def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """Length of the tokens that all rows share, leaving every row at least one token of its own."""
-    first, last = min(rows), max(rows)
+    # what the first and the last in dictionary order share, all in between share too
+    ordered = sorted(list(row) for row in rows)
+    first, last = ordered[0], ordered[-1]
     limit = min(len(row) for row in rows) - 1
     shared = 0
     while shared < limit and first[shared] == last[shared]:

@@ -147,7 +147,8 @@ def _sha256(file: Path) -> str:
 
 
 def _looks_like_hub_id(name: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(name)
@@ -179,12 +180,13 @@ def _from_hub(name: str, timeout: float) -> ResolvedModel | str:
     if isinstance(outcome, Exception):
         return f"hub: {_first_line(outcome)}"
     try:
-        path = Path(snapshot_download(name, revision=outcome.sha, allow_patterns=_HUB_FILES))
+        # by branch, not by commit: only then does the cache find it again without the hub
+        path = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:
         return f"hub: the download failed and will resume next time ({_first_line(error)})"
     if missing := _missing_weights(path):
         return f"hub: {name} holds no {missing}; only safetensors weights are loaded"
-    return ResolvedModel(name, path, "hub", f"{name}@{outcome.sha}", {"revision": outcome.sha})
+    return ResolvedModel(name, path, "hub", f"{name}@{path.name}", {"revision": path.name})
 
 
 def _missing_weights(path: Path) -> str | None:

@@ -1,17 +1,25 @@
-r"""What a causal model does when the activation of one token is moved: behaviour shifts, and their local quadratic form.
+r"""What a causal model does when the activation of one token is moved: behaviour shifts and their local form.
 
 An item is a text whose last token's activation at a site is replaced by ``origin + move``. The model then goes on: the
 next token, and a fixed continuation of 8 tokens, which is its own greedy continuation at the origin. Behaviour is the
-``T = 9`` next-token distributions along it, and
+``T = 9`` next-token distributions along it, and, in nats per token,
 
-.. math:: \mathrm{shift}(m) = \frac1T \sum_{t=1}^{T} KL(p_t(\cdot \mid 0) \,\|\, p_t(\cdot \mid m)) \quad [nats per token]
+.. math:: \mathrm{shift}(m) = \frac1T \sum_{t=1}^{T} KL(p_t(\cdot \mid 0) \,\|\, p_t(\cdot \mid m))
 
 teacher-forced on that continuation. What can be kept is kept: tokens before the last one do not depend on the move, so
 their keys and values are cached; the continuation tokens' states *at* the site do not either (they attend to the moved
 token only in later blocks). So a move costs ``T`` tokens through the later blocks and the head, nothing else.
 
+Where the head is linear (logits ``W h``), with ``d = W (h(m) - h(0))`` a change of the logits,
+
+.. math:: KL = \log \sum_v p_v e^{d_v} - \sum_v p_v d_v
+             = \log(1 + \sum_v p_v (e^{d_v} - 1)) - (h(m) - h(0)) \cdot W^\top p
+
+which needs no normalized logits, loses no digits for small moves, and is summed over blocks of the vocabulary that fit
+the processor's cache. Other heads (capped or scaled logits) go the plain way.
+
 The local form is Fisher's: :math:`shift(m) = \frac12 m^\top \bar F m + O(|m|^3)` with
-:math:`\bar F = \frac1T\sum_t J_t^\top (\mathrm{diag}\,p_t - p_t p_t^\top) J_t` and :math:`J_t` the Jacobian of the logits.
+:math:`\bar F = \frac1T\sum_t J_t^\top (\mathrm{diag}\,p_t - p_t p_t^\top) J_t` and :math:`J_t` the logits' Jacobian.
 :meth:`MovedModel.fisher` samples it: with ``y_t ~ p_t`` independent and :math:`g = \sum_t \nabla \log p_t(y_t)`,
 :math:`E[g g^\top] = T \bar F`, since scores have mean zero and are independent between positions. One forward and one
 backward pass give one row.
@@ -21,37 +29,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from elk_stress.subjects.fast_linear import product
 from elk_stress.subjects.language_model import LanguageModel, key_value_pairs
 
 __all__ = ["CONTINUATION", "MovedModel"]
 
 # tokens of the fixed continuation; behaviour is read at one position more
 CONTINUATION = 8
-# logits of a batch take rows * 9 * vocabulary * 4 bytes: 28 MB at 16 rows and SmolLM2's vocabulary
-_ROWS = 16
+# rows of a batch: logits, where needed whole, take rows * 9 * vocabulary * 4 bytes: 57 MB with SmolLM2's vocabulary
+_ROWS = 32
+# words of the vocabulary at a time: 32 * 9 * 2048 * 4 bytes = 2.4 MB, which stays in a core's cache
+_WORDS = 2048
 # items whose keys and values are computed together
 _ITEMS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Host:
     """One item, ready to be moved.
 
     ``past``: keys and values ``(heads, tokens, width)`` before the last token, for the blocks after the site.
     ``ids (T,)``: the last token and the continuation. ``states (T - 1, d)``: the continuation's states at the site.
-    ``reference (T, V)``: log-probabilities at the origin.
+    ``log_p (T, V)``: log-probabilities at the origin. With a linear head: ``final (T, d)``: last hidden states at the
+    origin, and ``mean (T, d)``: the expected row of the head under ``p``.
     """
 
     past: list[tuple[Any, Any]]
     ids: Any
     origin: Any
     states: Any
-    reference: Any
+    log_p: Any = None
+    final: Any = None
+    mean: Any = None
 
 
 class MovedModel:
@@ -74,6 +88,8 @@ class MovedModel:
         self._rows = subject.tokenize(texts)
         self._origins = np.asarray(origins, dtype=np.float32)
         self._hosts: dict[int, _Host] = {}
+        self._weight: Any = None
+        self._linear = False
 
     def prepare(self, items: Sequence[int], advance: Callable[[int], None] | None = None) -> None:
         """Keys, values, continuation and reference of ``items``, where not there yet (they are kept)."""
@@ -102,10 +118,7 @@ class MovedModel:
                 np.stack([flat[i][1] for i in chosen]), dtype=torch.float32, device=self.subject.device
             )
             with torch.no_grad():
-                log_q = torch.log_softmax(self._logits(hosts, delta).float(), dim=-1)
-                log_p = torch.stack([host.reference for host in hosts])
-                # in place: these are the largest arrays here
-                kl = log_q.neg_().add_(log_p).mul_(log_p.exp_()).sum(-1)
+                kl = self._divergence(hosts, delta)
             # rounding may leave a KL of zero slightly negative
             out[chosen] = kl.double().mean(-1).clamp(min=0).cpu().numpy()
             if advance is not None:
@@ -122,18 +135,18 @@ class MovedModel:
             host = self._hosts[item]
             rng = np.random.default_rng(seeds[i])
             # inverse CDF, in float64: the tail of a 49,152-word vocabulary is lost in float32
-            cdf = host.reference.double().exp().cumsum(-1)
+            cdf = host.log_p.double().exp().cumsum(-1)
             uniform = torch.as_tensor(rng.random((rank, len(host.ids))), device=cdf.device) * cdf[:, -1]
             sampled = torch.searchsorted(cdf, uniform.T.contiguous()).clamp(max=cdf.shape[1] - 1).T
             for start in range(0, rank, _ROWS):
                 chosen = sampled[start : start + _ROWS]
                 move = torch.zeros(len(chosen), self.subject.dim, device=cdf.device, requires_grad=True)
                 with torch.enable_grad():
-                    log_q = torch.log_softmax(self._logits([host] * len(chosen), move).float(), dim=-1)
-                    score = log_q.gather(2, chosen[..., None]).sum()
+                    score = self._score([host] * len(chosen), move, chosen)
                     (rows,) = torch.autograd.grad(score, move)
                 out[i, start : start + len(chosen)] = rows.cpu().numpy()
-        return out / np.sqrt(rank * (CONTINUATION + 1)).astype(np.float32)
+        out /= np.sqrt(rank * (CONTINUATION + 1))
+        return out
 
     # -- the model ------------------------------------------------------------------------------------------------
 
@@ -171,12 +184,59 @@ class MovedModel:
                     (k[b, :, k.shape[2] - len(row) + 1 :].clone(), v[b, :, v.shape[2] - len(row) + 1 :].clone())
                     for k, v in before
                 ]
-                hosts.append(_Host(past, all_ids[b], origins[b], all_states[b], None))
+                hosts.append(_Host(past, all_ids[b], origins[b], all_states[b]))
             # by the same path as moved outputs, so that rounding is the same
-            logits = self._logits(hosts, torch.zeros_like(origins))
-            reference = torch.log_softmax(logits.float(), dim=-1)
+            final, log_p, mean = self._reference(hosts)
         for b, (i, host) in enumerate(zip(batch, hosts, strict=True)):
-            self._hosts[i] = _Host(host.past, host.ids, host.origin, host.states, reference[b].clone())
+            self._hosts[i] = replace(host, log_p=log_p[b].clone(), final=final[b].clone(), mean=mean[b].clone())
+
+    def _reference(self, hosts: Sequence[_Host]) -> tuple[Any, Any, Any]:
+        """Last hidden states, log-probabilities and expected head rows at the origin."""
+        import torch
+
+        final, logits = self._run(hosts, torch.zeros_like(torch.stack([host.origin for host in hosts])), head=True)
+        if self._weight is None:
+            head = self.subject.model.get_output_embeddings()
+            plain = isinstance(head, torch.nn.Linear) and head.bias is None
+            scale = float(logits.abs().max())
+            self._linear = plain and bool(torch.allclose(head(final), logits, atol=1e-3 * scale, rtol=1e-3))
+            self._weight = head.weight
+        log_p = torch.log_softmax(logits.float(), dim=-1)
+        return final, log_p, log_p.exp().to(self._weight.dtype) @ self._weight if self._linear else final
+
+    def _divergence(self, hosts: Sequence[_Host], moves: Any) -> Any:
+        """KL ``(rows, T)`` from the reference to the output under each move."""
+        import torch
+
+        if not self._linear:
+            _, logits = self._run(hosts, moves, head=True)
+            log_q = torch.log_softmax(logits.float(), dim=-1)
+            log_p = torch.stack([host.log_p for host in hosts])
+            return log_q.neg_().add_(log_p).mul_(log_p.exp_()).sum(-1)
+        final, _ = self._run(hosts, moves, head=False)
+        change = (final - torch.stack([host.final for host in hosts])).float()
+        total = change.new_zeros(change.shape[:2])
+        groups = [(host, [i for i, other in enumerate(hosts) if other is host]) for host in dict.fromkeys(hosts)]
+        for start in range(0, self._weight.shape[0], _WORDS):
+            words = slice(start, start + _WORDS)
+            grown = product(change.to(self._weight.dtype), self._weight[words], self.subject.onednn).float().expm1_()
+            for host, rows in groups:
+                # rows of one host are neighbours
+                total[rows[0] : rows[-1] + 1] += grown[rows[0] : rows[-1] + 1].mul_(host.log_p[:, words].exp()).sum(-1)
+        linear = (change * torch.stack([host.mean for host in hosts]).float()).sum(-1)
+        return total.log1p() - linear
+
+    def _score(self, hosts: Sequence[_Host], moves: Any, words: Any) -> Any:
+        """Sum over rows and positions of the log-probability of ``words (rows, T)`` (up to a constant)."""
+        import torch
+
+        if not self._linear:
+            _, logits = self._run(hosts, moves, head=True)
+            return torch.log_softmax(logits.float(), dim=-1).gather(2, words[..., None]).sum()
+        final, _ = self._run(hosts, moves, head=False)
+        # at the origin the gradient of log p(y) in h is W_y - E[W]: no need to run the head
+        slope = self._weight[words] - torch.stack([host.mean for host in hosts])
+        return (final * slope).sum()
 
     def _step(self, token: Any, mask: Any, position: Any, cache: Any, replacement: Any) -> tuple[Any, Any]:
         """One token through the whole model: its state at the site (replaced, if asked) and the logits."""
@@ -193,8 +253,8 @@ class MovedModel:
             ).logits
         return seen[0], logits
 
-    def _logits(self, hosts: Sequence[_Host], moves: Any) -> Any:
-        """Logits ``(rows, T, V)`` of one move per host; differentiable in ``moves (rows, dim)``."""
+    def _run(self, hosts: Sequence[_Host], moves: Any, head: bool) -> tuple[Any, Any]:
+        """Last hidden states ``(rows, T, d)``, and logits if asked, of one move per host; differentiable in moves."""
         import torch
 
         subject = self.subject
@@ -216,14 +276,25 @@ class MovedModel:
         origins = torch.stack([host.origin for host in hosts])
         states = torch.stack([host.states for host in hosts])
         hidden = torch.cat([(origins + moves)[:, None].to(states.dtype), states], dim=1)
+        options = {
+            "attention_mask": mask,
+            "position_ids": length + steps,
+            "past_key_values": cache,
+            "use_cache": True,
+            "return_dict": True,
+        }
+        ids = torch.stack([host.ids for host in hosts])
         with self._rewriting(lambda _: hidden), self._skipping():
-            return subject.model(
-                torch.stack([host.ids for host in hosts]),
-                attention_mask=mask,
-                position_ids=length + steps,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits
+            if not head:
+                return subject.model.base_model(ids, **options).last_hidden_state, None
+            # what enters the head is the last hidden state; hidden_states would keep those of every block
+            last: list[Any] = []
+            handle = subject.model.base_model.register_forward_hook(lambda m, a, out: last.append(out[0]))
+            try:
+                logits = subject.model(ids, **options).logits
+            finally:
+                handle.remove()
+            return last[0], logits
 
     @contextmanager
     def _rewriting(self, rewrite: Callable[[Any], Any]) -> Iterator[None]:

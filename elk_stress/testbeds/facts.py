@@ -19,6 +19,7 @@ the other way round), territories that are disputed or are not countries, capita
 their country. A false statement never names a country in which the city has any namesake.
 """
 
+# ruff: noqa: SIM905  (lists of names read better as one string)
 from __future__ import annotations
 
 import unicodedata

@@ -7,8 +7,8 @@ observation, disjoint. The activation is the one at the item's last token at one
 Splits. No entity crosses. ``demo`` has 80 items (24 train, 32 calibration of which 24 negative, 24 test) and 8 + 8
 contexts, ``full`` 400 items (120, 160 of which 120 negative, 120) and 32 + 32 contexts. Train and test are balanced and
 free of surface cues. The train split holds the affirmed items first and then the negated form of each with its label
-flipped, linked by ``pairs`` and marked by ``affirmed``: probes that need contrast pairs get both, others the affirmed
-ones; calibration and test are affirmed only.
+flipped, linked by ``pairs``. Probes that need contrast pairs get both; the engine fits all others on the first halves
+of the pairs, the affirmed ones. Calibration and test are affirmed only.
 
 Site. ``auto`` picks the site whose logistic probe has the best AUROC in cross-validation (folds of whole quads, bare
 statements) over the affirmed train items and further statements about entities of the train side that are in no
@@ -99,7 +99,8 @@ class Statements:
             "observed": neutral.contexts("observed", half),
         }
         self._options = {"size": size, "relation": relation, "positive": positive, "seed": seed, "data": data}
-        self._model_options = {"model_id": model, "device": device, "dtype": dtype, "threads": threads}
+        self._model_options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads}
+        self._model = model
         self._subject = subject
         self._wanted_site = site
         self._site = "" if site == "auto" else site
@@ -246,7 +247,7 @@ class Statements:
         if self._subject is None:
             from elk_stress.subjects.language_model import LanguageModel
 
-            self._subject = LanguageModel(**self._model_options)
+            self._subject = LanguageModel(self._model, **self._model_options)
         return self._subject
 
     def _texts(self) -> list[str]:
@@ -262,7 +263,8 @@ class Statements:
 
     def _choose_site(self, subject: LanguageModel, progress: Any) -> None:
         train = self._splits["train"]
-        rows = train.fit_rows()
+        partners = train.pairs[:, 1] if train.pairs is not None else np.array([], dtype=np.int64)
+        rows = np.setdiff1d(np.arange(len(train)), partners)
         sources = [_subset(train, rows), *([self._site_items] if self._site_items is not None else [])]
         texts = [text for items in sources for text in items.texts or ()]
         labels = np.concatenate([items.labels for items in sources])
@@ -323,7 +325,7 @@ def _with_negations(relation: facts.Relation, affirmed: Sequence[facts.Statement
     both = _as_items([*affirmed, *negated], positive_truth)
     n = len(affirmed)
     pairs = np.stack([np.arange(n), np.arange(n) + n], axis=1)
-    return dataclasses.replace(both, pairs=pairs, affirmed=np.arange(2 * n) < n)
+    return dataclasses.replace(both, pairs=pairs)
 
 
 def _as_items(listed: Sequence[facts.Statement], positive_truth: int) -> Items:

@@ -1,7 +1,7 @@
 """A user's own statements: a jsonl file with ``text`` and ``label``, optionally ``group`` and ``pair``.
 
-``label`` is 1 for what a monitor must catch, 0 otherwise. Lines of one ``group`` (default: the line's ``pair``, else the
-line itself) never cross splits. Two lines of one ``pair`` are a contrast pair, the affirmed form first.
+``label`` is 1 for what a monitor must catch, 0 otherwise. Lines of one ``group`` (default: the line's ``pair``, else
+the line itself) never cross splits. Two lines of one ``pair`` are a contrast pair, the affirmed form first.
 """
 
 from __future__ import annotations

