@@ -220,8 +220,8 @@ class EllipticalSlice:
         rows, columns = np.arange(shape[0]), None
         pending = np.ones(shape, dtype=bool)
         for i in range(self.cost):
-            # the unfinished points, packed to the left: (rows with any, most in a row); spare columns are ignored. No fewer
-            # than an eighth of the points, so that few shapes are ever compiled by jax
+            # the unfinished points, packed to the left: (rows with any, most in a row); spare columns are ignored.
+            # No fewer than an eighth of the points, so that few shapes are ever compiled by jax
             if i:
                 count = pending.sum(axis=1)
                 rows = np.flatnonzero(count)

@@ -57,8 +57,8 @@ from elk_stress.limit_state import LimitState
 
 __all__ = ["SubsetSimulation"]
 
-# numbers held per chunk of problems (float32: 16 MB of points)
-_CHUNK_ELEMENTS = 1 << 22
+# numbers held per chunk of problems (float32: 4 MB of points, which caches hold)
+_CHUNK_ELEMENTS = 1 << 20
 _FAILED, _MAX_BITS, _EXTINCT, _BUDGET, _RUNNING = range(5)
 _STATUS = {
     _MAX_BITS: "no failure within max_bits",
@@ -481,7 +481,7 @@ def _look_for_missed(
         moved = slicing.move(u, g, np.full(n_problems, 5e-324), np.ones(n_problems), 32, evaluate, normals, scratch)
         direction = moved.u.mean(axis=1)
         direction /= np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1e-12)
-        along = np.quantile(np.einsum("pnd,pd->pn", moved.u, direction), 0.05, axis=1)
+        along = np.einsum("pnd,pd->pn", moved.u, direction).min(axis=1)
         reached = np.nan_to_num(np.einsum("pnd,pd->pn", found, direction), nan=-np.inf).max(axis=1)
         weight = bits_of_beta(along)
         for i in np.flatnonzero(present & (reached < along) & (weight < batch.value + 4.0)):
