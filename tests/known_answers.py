@@ -124,7 +124,7 @@ def _mlp(xp: Any, u: Array) -> Array:
 
 
 # importance sampling from a Gaussian fitted to the failure region by cross-entropy, mixed with a tenth of the prior:
-# 8e6 draws, relative standard error 0.2%; counting 4e8 draws of the prior in float32 agrees (see tests/statistics)
+# 8e6 draws, relative standard error 0.2%; counting 4e8 draws of the prior found 1060 failures, 2.65e-6 +- 3%
 MLP_P, MLP_RELATIVE_ERROR = 2.6930e-6, 0.0020
 
 

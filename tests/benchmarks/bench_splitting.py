@@ -2,11 +2,12 @@
 
     python tests/benchmarks/bench_splitting.py [--repeats 200] [--rival-repeats 10] [--particles 1000]
 
-The figure of merit is CPU seconds (all threads; a busy machine distorts wall time) times squared relative error of p, per run (smaller is better; for unbiased estimates it
-does not depend on the number of particles or of averaged runs). Relative errors are root mean squares about the true p
-over independent runs, in the same process; the rival's over as many runs as asked for, or with ``--rival-error`` a
-relative error known from elsewhere (0.63 was seen over many runs), so that few runs suffice to time it. Prints also how far our variance
-of B is from that of splitting with a kernel that mixes perfectly. Asserts nothing. Needs the ``bench`` extra.
+The figure of merit is CPU seconds (all threads; a busy machine distorts wall time) times squared relative error of p,
+per run: smaller is better, and for unbiased estimates it does not depend on the number of particles or of averaged
+runs. Relative errors are root mean squares about the true p over independent runs, in the same process; the rival's
+over as many runs as asked for, or with ``--rival-error`` a relative error known from elsewhere (0.63 was seen over many
+runs), so that few runs suffice to time it. Prints also how far our variance of B is from that of splitting with a
+kernel that mixes perfectly. Asserts nothing. Needs the ``bench`` extra.
 """
 
 from __future__ import annotations
