@@ -63,13 +63,7 @@ def survival(results: Sequence[StressResult]) -> Figure:
         figure,
         f"What each probe still catches after b bits: {results[0].testbed} at {results[0].site}, "
         f"{fpr:.0%} false positives",
-        [_handle(r.probe, k) for k, r in enumerate(results)]
-        + [
-            Patch(color="0.8", label="95% interval"),
-            Line2D([], [], color="0.4", lw=0.8, ls=":", label="best and worst case"),
-            Line2D([], [], color="0.4", ls="none", marker=">", mfc="white", ms=7, label="unknown beyond (censored)"),
-            Line2D([], [], color="0.75", lw=0.8, label="1 bit: brittle below"),
-        ],
+        [_handle(r.probe, k) for k, r in enumerate(results)] + _explained(results),
     )
     return figure
 
@@ -132,7 +126,7 @@ def _survival_panel(axis: Any, shown: Sequence[ThreatResult | None]) -> None:
             if not np.allclose(bound, curve.value[known], atol=1e-9):
                 axis.plot(x, bound, color=colour, ls=":", lw=0.8)
         _mark(axis, x, curve.value[known], k, len(shown))
-        if math.isfinite(curve.censored_from) and len(x) and curve.value[known][-1] > 0.005:
+        if _ends_alive(curve):
             axis.plot(
                 x[-1:], curve.value[known][-1:], marker=">", ms=7, mfc="white", mec=colour, ls="none", clip_on=False
             )
@@ -182,6 +176,22 @@ def _mark(axis: Any, x: np.ndarray, y: np.ndarray, k: int, n: int) -> None:
         )
 
 
+def _explained(results: Sequence[StressResult]) -> list[Any]:
+    """Legend entries for what the figure shows besides the lines: only what is there."""
+    curves = [t.curve for result in results for t in result.threats.values() if len(t.curve.x)]
+    found: list[Any] = [Patch(color="0.8", label="95% interval")]
+    if any(not np.allclose(bound, c.value, atol=1e-9) for c in curves for bound in (c.worst, c.best)):
+        found.append(Line2D([], [], color="0.4", lw=0.8, ls=":", label="best and worst case"))
+    if any(_ends_alive(c) for c in curves):
+        found.append(Line2D([], [], color="0.4", ls="none", marker=">", mfc="white", ms=7, label="unknown beyond"))
+    return [*found, Line2D([], [], color="0.75", lw=0.8, label="1 bit: brittle below")]
+
+
+def _ends_alive(curve: Curve) -> bool:
+    value = curve.value[_known(curve)]
+    return math.isfinite(curve.censored_from) and len(value) > 0 and bool(value[-1] > 0.005)
+
+
 def _pick(result: StressResult, free: Threat, kept: bool) -> ThreatResult | None:
     return words.free_and_kept(result, free)[int(kept)]
 
@@ -210,10 +220,15 @@ def _figure(width: float, height: float) -> Figure:
 
 def _title_and_legend(figure: Figure, title: str, handles: Sequence[Any]) -> None:
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    columns = max(2, min(len(handles), int(figure.get_figwidth() / 2.2)))
     figure.legend(
-        handles=list(handles), loc="outside lower center", ncols=min(5, len(handles)), frameon=False, fontsize=9,
+        handles=list(handles),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
         handlelength=3.2,
-    )  # fmt: skip
+    )
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="0.92", lw=0.8)
