@@ -161,10 +161,10 @@ def _from_hub_cache(name: str, timeout: float) -> ResolvedModel | str:
     from huggingface_hub import snapshot_download
 
     try:
-        path = Path(snapshot_download(name, local_files_only=True))
+        path = Path(snapshot_download(name, local_files_only=True, allow_patterns=_HUB_FILES))
     except Exception as error:
         return f"hub cache: {_first_line(error)}"
-    # an interrupted download leaves a snapshot without (all of) its weights
+    # an interrupted download leaves a snapshot without (all of) its weights; older clients do not notice
     if missing := _missing_weights(path):
         return f"hub cache: incomplete, {missing} is missing"
     return ResolvedModel(name, path, "hub cache", f"{name}@{path.name}", {"revision": path.name})

@@ -23,7 +23,7 @@ their country. A false statement never names a country in which the city has any
 from __future__ import annotations
 
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -173,22 +173,28 @@ def _shared_quads(source: Relation, n: int, rng: np.random.Generator) -> list[li
             pairs.append((value, *_shuffled((waiting.pop(value), entity), rng)))
         else:
             waiting[value] = entity
-    pairs = pairs[: 2 * n]
-    left = [pairs[i] for i in rng.permutation(len(pairs))]
+    # a few pairs may be left without a partner: then a few more are taken
+    more = 0
+    while True:
+        chosen = pairs[: 2 * n + more]
+        quads = _match(source, [chosen[i] for i in rng.permutation(len(chosen))])
+        if len(quads) >= n or len(chosen) == len(pairs):
+            return quads[:n]
+        more += 2 * (n - len(quads))
+
+
+def _match(source: Relation, left: list[tuple[str, str, str]]) -> list[list[Statement]]:
     quads = []
     while len(left) > 1:
         # the commonest value first, else its pairs are what is left over at the end
-        counts: dict[str, int] = defaultdict(int)
-        for value, _, _ in left:
-            counts[value] += 1
+        counts = Counter(value for value, _, _ in left)
         v, e1, e2 = left.pop(max(range(len(left)), key=lambda i: (counts[left[i][0]], -i)))
         partner = next(
             (i for i, (w, _, f2) in enumerate(left) if source.may_say(e2, w) and source.may_say(f2, v)), None
         )
-        if partner is None:
-            continue
-        w, f1, f2 = left.pop(partner)
-        quads.append([source.say(e1, v), source.say(f1, w), source.say(e2, w), source.say(f2, v)])
+        if partner is not None:
+            w, f1, f2 = left.pop(partner)
+            quads.append([source.say(e1, v), source.say(f1, w), source.say(e2, w), source.say(f2, v)])
     return quads
 
 
