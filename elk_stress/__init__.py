@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elk_stress.bits import Bits as Bits
     from elk_stress.bits import Kind as Kind
+    from elk_stress.engine import StressResult as StressResult
+    from elk_stress.engine import Threat as Threat
+    from elk_stress.engine import compare as compare
+    from elk_stress.engine import stress as stress
+    from elk_stress.engine import stress_activations as stress_activations
     from elk_stress.estimators import estimate_bits as estimate_bits
     from elk_stress.flags import Flag as Flag
     from elk_stress.probe import FittedProbe as FittedProbe
     from elk_stress.probe import direction as direction
-    from elk_stress.stress import StressResult as StressResult
-    from elk_stress.stress import Threat as Threat
-    from elk_stress.stress import compare as compare
-    from elk_stress.stress import stress as stress
-    from elk_stress.stress import stress_activations as stress_activations
 
 __version__ = "0.1.0"
 
@@ -30,11 +30,11 @@ _HOME = {
     "FittedProbe": "elk_stress.probe",
     "direction": "elk_stress.probe",
     "estimate_bits": "elk_stress.estimators",
-    "StressResult": "elk_stress.stress",
-    "Threat": "elk_stress.stress",
-    "compare": "elk_stress.stress",
-    "stress": "elk_stress.stress",
-    "stress_activations": "elk_stress.stress",
+    "StressResult": "elk_stress.engine",
+    "Threat": "elk_stress.engine",
+    "compare": "elk_stress.engine",
+    "stress": "elk_stress.engine",
+    "stress_activations": "elk_stress.engine",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

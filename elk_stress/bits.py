@@ -80,7 +80,8 @@ class Bits:
         diagnostics: method-specific figures (effective sample size, acceptance rate, ...).
 
     Arithmetic: only where it means something. ``a - b`` of two exact or estimated numbers is a conditional number of
-    bits (``B_joint - B_kept``); adding bits of independent steps likewise. Distances, bounds and censored numbers refuse.
+    bits (``B_joint - B_kept``); adding bits of independent steps likewise. Distances, bounds and censored numbers
+    refuse.
     """
 
     value: float
@@ -302,7 +303,7 @@ def renyi_guarantee(bits: float, divergence: float, alpha: float) -> float:
 
 
 def average_guarantee(bits: float, kl: float) -> float:
-    """Chance of failure at most ``(k+1)/B`` when only an average, ``KL(q, prior) = kl`` bits, is bounded. Far weaker."""
+    """Chance of failure at most ``(k+1)/B`` when only an average, ``KL(q, prior) = kl`` bits, is bounded."""
     return 1.0 if bits <= 0 else float(min(1.0, (kl + 1.0) / bits))
 
 

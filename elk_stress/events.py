@@ -31,6 +31,7 @@ __all__ = [
     "item_event",
     "kept_event",
     "linear_weight",
+    "nearest_kept",
     "nearest_of_linear",
     "universal_auroc_event",
     "universal_recall_event",
@@ -178,6 +179,56 @@ def nearest_of_linear(state: LimitState, overshoot: float = 1e-6) -> np.ndarray:
     t = beta[:, None] / scale[None, :]
     best = np.argmin(t**2 + z[None, :] ** 2, axis=1)
     return np.concatenate([np.take_along_axis(t, best[:, None], axis=1) * unit, z[best][:, None]], axis=1)
+
+
+def nearest_kept(
+    prior: EllipticalPrior, weights: np.ndarray, margins: np.ndarray, factors: np.ndarray, epsilon: float
+) -> np.ndarray:
+    """``(problems, 1, dim)``: the shortest u that fails a linear probe and keeps a quadratic shift.
+
+    Minimize ``||v||^2 + z^2`` with ``s a.v = -m`` and ``0.5 s^2 ||G v||^2 <= epsilon``, a and G the weight and the
+    factor F in the prior's coordinates: for each multiplier mu of the second, ``v`` is along ``-(I + mu G'G)^-1 a``, so
+    one bisection in mu per point of a grid over the scale coordinate z solves it. The point fails and keeps by a hair's
+    breadth; NaN where nothing does.
+
+    Args:
+        weights: ``(d,)`` or ``(problems, d)``.
+        margins: ``(problems,)`` score minus threshold.
+        factors: ``(problems, rank, d)``.
+    """
+    problems, rank = len(margins), prior.factor.shape[1]
+    a = np.broadcast_to(np.asarray(weights, dtype=float) @ prior.factor, (problems, rank))
+    inner = np.asarray(factors @ prior.factor, dtype=float)
+    _, size, right = np.linalg.svd(inner, full_matrices=False)
+    along = np.einsum("prk,pk->pr", right, a)
+    rest = np.maximum((a**2).sum(axis=1) - (along**2).sum(axis=1), 0.0)
+    z = np.linspace(0.0, 10.0, 101) if prior.tail.extra else np.zeros(1)
+    scale = np.asarray(prior.tail.scale(z, np), dtype=float) if prior.tail.extra else np.ones(1)
+    m = 1.001 * margins[:, None] / scale[None, :]
+    allowed = 0.998 * epsilon / scale[None, :] ** 2
+
+    def solve(log_mu: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        damped = along[:, None, :] / (1 + np.exp(log_mu)[..., None] * size[:, None, :] ** 2)
+        gain = (along[:, None, :] * damped).sum(-1) + rest[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            times = -m / gain
+            shift = 0.5 * times**2 * (size[:, None, :] ** 2 * damped**2).sum(-1)
+        return damped, times, shift
+
+    low, high = np.full(m.shape, -40.0), np.full(m.shape, 60.0)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        too_much = ~(solve(middle)[2] <= allowed)
+        low, high = np.where(too_much, middle, low), np.where(too_much, high, middle)
+    damped, times, shift = solve(high)
+    length = times**2 * ((damped**2).sum(-1) + rest[:, None]) + z[None, :] ** 2
+    length = np.where((shift <= allowed) & np.isfinite(length), length, np.inf)
+    best = np.argmin(length, axis=1)
+    rows = np.arange(problems)
+    across = a - np.einsum("pr,prk->pk", along, right)
+    v = times[rows, best][:, None] * (across + np.einsum("pr,prk->pk", damped[rows, best], right))
+    u = np.concatenate([v, z[best][:, None]], axis=1) if prior.tail.extra else v
+    return np.where(np.isfinite(length[rows, best])[:, None], u, np.nan)[:, None, :]
 
 
 def failures_of_linear(state: LimitState, n: int, rng: np.random.Generator) -> np.ndarray:

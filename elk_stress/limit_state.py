@@ -10,7 +10,6 @@ budget.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -59,6 +58,7 @@ class LimitState:
         linear: closed form, where known.
         device: torch device for ``u`` (torch only).
         dtype: ``"float32"`` or ``"float64"``: what ``function`` receives.
+        starts: ``(problems, m, dim)`` points worth starting a search from, where the builder knows some.
         data: arrays with one row per problem. Where given, ``function`` receives the rows of its problems in place of
             their indices, ``({name: (p, ...)}, u (p, n, dim)) -> (p, n)``, so that one compiled function serves any
             selection of problems (:meth:`select`).
@@ -74,6 +74,7 @@ class LimitState:
     device: str = "cpu"
     dtype: str = "float64"
     data: Mapping[str, np.ndarray] | None = None
+    starts: np.ndarray | None = None
     _compiled: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -88,9 +89,10 @@ class LimitState:
             self.linear, weight=self.linear.weight[chosen], offset=self.linear.offset[chosen]
         )
         lipschitz = None if self.lipschitz is None else self.lipschitz[chosen]
+        starts = None if self.starts is None else self.starts[chosen]
         if self.data is not None:
             data = {name: rows[chosen] for name, rows in self.data.items()}
-            return replace(self, data=data, n_problems=len(chosen), linear=linear, lipschitz=lipschitz)
+            return replace(self, data=data, n_problems=len(chosen), linear=linear, lipschitz=lipschitz, starts=starts)
         function, gradient = self.function, self.gradient
         where: Any = chosen
         if self.backend == "torch":
@@ -108,6 +110,7 @@ class LimitState:
             n_problems=len(chosen),
             linear=linear,
             lipschitz=lipschitz,
+            starts=starts,
             _compiled={},
         )
 

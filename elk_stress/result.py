@@ -109,6 +109,7 @@ class AttackResult:
         queries, gradients: median spent per problem.
         spent: bits of selection spent, where exactly known.
         upper_bound: rigorous upper bound on the threat's B, or ``None``.
+        benign_success: share of random moves of the same length that broke the probe too, or ``None``.
         status: ``ok`` or the reason why it was not run.
     """
 
@@ -122,6 +123,7 @@ class AttackResult:
     gradients: float
     spent: float | None
     upper_bound: Bits | None
+    benign_success: float | None = None
     status: str = "ok"
     flags: tuple[Flag, ...] = ()
 

@@ -10,8 +10,8 @@ kept) the nearest point is a kink: a rejected step that met another gradient giv
 the nearest point that satisfies both linearizations. A piecewise linear g (ReLU) can have many kinks at its nearest
 point, where every gradient leads away: a search that has not settled after ``quick`` steps goes on with a full step to
 the linearized boundary and a damped one, ``1/(2 + k/2)``, along it. That averages the gradients, since at such a point
-u* is a convex combination of them, times a number; the lowest crossing seen is kept. Every search ends on the ray through its point: the crossing is
-bracketed, so that a design point is on the boundary, on its failing side, within ``tolerance``.
+u* is a combination of them; the lowest crossing seen is kept. Every search ends on the ray through its point: the
+crossing is bracketed, so that a design point is on the boundary, on its failing side, within ``tolerance``.
 
 Shapes: centres ``(problems, m, dim)``, NaN padded, nearest first, in standard normal coordinates.
 
@@ -87,6 +87,7 @@ class DesignPoint:
         n, dim = limit_state.n_problems, limit_state.dim
         rng = np.random.default_rng(np.random.SeedSequence(seed))
         meter = Meter(limit_state, max_evaluations)
+        starts = limit_state.starts if starts is None else starts
         n_starts = max(1, self.n_starts) + (0 if starts is None else starts.shape[1])
         step = max(1, _BLOCK_ELEMENTS // (n_starts * dim))
         parts = []

@@ -1,0 +1,122 @@
+"""Comparing probes: paired over items, contexts and negatives, with Holm's correction over a table. No ranking without.
+
+Every probe of a run shares the bootstrap's resamples, so a replicate of the difference is the difference of
+replicates. Two quantities: the headline, and the *bits kept* per positive (area under recall(b), which does not reward
+a probe for catching little).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from elk_stress.result import StressResult
+
+__all__ = ["Comparison", "compare", "compare_all"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``a - b`` under one threat.
+
+    Attributes:
+        headline, headline_interval: difference of headlines in bits (censored ones count as ``max_bits``).
+        kept, kept_interval: difference of bits kept per positive (universal scope: the same as the headline).
+        p: two-sided bootstrap p-value of the difference of bits kept; ``holm``: corrected over the table.
+        better: ``a``'s or ``b``'s name if Holm's p < 0.05, else ``None``.
+    """
+
+    a: str
+    b: str
+    threat: str
+    headline: float
+    headline_interval: tuple[float, float]
+    kept: float
+    kept_interval: tuple[float, float]
+    p: float
+    holm: float
+    better: str | None
+
+
+def compare(a: StressResult, b: StressResult) -> tuple[Comparison, ...]:
+    """Compare two probes under every threat that both faced, with Holm's correction over these threats.
+
+    Raises:
+        ValueError: results of different testbeds, sites, seeds or false-positive rates, whose items are not paired.
+    """
+    return compare_all({a.probe: a, b.probe: b})
+
+
+def compare_all(results: Mapping[str, StressResult]) -> tuple[Comparison, ...]:
+    """All pairs of probes under all common threats; Holm's correction over all rows together."""
+    rows = [row for (name_a, a), (name_b, b) in combinations(results.items(), 2) for row in _pair(name_a, name_b, a, b)]
+    corrected = holm([row.p for row in rows])
+    return tuple(
+        Comparison(
+            **{
+                **vars(row),
+                "holm": p,
+                "better": None if p >= 0.05 else (row.a if row.kept > 0 else row.b),
+            }
+        )
+        for row, p in zip(rows, corrected, strict=True)
+    )
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down corrected p-values (1979), in the order given."""
+    order = np.argsort(p, kind="stable")
+    n = len(p)
+    raised = np.maximum.accumulate([(n - i) * p[k] for i, k in enumerate(order)]) if n else np.empty(0)
+    out = np.empty(n)
+    out[order] = np.minimum(raised, 1.0)
+    return [float(x) for x in out]
+
+
+def _pair(name_a: str, name_b: str, a: StressResult, b: StressResult) -> list[Comparison]:
+    for what, left, right in (
+        ("testbed", a.testbed, b.testbed),
+        ("site", a.site, b.site),
+        ("seed", a.seed, b.seed),
+        ("false-positive rate", a.config.get("fpr"), b.config.get("fpr")),
+        ("max_bits", a.config.get("max_bits"), b.config.get("max_bits")),
+        ("test items", a.config.get("test_items"), b.config.get("test_items")),
+    ):
+        if left != right:
+            raise ValueError(
+                f"cannot compare {name_a} and {name_b}: their {what} differs ({left} and {right}); "
+                "stress both on the same testbed with the same seed and options"
+            )
+    rows = []
+    for threat in a.threats:
+        if threat not in b.threats:
+            continue
+        left, right = a.threats[threat].replicates, b.threats[threat].replicates
+        if left is None or right is None or left.shape != right.shape:
+            continue
+        difference = np.nan_to_num(left, nan=0.0) - np.nan_to_num(right, nan=0.0)
+        n = len(difference)
+        kept = difference[:, 1]
+        # add-one p-value of a bootstrap: never exactly 0; a probe compared with its equal gives 1
+        below, above = int((kept <= 0).sum()), int((kept >= 0).sum())
+        p = min(1.0, 2 * (min(below, above) + 1) / (n + 1))
+        (h_low, k_low), (h_high, k_high) = np.quantile(difference, [0.025, 0.975], axis=0)
+        ends = float(np.median(difference[:, 0])), float(np.median(kept))
+        rows.append(
+            Comparison(
+                name_a,
+                name_b,
+                threat,
+                ends[0],
+                (float(h_low), float(h_high)),
+                ends[1],
+                (float(k_low), float(k_high)),
+                p,
+                p,
+                None,
+            )
+        )
+    return rows

@@ -1,0 +1,345 @@
+"""The one function that ties it together: how many bits does this probe survive, under each threat?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from elk_stress import registry
+from elk_stress.attack import Attack
+from elk_stress.attacking import arena, compare_attacks, run_attack
+from elk_stress.audit import audit
+from elk_stress.bits import Bits, Kind
+from elk_stress.comparison import Comparison as Comparison
+from elk_stress.comparison import compare as compare
+from elk_stress.comparison import compare_all as compare_all
+from elk_stress.flags import Flag, flag
+from elk_stress.per_item import Situation, situation, stress_items
+from elk_stress.prediction import best_of_n_curves, prediction_flags
+from elk_stress.priors import EllipticalPrior
+from elk_stress.probe import FittedProbe, Probe
+from elk_stress.result import AttackResult as AttackResult
+from elk_stress.result import BestOfNCurves, ThreatResult
+from elk_stress.result import StressResult as StressResult
+from elk_stress.scene import Scene, fit_probe, prepare_scene
+from elk_stress.testbed import Testbed
+from elk_stress.testbeds.arrays import Arrays
+from elk_stress.threat import Threat as Threat
+from elk_stress.threat import default_threats, parse_threat
+from elk_stress.universal import stress_universal
+from elk_stress.versions import versions
+
+__all__ = [
+    "Comparison",
+    "Scene",
+    "StressResult",
+    "Threat",
+    "compare",
+    "compare_all",
+    "prepare_scene",
+    "stress",
+    "stress_activations",
+]
+
+MAX_BITS = 100.0
+_CONTROLS = ("rock", "random_direction")
+
+
+def stress(
+    testbed: Testbed | Scene,
+    probe: FittedProbe | Probe | str | np.ndarray,
+    *,
+    threats: Sequence[Threat | str] | None = None,
+    attacks: Sequence[str | Attack] | str = "all",
+    behaviour_epsilon: float | None = None,
+    max_bits: float = MAX_BITS,
+    fpr: float = 0.05,
+    seed: int = 0,
+    n_particles: int = 1000,
+    budget: int = 2000,
+    controls: bool = True,
+    progress: Any = None,
+) -> StressResult:
+    """Measure how many bits of optimization a probe survives.
+
+    Args:
+        testbed: a testbed, or a :class:`Scene` from :func:`prepare_scene` that several probes share.
+        probe: a fitted probe, a recipe or registered name (fitted on training items under contexts A), or a direction.
+        threats: what the numbers are relative to; by default per item under natural thoughts with a Gaussian and with
+            the best-fitting elliptical tail, universal, and per item isotropic (c = 0.3), each free and with behaviour
+            kept (where the testbed has an output).
+        attacks: registered names or attack objects; ``"all"`` runs those that apply and lists the rest with reasons.
+            They run under the Gaussian threats.
+        behaviour_epsilon: nats; by default 3 x the median shift under natural thoughts.
+        max_bits: common censoring of all items.
+        fpr: nominal false-positive rate of the threshold.
+        seed: all randomness: same seed, same machine, same result.
+        n_particles: draws per estimate.
+        budget: questions per item that an attack may ask.
+        controls: also measure the rock, a random direction and the testbed's own oracle and paper probes.
+        progress: a ``rich.progress.Progress`` to report to.
+
+    Returns:
+        A :class:`StressResult`; ``result.threats[name].headline`` is the number.
+
+    Raises:
+        ValueError: fewer calibration negatives than ``fpr`` resolves, bad activations, mismatched widths.
+        UnknownName: no probe or attack of that name.
+    """
+    started = time.perf_counter()
+    scene = testbed if isinstance(testbed, Scene) else prepare_scene(testbed, seed=seed, progress=progress)
+    chosen = _threats(threats, behaviour_epsilon)
+    recipes = _attacks(attacks)
+    fitted = fit_probe(scene, probe)
+    task = None
+    if progress is not None:
+        task = progress.add_task(f"stress {fitted.name}", total=len(chosen) + 2)
+
+    found: dict[str, ThreatResult] = {}
+    places: dict[str, Situation] = {}
+    skipped: dict[str, str] = {}
+    access = {recipe.name: recipe.access for recipe in recipes}
+    for threat in chosen:
+        if threat.kept and scene.behaviour is None:
+            skipped[threat.name] = f"{scene.testbed.name} has no output whose behaviour could be kept"
+        else:
+            place = situation(scene, fitted, threat, fpr)
+            row = _one(scene, place, max_bits, n_particles, seed)
+            if threat.tail == "gaussian":
+                row = _with_attacks(scene, place, row, recipes, access, budget, seed, skipped)
+            found[threat.name], places[threat.name] = row, place
+        if task is not None:
+            progress.advance(task)
+
+    curves = _best_of_n(scene, places, found)
+    examined = audit(scene, fitted, seed=seed)
+    if task is not None:
+        progress.advance(task)
+    kept_controls, control_flags = (
+        _controls(scene, fitted, chosen, fpr, max_bits, n_particles, seed) if controls else ({}, ())
+    )
+    if task is not None:
+        progress.advance(task)
+    tails = _tails(scene, fitted)
+    return StressResult(
+        probe=fitted.name,
+        testbed=scene.testbed.name,
+        site=scene.testbed.site,
+        threats=found,
+        best_of_n=curves,
+        audit=examined,
+        tails=tails,
+        controls=kept_controls,
+        skipped=skipped,
+        flags=scene.flags + control_flags + tuple(f for c in curves for f in prediction_flags(c)),
+        config={
+            "fpr": fpr,
+            "max_bits": max_bits,
+            "n_particles": n_particles,
+            "budget": budget,
+            "behaviour_epsilon": behaviour_epsilon,
+            "epsilon_used": None if scene.behaviour is None else scene.epsilon,
+            "n_verify": scene.n_verify,
+            "replicates": len(scene.resamples.positives),
+            "threats": [t.to_json() for t in chosen],
+            "attacks": [recipe.name for recipe in recipes],
+            "test_items": len(scene.items),
+            "testbed": dict(scene.testbed.describe()),
+            "probe": {"name": fitted.name, "notes": dict(fitted.notes)},
+        },
+        versions=versions(),
+        seed=seed,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def stress_activations(
+    probe: FittedProbe | Probe | str | np.ndarray,
+    activations: np.ndarray,
+    labels: np.ndarray,
+    *,
+    prior: EllipticalPrior | None = None,
+    groups: np.ndarray | None = None,
+    observed_contexts: int = 0,
+    threats: Sequence[Threat | str] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> StressResult:
+    """Stress a probe with arrays alone: no model, no texts.
+
+    Args:
+        probe: as in :func:`stress`; a recipe or name is fitted on a training part of the arrays.
+        activations: ``(n, d)``, or ``(n, contexts, d)`` when the same items were read under several neutral contexts.
+        labels: ``(n,)``, 1 = positive.
+        prior: which moves happen when nobody optimizes. By default natural thoughts, which needs contexts; with
+            ``(n, d)`` arrays the isotropic prior scaled to the activations' own covariance.
+        groups: entities that must not be split.
+        observed_contexts: how many of the last contexts are held back for the observed best-of-n curve.
+        threats: by default those of :func:`stress` that need no model.
+        seed: of the split and of everything else.
+        options: as in :func:`stress`.
+
+    The arrays are dealt by entity: 40% training (unused by a fitted probe), 30% calibration, 30% test; a fitted probe
+    gets half and half.
+    """
+    activations, labels = np.asarray(activations), np.asarray(labels)
+    fitted = isinstance(probe, (FittedProbe, np.ndarray))
+    testbed = Arrays(
+        activations,
+        labels,
+        groups,
+        shares=(0.1, 0.45, 0.45) if fitted else (0.4, 0.3, 0.3),
+        observed_contexts=observed_contexts,
+        seed=seed,
+    )
+    contexts = 1 if activations.ndim == 2 else activations.shape[1] - observed_contexts
+    if prior is None and contexts < 2:
+        train = testbed.activations("train").reshape(-1, activations.shape[-1]).astype(float)
+        spread = float(np.sqrt(train.var(axis=0).mean()))
+        prior = EllipticalPrior(spread * np.eye(activations.shape[-1]), name="activations' own scale, isotropic")
+        threats = threats if threats is not None else [Threat(prior="isotropic")]
+    scene = prepare_scene(testbed, seed=seed, prior=prior)
+    if threats is None:
+        threats = default_threats(kept=False)
+    return stress(scene, probe, threats=threats, seed=seed, **options)
+
+
+def _threats(threats: Sequence[Threat | str] | None, epsilon: float | None) -> tuple[Threat, ...]:
+    if threats is None:
+        return default_threats(epsilon=epsilon)
+    parsed = tuple(parse_threat(t) if isinstance(t, str) else t for t in threats)
+    given = tuple(replace(t, epsilon=epsilon) if t.kept and t.epsilon is None else t for t in parsed)
+    names = [t.name for t in given]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"threats must be named once each and at least one is needed, got {names}")
+    return given
+
+
+def _attacks(attacks: Sequence[str | Attack] | str) -> tuple[Attack, ...]:
+    if isinstance(attacks, str):
+        attacks = registry.names("attacks") if attacks == "all" else [attacks]
+    return tuple(registry.load("attacks", a) if isinstance(a, str) else a for a in attacks)
+
+
+def _one(scene: Scene, place: Situation, max_bits: float, n_particles: int, seed: int) -> ThreatResult:
+    measure = stress_universal if place.threat.scope == "universal" else stress_items
+    return measure(scene, place, max_bits=max_bits, n_particles=n_particles, seed=seed)
+
+
+def _with_attacks(
+    scene: Scene,
+    place: Situation,
+    row: ThreatResult,
+    recipes: tuple[Attack, ...],
+    access: Mapping[str, str],
+    budget: int,
+    seed: int,
+    skipped: dict[str, str],
+) -> ThreatResult:
+    if not recipes:
+        return row
+    field = arena(scene, place, row.epsilon)
+    rows = tuple(run_attack(recipe, field, budget=budget, seed=seed) for recipe in recipes)
+    for result in rows:
+        if result.status != "ok":
+            skipped[f"{result.attack} under {result.threat}"] = result.status
+    extra: list[Flag] = list(compare_attacks(rows, dict(access)))
+    for result in rows:
+        bound = result.upper_bound
+        if (
+            bound is not None
+            and row.headline.kind in (Kind.EXACT, Kind.ESTIMATE)
+            and row.headline.low > bound.value + 0.5
+        ):
+            extra.append(flag("bounds_violated", f"{row.headline} above {result.attack}'s bound {bound}"))
+    return replace(row, attacks=rows, flags=row.flags + tuple(extra))
+
+
+def _best_of_n(
+    scene: Scene, places: Mapping[str, Situation], found: Mapping[str, ThreatResult]
+) -> tuple[BestOfNCurves, ...]:
+    """Predicted beside observed, free and kept, from the per-item natural threats that were measured."""
+    out = []
+    for kept in (False, True):
+        rows = {
+            name: row
+            for name, row in found.items()
+            if row.threat.scope == "item" and row.threat.prior == "natural" and row.threat.kept == kept and row.items
+        }
+        if not rows or scene.given_prior is not None:
+            continue
+        tails = {
+            rows[name].threat.tail if rows[name].threat.tail != "best" else places[name].prior.tail.name: name
+            for name in rows
+        }
+        epsilon = next(iter(rows.values())).epsilon
+        curves = best_of_n_curves(
+            scene,
+            {tail: places[name] for tail, name in tails.items()},
+            {tail: rows[name].items.bits for tail, name in tails.items()},  # type: ignore[union-attr]
+            epsilon if kept else None,
+        )
+        if curves is not None:
+            out.append(curves)
+    return tuple(out)
+
+
+def _controls(
+    scene: Scene,
+    probe: FittedProbe,
+    threats: tuple[Threat, ...],
+    fpr: float,
+    max_bits: float,
+    n_particles: int,
+    seed: int,
+) -> tuple[dict[str, Mapping[str, Bits] | str], tuple[Flag, ...]]:
+    """Headlines of the controls, measured once per scene. On a real model only without the behaviour constraint."""
+    affordable = tuple(t for t in threats if not t.kept or (scene.behaviour is not None and scene.behaviour.exact))
+    key = (affordable, fpr, max_bits, n_particles, seed)
+    if key not in scene._controls:
+        made: dict[str, Mapping[str, Bits] | str] = {}
+        known = dict(scene.testbed.known_probes())
+        candidates: dict[str, FittedProbe | str] = {
+            **{name: name for name in _CONTROLS if name in registry.names("probes")},
+            **known,
+        }
+        for name, control in candidates.items():
+            fitted = fit_probe(scene, control)
+            made[name] = {
+                t.name: _one(scene, situation(scene, fitted, t, fpr), max_bits, n_particles, seed).headline
+                for t in affordable
+            }
+        for name in ("oracle", "paper"):
+            if name not in made:
+                made[name] = f"{scene.testbed.name} does not know one"
+        scene._controls[key] = made
+    made = scene._controls[key]
+    return made, _control_flags(made)
+
+
+def _control_flags(controls: Mapping[str, Mapping[str, Bits] | str]) -> tuple[Flag, ...]:
+    """The oracle must survive more bits of moves that keep behaviour than the paper probe; the rock has none."""
+    flags: list[Flag] = []
+    rock = controls.get("rock")
+    if isinstance(rock, Mapping) and any(b.value > 0 for b in rock.values()):
+        flags.append(flag("control_failed", "a constant probe was credited with bits"))
+    oracle, paper = controls.get("oracle"), controls.get("paper")
+    if isinstance(oracle, Mapping) and isinstance(paper, Mapping):
+        for name in oracle:
+            if name.endswith("/kept") and name.startswith("item/") and paper[name].value >= oracle[name].value:
+                flags.append(flag("control_failed", f"under {name} paper {paper[name]} outlives oracle {oracle[name]}"))
+    return tuple(flags)
+
+
+def _tails(scene: Scene, probe: FittedProbe) -> Mapping[str, Any]:
+    directions = {}
+    if probe.traits.linear and np.any(probe.parameters["weight"]):
+        directions["probe"] = np.asarray(probe.parameters["weight"], dtype=float)[None, :]
+    fitted = scene.fit_tails_along(directions)
+    if fitted is None:
+        return {"note": "too few contexts to fit tails"}
+    return fitted.to_json()

@@ -1,0 +1,251 @@
+"""What all probes of one testbed share: activations, origins, priors, fitted tails, resamples and true shifts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from elk_stress.behaviour import Behaviour
+from elk_stress.flags import Flag, flag
+from elk_stress.priors import (
+    EllipticalPrior,
+    Gaussian,
+    Logistic,
+    StudentT,
+    Tail,
+    TailFit,
+    fit_tails,
+    isotropic,
+    natural,
+)
+from elk_stress.probe import FittedProbe, Probe, as_fitted, check_activations
+from elk_stress.survival import Resamples
+from elk_stress.testbed import Items, SplitName, Testbed, check_splits
+from elk_stress.threat import DEFAULT_EPSILON_FACTOR, Threat
+
+__all__ = ["Scene", "fit_probe", "prepare_scene"]
+
+# replicates x items of the bootstrap: bounds its memory and its time on large data
+_BOOTSTRAP_CELLS = 20_000_000
+
+
+@dataclass
+class Scene:
+    """A prepared testbed.
+
+    Attributes:
+        testbed: the testbed, prepared.
+        seed: of every draw that the probes share.
+        train, calibration, test, bare: ``(n, contexts, d)`` activations under contexts A; test items alone.
+        observed: test items under contexts B, or ``None`` if there are none.
+        given_prior: a prior that the caller chose instead of natural thoughts, or ``None``.
+    """
+
+    testbed: Testbed
+    seed: int
+    train: np.ndarray
+    calibration: np.ndarray
+    test: np.ndarray
+    bare_calibration: np.ndarray | None
+    observed: np.ndarray | None
+    given_prior: EllipticalPrior | None = None
+    n_verify: int = 64
+    replicates: int = 1000
+    epsilon_factor: float = DEFAULT_EPSILON_FACTOR
+    _priors: dict[tuple[Any, ...], EllipticalPrior] = field(default_factory=dict, repr=False)
+    _controls: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def items(self) -> Items:
+        """Test items."""
+        return self.testbed.splits["test"]
+
+    @cached_property
+    def test_origins(self) -> np.ndarray:
+        """``(n, d)`` float32 means over contexts A."""
+        return np.asarray(self.test.mean(axis=1), dtype=np.float32)
+
+    @cached_property
+    def positives(self) -> np.ndarray:
+        """Indices of the test positives."""
+        return np.flatnonzero(self.items.labels == 1)
+
+    @cached_property
+    def negatives(self) -> np.ndarray:
+        """Calibration negatives under contexts A, ``(n, contexts, d)``."""
+        return np.asarray(self.calibration[self.testbed.splits["calibration"].labels == 0])
+
+    @cached_property
+    def plain_train(self) -> np.ndarray:
+        """Indices of the train items that are not the negated half of a contrast pair."""
+        pairs = self.testbed.splits["train"].pairs
+        every = np.arange(len(self.train))
+        return every if pairs is None else np.setdiff1d(every, pairs[:, 1])
+
+    @cached_property
+    def behaviour(self) -> Behaviour | None:
+        """True shifts, or ``None`` where the testbed has no output (arrays alone)."""
+        return None if self.testbed.shift_cost == "none" else Behaviour(self.testbed, self.n_verify, self.seed)
+
+    @cached_property
+    def epsilon(self) -> float:
+        """Default epsilon in nats: ``epsilon_factor`` x the median shift of natural thoughts on test positives."""
+        assert self.behaviour is not None
+        threat = Threat()
+        shifts = self.behaviour.prior_shifts(self.prior(threat), self.positives, (*self.key(threat), 1.0))
+        return self.epsilon_factor * float(np.median(shifts))
+
+    @cached_property
+    def resamples(self) -> Resamples:
+        """The bootstrap that every probe and threat shares."""
+        calibration = self.testbed.splits["calibration"]
+        largest = max(len(self.items), len(self.negatives) * self.negatives.shape[1])
+        return Resamples.draw(
+            self.items.groups,
+            self.items.labels,
+            calibration.groups[calibration.labels == 0],
+            self.test.shape[1],
+            replicates=int(np.clip(_BOOTSTRAP_CELLS // largest, 100, self.replicates)),
+            seed=self.seed,
+        )
+
+    def key(self, threat: Threat) -> tuple[str, str]:
+        """Name of the threat's prior and of its tail."""
+        name = f"{threat.scope}/{threat.prior}" if threat.prior == "natural" else f"isotropic{threat.c:g}"
+        return name, threat.tail
+
+    def prior(self, threat: Threat, *, shrink: float = 1.0, scale: float = 1.0) -> EllipticalPrior:
+        """The threat's prior, with its tail; made once."""
+        key = (*self.key(threat), shrink)
+        if key not in self._priors:
+            if threat.tail != "gaussian":
+                made = self.prior(_gaussian(threat), shrink=shrink).with_tail(self.tail(threat.tail))
+            elif threat.prior == "isotropic":
+                made = isotropic(self.prior(Threat()), threat.c)
+            elif self.given_prior is not None:
+                made = self.given_prior
+            else:
+                made = natural(self.train[self.plain_train], scope=threat.scope, shrink=shrink)
+            self._priors[key] = made
+        prior = self._priors[key]
+        return prior if scale == 1.0 else prior.scaled(scale)
+
+    def tail(self, name: str) -> Tail:
+        """A tail by its name in a threat; ``best`` is the best-fitting elliptical heavy tail."""
+        if name == "logistic":
+            return Logistic()
+        if name == "best":
+            return self.tail_fit.best_elliptical if self.tail_fit is not None else Logistic()
+        if name == "student_t":
+            fitted = self.tail_fit.best_elliptical if self.tail_fit is not None else None
+            return fitted if isinstance(fitted, StudentT) else StudentT(5.0)
+        return Gaussian()
+
+    @cached_property
+    def tail_fit(self) -> TailFit | None:
+        """Tails fitted along random, principal and class-mean directions; ``None`` without contexts to fit on."""
+        return self.fit_tails_along({})
+
+    def fit_tails_along(self, directions: dict[str, np.ndarray]) -> TailFit | None:
+        """Tails fitted along given directions besides random and principal ones, on training items x contexts A."""
+        if self.train.shape[1] < 3:
+            return None
+        train, labels = self.train[self.plain_train], self.testbed.splits["train"].labels[self.plain_train]
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, 0x7A11]))
+        prior = self.prior(Threat())
+        means = train.mean(axis=1)
+        return fit_tails(
+            train,
+            prior,
+            {
+                "random": rng.standard_normal((16, train.shape[-1])),
+                "principal": prior.factor.T[:8],
+                "class means": (means[labels == 1].mean(axis=0) - means[labels == 0].mean(axis=0))[None, :],
+                **directions,
+            },
+        )
+
+    @cached_property
+    def flags(self) -> tuple[Flag, ...]:
+        """Flags of the data themselves."""
+        leaked = check_splits(self.testbed.splits)
+        return (flag("leak", f"{len(leaked)} entities cross splits, e.g. {leaked[0]}"),) if leaked else ()
+
+
+def prepare_scene(
+    testbed: Testbed,
+    *,
+    seed: int = 0,
+    prior: EllipticalPrior | None = None,
+    n_verify: int = 64,
+    replicates: int = 1000,
+    progress: Any = None,
+) -> Scene:
+    """Do a testbed's long work once and check its activations.
+
+    Raises:
+        ValueError: activations with NaN or inf, or constant ones; a split with one class only.
+    """
+    testbed.prepare(progress)
+    splits = testbed.splits
+    for split in ("test",):
+        if len(np.unique(splits[split].labels)) < 2:
+            raise ValueError(f"the {split} split holds one class only; it needs positives and negatives")
+    found: dict[SplitName, np.ndarray] = {name: testbed.activations(name) for name in ("train", "calibration", "test")}
+    for name, activations in found.items():
+        if len(activations):
+            check_activations(activations.reshape(-1, activations.shape[-1]), f"{name} activations")
+    try:
+        observed: np.ndarray | None = testbed.activations("test", "observed")
+        bare: np.ndarray | None = testbed.activations("calibration", "bare")
+    except LookupError:
+        observed = bare = None
+    return Scene(
+        testbed,
+        seed,
+        found["train"],
+        found["calibration"],
+        found["test"],
+        bare,
+        observed if observed is not None and observed.shape[1] > 0 else None,
+        given_prior=prior,
+        n_verify=n_verify,
+        replicates=replicates,
+    )
+
+
+def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> FittedProbe:
+    """Fit a probe on training items under the prior: every item under every context A, one row each.
+
+    Contrast pairs come along for probes that need them; other probes see affirmed statements only.
+    """
+    from elk_stress import registry
+
+    recipe = registry.load("probes", probe) if isinstance(probe, str) else probe
+    if isinstance(recipe, (FittedProbe, np.ndarray)):
+        fitted = as_fitted(recipe, site=scene.testbed.site)
+        if fitted.dim is not None and fitted.dim != scene.testbed.dim:
+            raise ValueError(
+                f"probe {fitted.name!r} was fitted on {fitted.dim} features (site {fitted.site or 'unknown'}) but "
+                f"{scene.testbed.name} gives {scene.testbed.dim} at {scene.testbed.site}; refit it there"
+            )
+        return fitted
+    train = scene.testbed.splits["train"]
+    contexts = scene.train.shape[1]
+    if recipe.traits.needs_pairs and train.pairs is not None:
+        rows = np.arange(len(scene.train))
+        pairs = np.concatenate([train.pairs * contexts + c for c in range(contexts)])
+    else:
+        rows, pairs = scene.plain_train, None
+    activations = scene.train[rows].reshape(-1, scene.train.shape[-1])
+    labels = np.repeat(train.labels[rows], contexts)
+    return as_fitted(recipe, activations, labels, pairs=pairs, seed=scene.seed, site=scene.testbed.site)
+
+
+def _gaussian(threat: Threat) -> Threat:
+    from dataclasses import replace
+
+    return replace(threat, tail="gaussian")

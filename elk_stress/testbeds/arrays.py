@@ -1,0 +1,123 @@
+"""Activation arrays as a testbed, for users with neither model nor texts at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from elk_stress.probe import FittedProbe
+from elk_stress.testbed import ContextSet, Items, SplitName
+
+__all__ = ["Arrays"]
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Activations and labels alone: bits without a model, hence without a behaviour constraint.
+
+    Args:
+        data: ``(n, d)``, or ``(n, contexts, d)`` when the same items were read under several neutral contexts.
+        labels: ``(n,)`` in {0, 1}, 1 = positive.
+        groups: ``(n,)`` entities; split together. By default every item is its own.
+        shares: shares of the entities for training, calibration and test.
+        observed_contexts: how many of the last contexts are held back to observe best-of-n.
+        seed: of the split.
+    """
+
+    data: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray | None = None
+    shares: tuple[float, float, float] = (0.4, 0.3, 0.3)
+    observed_contexts: int = 0
+    seed: int = 0
+    name: str = "arrays"
+    site: str = "given"
+
+    def __post_init__(self) -> None:
+        if np.ndim(self.data) not in (2, 3) or len(self.data) != len(self.labels):
+            raise ValueError(
+                "expected activations (n, d) or (n, contexts, d) and labels (n,), "
+                f"got {np.shape(self.data)} and {np.shape(self.labels)}"
+            )
+        if set(np.unique(self.labels).tolist()) - {0, 1}:
+            raise ValueError(f"labels must be 0 or 1 (1 = positive), got {np.unique(self.labels).tolist()[:5]}")
+        if len(np.unique(self.labels)) < 2:
+            raise ValueError("labels hold one class only; a stress test needs positives and negatives")
+
+    @property
+    def dim(self) -> int:
+        """d."""
+        return int(self.data.shape[-1])
+
+    @cached_property
+    def _rows(self) -> dict[SplitName, np.ndarray]:
+        groups = np.arange(len(self.labels)) if self.groups is None else np.asarray(self.groups)
+        _, index = np.unique(groups, return_inverse=True)
+        # entities are dealt per label of their first item, so that every split holds both classes
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, 0xA55]))
+        n_groups = int(index.max()) + 1
+        first = np.full(n_groups, len(index))
+        np.minimum.at(first, index, np.arange(len(index)))
+        split_of = np.empty(n_groups, dtype=int)
+        edges = np.cumsum(self.shares)[:2] / sum(self.shares)
+        for label in (0, 1):
+            members = np.flatnonzero(self.labels[first] == label)
+            order = rng.permutation(len(members))
+            split_of[members[order]] = np.searchsorted(edges, (np.arange(len(members)) + 0.5) / len(members))
+        names: tuple[SplitName, ...] = ("train", "calibration", "test")
+        return {name: np.flatnonzero(split_of[index] == i) for i, name in enumerate(names)}
+
+    @cached_property
+    def splits(self) -> Mapping[SplitName, Items]:
+        """Train, calibration and test items, dealt by entity."""
+        groups = np.arange(len(self.labels)) if self.groups is None else np.asarray(self.groups)
+        return {
+            name: Items(tuple(str(i) for i in rows.tolist()), np.asarray(self.labels)[rows].astype(int), groups[rows])
+            for name, rows in self._rows.items()
+        }
+
+    def prepare(self, progress: Any = None) -> None:
+        """Nothing to do."""
+
+    def activations(self, split: SplitName, contexts: ContextSet = "prior") -> np.ndarray:
+        """Float32 copies of the split's rows.
+
+        Raises:
+            LookupError: no contexts were held back (``observed``), or items alone were not given (``bare``).
+        """
+        data = self.data[self._rows[split]]
+        data = data[:, None, :] if data.ndim == 2 else data
+        held = self.observed_contexts
+        if contexts == "bare" or (contexts == "observed" and held == 0):
+            raise LookupError(f"arrays hold no {contexts} contexts")
+        chosen = data[:, data.shape[1] - held :] if contexts == "observed" else data[:, : data.shape[1] - held]
+        return np.asarray(chosen, dtype=np.float32)
+
+    @property
+    def shift_cost(self) -> Literal["exact", "model", "none"]:
+        """``none``: arrays have no output."""
+        return "none"
+
+    def shift(self, split: SplitName, items: np.ndarray, moves: np.ndarray) -> np.ndarray:
+        """Not defined."""
+        raise LookupError("activation arrays have no behaviour; give a testbed with a model to constrain it")
+
+    def shift_factor(self, split: SplitName, items: np.ndarray) -> np.ndarray:
+        """Not defined."""
+        raise LookupError("activation arrays have no behaviour; give a testbed with a model to constrain it")
+
+    def known_probes(self) -> Mapping[str, FittedProbe]:
+        """None are known."""
+        return {}
+
+    def describe(self) -> Mapping[str, Any]:
+        """Sizes."""
+        return {
+            "shape": list(self.data.shape),
+            "shares": list(self.shares),
+            "observed_contexts": self.observed_contexts,
+        }
