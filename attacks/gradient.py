@@ -80,16 +80,21 @@ class Gradient:
 
     def _search(self, oracle: Oracle, problems: np.ndarray, u: np.ndarray) -> np.ndarray:
         """The ``keep`` shortest failing points of these problems from starts ``u (problems, starts, k)``."""
-        g, _ = oracle.gradient(problems, u[:, :1])
+        try:
+            g, slope = oracle.gradient(problems, u)
+        except BudgetExhausted:
+            u = u[:, :1].copy()
+            g, slope = oracle.gradient(problems, u)
         # a limit state without gradients of its own pays for finite differences: what one costs is seen, not assumed
-        price = int((oracle.queries + oracle.gradients)[problems].max())
-        affordable = (oracle.budget - price - min(self.keep * self.bisections, oracle.budget // 3)) // price
-        n_starts = max(1, min(self.starts, affordable // min(self.steps, 10)))
-        steps = min(self.steps, affordable // n_starts)
+        spent = int((oracle.queries + oracle.gradients)[problems].max())
+        price = spent // u.shape[1]
+        affordable = (oracle.budget - spent - min(self.keep * self.bisections, oracle.budget // 3)) // price
+        n_starts = max(1, min(u.shape[1], affordable // min(self.steps, 10)))
+        steps = max(0, min(self.steps, affordable // n_starts))
+        u, g, slope = u[:, :n_starts].copy(), g[:, :n_starts], slope[:, :n_starts]
 
-        u = u[:, :n_starts].copy()
         # aim a little beyond the boundary: a step that lands at g = +1e-17 has not failed
-        margin = 1e-2 * np.abs(g)
+        margin = 1e-2 * np.abs(g[:, :1])
         reach = np.sqrt(oracle.dim) + 5.0
         cuts = _Cuts.empty(len(u), n_starts, self.cuts, oracle.dim)
         best, norm = u.copy(), np.full(u.shape[:2], np.inf)
@@ -97,8 +102,9 @@ class Gradient:
         rate, last = np.ones(u.shape[:2]), np.zeros_like(u)
         record, since = np.full(len(u), np.inf), np.zeros(len(u), dtype=int)
         active = np.arange(len(u))
-        for step in range(steps):
-            g, slope = oracle.gradient(problems[active], u[active])
+        for step in range(steps + 1):
+            if step > 0:
+                g, slope = oracle.gradient(problems[active], u[active])
             length = np.linalg.norm(u[active], axis=-1)
             better = np.where(g <= 0, length < norm[active], np.isinf(norm[active]) & (g < lowest[active]))
             best[active] = np.where(better[..., None], u[active], best[active])
