@@ -197,7 +197,7 @@ def _show(result: RunResult, out: Path, options: argparse.Namespace) -> None:
         if not console.is_terminal:
             # a file or a pipe has no width; the tables are made for this one
             console = Console(width=120)
-        tables.show(console, result.results, skipped=result.not_applicable.items())
+        tables.show(console, result.results, skipped=result.not_applicable)
     for name, reason in result.failures.items():
         print(f"elk-stress: probe {name} failed: {reason}", file=sys.stderr)
     if result.status == "interrupted":

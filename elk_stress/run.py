@@ -64,9 +64,17 @@ class RunResult:
         return bool(self.failures) or any(f.red for r in self.results for _, f in r.all_flags)
 
     @property
-    def not_applicable(self) -> dict[str, str]:
-        """Probes, threats and attacks that do not apply here, with the reason, each once."""
-        return {**self.skipped, **{name: why for result in self.results for name, why in result.skipped.items()}}
+    def not_applicable(self) -> dict[str, list[str]]:
+        """Reason -> the probes, threats and attacks that it kept from being run; whose, unless it is everybody's."""
+        whose: dict[tuple[str, str], list[str]] = {(name, why): [] for name, why in self.skipped.items()}
+        for result in self.results:
+            for name, why in result.skipped.items():
+                whose.setdefault((name, why.removeprefix("does not apply: ")), []).append(result.probe)
+        found: dict[str, list[str]] = {}
+        for (name, why), probes in whose.items():
+            everybody = len(probes) in (0, len(self.results))
+            found.setdefault(why, []).append(name if everybody else f"{name} ({', '.join(probes)})")
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary with everything in it."""

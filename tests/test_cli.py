@@ -114,7 +114,7 @@ def test_a_run_prints_both_tables_and_says_where(
     out = capsys.readouterr().out
     assert "Bits of optimization that each probe survives" in out
     assert "Attacks on logistic" in out
-    assert "not run: ccs: it learns from contrast pairs" in out
+    assert "not run, since it learns from contrast pairs and these data have none (field pair): ccs" in out
     assert out.rstrip().endswith("written to here")
     assert max(map(len, out.splitlines())) <= 120
     assert [c["probe"] for c in engine] == ["rock", "random_direction", "mass_mean", "lda", "logistic"]

@@ -26,7 +26,7 @@ from elk_stress.threat import Threat
 
 def printed(results: list[StressResult], width: int) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
-    tables.show(console, results, skipped=[("ccs", "needs pairs")])
+    tables.show(console, results, skipped={"it needs pairs": ["ccs"]})
     return console.export_text()
 
 
@@ -206,8 +206,33 @@ def test_tails_common_to_all_probes_are_said_once() -> None:
 
 def test_what_does_not_apply_is_listed_once() -> None:
     text = report(a_run()).split("## Not run")[1]
-    assert "`extra` does not apply: needs pairs" in text
-    assert text.count("`universal/natural/gaussian` does not apply: example of a reason") == 1
+    assert "- needs pairs: `extra`" in text
+    assert text.count("- example of a reason: `universal/natural/gaussian (ccs)`") == 1
+
+
+def test_a_reason_shared_by_all_names_no_probe() -> None:
+    results = tuple(
+        replace(fabricated.result(name, 9.0, kept=False), skipped={"a": "does not apply: no output", "b": "no output"})
+        for name in ("lda", "ccs")
+    )
+    assert a_run(results=results, skipped={}).not_applicable == {"no output": ["a", "b"]}
+
+
+def test_attacks_that_were_not_run_take_no_line() -> None:
+    result = fabricated.result("lda", 12.0)
+    not_run = {
+        name: replace(t, attacks=tuple(replace(a, status="it catches nothing") for a in t.attacks))
+        for name, t in result.threats.items()
+    }
+    one = next(iter(result.threats))
+    assert tables.attack_table(replace(result, threats=not_run)) is None
+    text = printed([replace(result, threats={**not_run, one: result.threats[one]})], 120)
+    assert text.count("natural_thoughts") == 1
+    assert "kept" not in text.split("Attacks on lda")[1].split("flags")[0], "a column without any number"
+
+
+def test_a_probe_with_one_row_shows_its_verdict_too() -> None:
+    assert "miscalibrated" in printed([fabricated.result("lda", 12.0, kept=False, verdict="miscalibrated")], 120)
 
 
 def test_tables_in_the_report_are_well_formed() -> None:

@@ -60,7 +60,7 @@ def _status(run: RunResult) -> str:
 
 
 def _not_run(run: RunResult) -> list[str]:
-    lines = [f"- `{name}` does not apply: {reason}" for name, reason in run.not_applicable.items()]
+    lines = [f"- {reason}: {', '.join(f'`{name}`' for name in names)}" for reason, names in run.not_applicable.items()]
     return lines + [f"- `{name}` **failed**: {reason}" for name, reason in run.failures.items()]
 
 

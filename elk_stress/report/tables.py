@@ -7,7 +7,8 @@ ranking: that takes a paired comparison.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -26,18 +27,22 @@ _WIDE = 126
 
 
 def show(
-    console: Console, results: Sequence[StressResult], *, skipped: Iterable[tuple[str, str]] = (), attacks: bool = True
+    console: Console,
+    results: Sequence[StressResult],
+    *,
+    skipped: Mapping[str, Sequence[str]] | None = None,
+    attacks: bool = True,
 ) -> None:
-    """Print the main table, its legends, the attacks on each probe, and what was not run and why."""
+    """Print the main table, its legends, the attacks on each probe, and what was not run and why (reason -> names)."""
     if results:
         console.print(probe_table(results, width=console.width))
-        if attacks:
-            for result in results:
-                if any(threat.attacks for threat in result.threats.values()):
-                    console.print(attack_table(result))
+        for result in results:
+            table = attack_table(result)
+            if table is not None:
+                console.print(table)
         console.print(flag_legend(f for result in results for _, f in result.all_flags))
-    for name, reason in skipped:
-        console.print(Text(f"not run: {name}: {reason}"))
+    for reason, names in (skipped or {}).items():
+        console.print(Text(f"not run, since {reason}: {', '.join(names)}"))
 
 
 def probe_table(results: Sequence[StressResult], *, width: int = 120) -> RenderableType:
@@ -67,21 +72,25 @@ def probe_table(results: Sequence[StressResult], *, width: int = 120) -> Rendera
     return Group(title, table, _legend(results))
 
 
-def attack_table(result: StressResult) -> RenderableType:
-    """Every attack on one probe: what it achieved and cost, behaviour free and kept, below each threat's headline."""
-    parts: list[RenderableType] = [Text(""), Text(f"Attacks on {result.probe}", style="bold"), _attack_header()]
-    for free in words.columns([result]):
-        pair = words.free_and_kept(result, free)
-        if not any(t.attacks for t in pair if t):
-            continue
-        named = " · ".join(
-            f"{label} {words.bits_text(t.headline)}" for label, t in zip(("free", "kept"), pair, strict=True) if t
-        )
-        quantity = next(t.quantity for t in pair if t)
+def attack_table(result: StressResult) -> RenderableType | None:
+    """Every attack on one probe: what it achieved and cost, behaviour free and kept, below each threat's headline.
+
+    ``None`` if no attack was run; those that do not apply are listed elsewhere, with the reason.
+    """
+    tried = [t for t in result.threats.values() if any(row.status == "ok" for row in t.attacks)]
+    if not tried:
+        return None
+    labels = [label for label in ("free", "kept") if any(t.threat.kept == (label == "kept") for t in tried)]
+    parts: list[RenderableType] = [Text(""), Text(f"Attacks on {result.probe}", style="bold"), _attack_header(labels)]
+    for free in words.columns([replace(result, threats={t.threat.name: t for t in tried})]):
+        pair = dict(zip(("free", "kept"), words.free_and_kept(result, free), strict=True))
+        chosen = [pair[label] for label in labels]
+        named = " · ".join(f"{label} {words.bits_text(t.headline)}" for label, t in pair.items() if t)
+        quantity = next(t.quantity for t in chosen if t)
         parts.append(Text(f" {', '.join(words.heading(free))}. {quantity}: {named}", style="italic"))
-        table = _attack_columns(header=False)
-        for name in dict.fromkeys(row.attack for t in pair if t for row in t.attacks):
-            table.add_row(f"  {name}", *_attack_cells([_find(t, name) for t in pair], free.scope))
+        table = _attack_columns(labels, header=False)
+        for name in dict.fromkeys(row.attack for t in chosen if t for row in t.attacks if row.status == "ok"):
+            table.add_row(f"  {name}", *_attack_cells([_find(t, name) for t in chosen], free.scope))
         parts.append(table)
     return Group(*parts)
 
@@ -103,10 +112,13 @@ def flag_legend(flags: Iterable[Flag]) -> RenderableType:
 
 
 def _name(row: words.Row) -> Text:
-    if row.first:
-        return Text(row.result.probe, style="bold")
     audit = row.result.audit
-    return Text(f"  {audit.verdict}" if audit is not None else "", style="italic")
+    verdict = Text(f"  {audit.verdict}" if audit is not None else "", style="italic")
+    if not row.first:
+        return verdict if row.second else Text("")
+    name = Text(row.result.probe, style="bold")
+    # a probe with one row only has its verdict below its name in the same cell
+    return Text("\n").join([name, verdict]) if row.last else name
 
 
 def _cell(threat: ThreatResult | None, *, compact: bool) -> Text:
@@ -131,7 +143,7 @@ def _legend(results: Sequence[StressResult]) -> Text:
 
 
 def _audited(results: Sequence[StressResult]) -> bool:
-    return any(not row.first and row.result.audit is not None for row in words.rows(results))
+    return any(result.audit is not None for result in results)
 
 
 def _find(threat: ThreatResult | None, attack: str) -> AttackResult | None:
@@ -141,24 +153,28 @@ def _find(threat: ThreatResult | None, attack: str) -> AttackResult | None:
 _MEASURES = ("success", "shift, nats", "queries", "gradients", "bound on B")
 
 
-def _attack_columns(*, header: bool) -> Table:
+def _attack_columns(labels: Sequence[str], *, header: bool) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=header)
     table.add_column("  attack", width=20, no_wrap=True)
     for measure in _MEASURES:
-        wide = 6 if measure == _MEASURES[-1] else 5
-        table.add_column("free", justify="right", width=wide, no_wrap=True)
-        table.add_column("kept", justify="right", width=wide, no_wrap=True)
+        for label in labels:
+            table.add_column(label, justify="right", width=_width(measure, labels), no_wrap=True)
     table.add_column("flags", width=8)
     return table
 
 
-def _attack_header() -> RenderableType:
+def _attack_header(labels: Sequence[str]) -> RenderableType:
     above = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
     above.add_column(width=20)
     for measure in _MEASURES:
-        above.add_column(justify="right", width=13 if measure == _MEASURES[-1] else 11, no_wrap=True)
+        above.add_column(justify="right", width=len(labels) * (_width(measure, labels) + 1) - 1, no_wrap=True)
     above.add_row("", *_MEASURES)
-    return Group(above, _attack_columns(header=True))
+    return Group(above, _attack_columns(labels, header=True))
+
+
+def _width(measure: str, labels: Sequence[str]) -> int:
+    # two numbers share one heading; one number has it alone
+    return (6 if measure == _MEASURES[-1] else 5) if len(labels) > 1 else len(measure)
 
 
 def _attack_cells(pair: Sequence[AttackResult | None], scope: str) -> list[str]:

@@ -90,6 +90,7 @@ class Row:
     variant: Variant
     cells: Mapping[str, ThreatResult]
     first: bool
+    second: bool
     last: bool
 
 
@@ -112,7 +113,7 @@ def rows(results: Sequence[StressResult]) -> list[Row]:
             epsilon = threat.epsilon if several and threat.threat.kept else None
             variants.setdefault(Variant(threat.threat.kept, epsilon), {})[threat.threat.free.name] = threat
         ordered = sorted(variants, key=lambda v: (v.kept, v.epsilon or 0.0))
-        found += [Row(result, v, variants[v], i == 0, v is ordered[-1]) for i, v in enumerate(ordered)]
+        found += [Row(result, v, variants[v], i == 0, i == 1, v is ordered[-1]) for i, v in enumerate(ordered)]
     return found
 
 
