@@ -133,7 +133,7 @@ def estimate_batch(
         max_evaluations: budget per problem.
         check_fraction: for ``auto``: share of the problems that splitting checks, chosen at random; ``None``: all of 16
             or fewer, else 16 of them; 0 checks only those that importance sampling could not carry. If the check
-            objects to more than a tenth of its sample, every problem is checked.
+            objects to more than a tenth of its sample, 64 more are; the rest is flagged.
         keep_failures: draws from the prior given failure to return in ``diagnostics["failures"]`` (``auto``,
             ``importance``; ``subset_simulation`` keeps ``n_failures``).
         options: further fields of the method's configuration.
@@ -148,10 +148,19 @@ def estimate_batch(
     unknown = sorted(set(options) - known)
     if unknown:
         raise TypeError(f"{method} has no option {', '.join(unknown)}; it has: {', '.join(sorted(known)) or 'none'}")
-    config = kind(**{k: v for k, v in given.items() if v is not None and k in known}, **options)
+    if "n_samples" in known:
+        given["n_samples"] = n_particles
+    settings = {k: v for k, v in given.items() if v is not None and k in known} | options
+    if method == "best_of_n":
+        # no finite pool was given: the pool is a sample of the prior, and the bits are the prior's
+        settings.setdefault("about", "population")
+    config = kind(**settings)
     accepted = inspect.signature(config.__call__).parameters
     call: dict[str, Any] = {"seed": seed, "max_evaluations": max_evaluations, "keep_failures": keep_failures}
     call = {k: v for k, v in call.items() if k in accepted}
+    if "pool" in accepted:
+        rng = np.random.default_rng(np.random.SeedSequence(seed))
+        call["pool"] = rng.standard_normal((limit_state.n_problems, n_particles or 4096, limit_state.dim))
     if "centres" not in accepted:
         result: BitsBatch = config(limit_state, **call)
         return result

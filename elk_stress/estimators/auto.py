@@ -37,8 +37,9 @@ from elk_stress.estimators.importance import Importance
 from elk_stress.estimators.mixture import Mixture
 from elk_stress.estimators.particles import draw_from, far_apart, with_means
 from elk_stress.estimators.subset_simulation import SubsetSimulation
+from elk_stress.estimators.typical import typical_centres
 from elk_stress.estimators.verdict import Estimate, Evidence, agree, decide
-from elk_stress.limit_state import LimitState
+from elk_stress.limit_state import LimitState, Meter
 
 __all__ = ["Auto", "restrict"]
 
@@ -64,8 +65,8 @@ class Auto:
         n_runs: splitting runs per checked problem; ``None``: 8, or 4 for more than 16 problems.
         n_starts: design-point starts; ``None``: 8, or 2 for more than 16 problems with gradients.
         check_fraction: share of the problems that splitting checks, chosen at random; ``None``: all, or 16 of more than
-            16. Problems whose importance sampling is starved are always checked, and if the check objects to more than
-            a tenth of its sample, all are.
+            16. Problems whose importance sampling is starved are checked too, and if the check objects to more than a
+            tenth of its sample, so are the others: up to 64 each; those beyond are reported as not carried.
         max_bits: results beyond are censored there.
         n_settled: failures at which counting alone settles a problem.
         min_effective: effective draws that importance sampling needs.
@@ -78,7 +79,7 @@ class Auto:
     check_fraction: float | None = None
     max_bits: float = 400.0
     n_settled: int = 100
-    min_effective: float = 30.0
+    min_effective: float = 20.0
     max_blind: float = 0.1
 
     def __post_init__(self) -> None:
@@ -138,6 +139,7 @@ def restrict(limit_state: LimitState, index: np.ndarray) -> LimitState:
         gradient=gradient,
         lipschitz=None if limit_state.lipschitz is None else limit_state.lipschitz[index],
         dtype=limit_state.dtype,
+        starts=None if limit_state.starts is None else limit_state.starts[index],
     )
 
 
@@ -150,14 +152,14 @@ class _Run:
         p, dim = limit_state.n_problems, limit_state.dim
         self.config, self.limit_state, self.keep = config, limit_state, keep_failures
         few = p <= _FEW
-        self.limited = max_evaluations is not None
+        self.limited, self.many = max_evaluations is not None, not few
         self.n_particles = config.n_particles or (2048 if few else 512)
         self.n_runs = config.n_runs or (8 if few else 4)
         self.splitting_particles = min(1000 if few else 250, self.n_particles)
         self.n_starts = config.n_starts or (8 if few or not limit_state.has_gradient else 2)
         shares: tuple[float | None, ...] = _SHARES if max_evaluations else (None,) * len(_SHARES)
         self.budgets = [None if s is None or max_evaluations is None else int(s * max_evaluations) for s in shares]
-        children = np.random.SeedSequence(seed).spawn(len(_SHARES) + 1)
+        children = np.random.SeedSequence(seed).spawn(len(_SHARES) + 2)
         self.seeds = [int(c.generate_state(1, np.uint64)[0]) for c in children[:-1]]
         self.rng = np.random.default_rng(children[-1])
         self.evaluations, self.gradients = np.zeros(p, np.int64), np.zeros(p, np.int64)
@@ -165,14 +167,15 @@ class _Run:
         self.counted, self.count_low, self.count_high = np.full(p, np.inf), np.zeros(p), np.full(p, np.inf)
         self.counted_failures = np.full((p, 1, dim), np.nan)
         self.settled = np.zeros(p, bool)
-        self.centres = np.full((p, 8, dim), np.nan)
+        self.centres = np.full((p, 8, dim), np.nan)  # design points
+        self.aimed = self.centres  # where importance sampling and the bound draw
         nan = np.full(p, np.nan)
         self.importance = np.stack([nan, nan, nan])  # value, low, high
         self.splitting = np.stack([nan, nan, nan])
         self.effective, self.blind = np.zeros(p), np.zeros(p)
         self.splitting_censored, self.splitting_doubts = np.zeros(p, bool), np.zeros(p, bool)
         self.splitting_status = ["ok"] * p
-        self.checked = np.zeros(p, bool)
+        self.checked, self.doubted = np.zeros(p, bool), np.zeros(p, bool)
         self.upper, self.lower = np.full(p, np.inf), np.zeros(p)
 
     # -- the stages -------------------------------------------------------------------------------------------------
@@ -207,9 +210,24 @@ class _Run:
         if not open_.size:
             return
         given = self.counted_failures
+        if self.limit_state.starts is not None:
+            given = np.concatenate([given, self.limit_state.starts], axis=1)
         starts = None if np.isnan(given[open_]).all() else given[open_]
         self._design(open_, DesignPoint(n_starts=self.n_starts), self.seeds[1], self.budgets[1], starts)
+        self.aimed = self.centres.copy()
+        if self.limit_state.has_gradient or self.limit_state.dim <= 64:
+            budget = None if self.budgets[1] is None else self.budgets[1] // 4
+            meter = Meter(restrict(self.limit_state, open_), budget)
+            self.aimed[open_] = typical_centres(meter, self.centres[open_], self.rng, n_pairs=4 if self.many else 32)
+            self.evaluations[open_] += meter.evaluations
+            self.gradients[open_] += meter.gradients
+            self.aimed = distinct(self.aimed, DesignPoint().separation, self.aimed.shape[1])[0]
         self._weigh(open_, self.n_particles, self.seeds[2], self.budgets[2])
+        starved = open_[self.effective[open_] < self.config.min_effective]
+        starved = starved[self.effective[starved] > 2]
+        if starved.size and not self.limited:
+            # independent draws, and only those: their number depends on the first round, their values do not
+            self._weigh(starved, 4 * self.n_particles, self.seeds[8], None)
 
     def check(self) -> None:
         """Splitting on a random share, on what importance sampling could not carry, and on all if it objects."""
@@ -220,10 +238,13 @@ class _Run:
         wanted = min(len(open_), _FEW) if fraction is None else math.ceil(fraction * len(open_))
         sample = np.sort(self.rng.choice(open_, size=wanted, replace=False))
         starved = open_[self.effective[open_] < self.config.min_effective]
+        starved = starved[: 4 * _FEW]  # more would take hours: those left over are reported as starved
         self._split(np.union1d(sample, starved).astype(np.int64))
         objected = [i for i in sample if self._objects(i)]
         if wanted and len(objected) > 0.1 * wanted and wanted < len(open_):
-            self._split(open_[~self.checked[open_]])
+            rest = open_[~self.checked[open_] & (self.effective[open_] >= self.config.min_effective)]
+            self._split(rest[: 4 * _FEW])
+            self.doubted[rest[4 * _FEW :]] = True
 
     def bound(self) -> None:
         """Bracket what was checked from above, and everything from below where a Lipschitz constant is known."""
@@ -231,7 +252,7 @@ class _Run:
         if some.size:
             bound = EvidenceBound(n_particles=self.n_particles)
             part = restrict(self.limit_state, some)
-            batch = bound(part, seed=self.seeds[6], centres=self.centres[some], max_evaluations=self.budgets[6])
+            batch = bound(part, seed=self.seeds[6], centres=self.aimed[some], max_evaluations=self.budgets[6])
             self._spent(some, batch)
             self.upper[some] = batch.value
         if self.limit_state.lipschitz is not None:
@@ -289,7 +310,7 @@ class _Run:
         batch = Importance(n_particles=n, min_effective=self.config.min_effective)(
             restrict(self.limit_state, index),
             seed=seed,
-            centres=self.centres[index],
+            centres=self.aimed[index],
             max_evaluations=budget,
             keep_failures=max(self.keep, 1),
         )
@@ -327,7 +348,9 @@ class _Run:
         starts = far_apart(particles, 6)
         search = DesignPoint(n_starts=1, max_iterations=30)
         self._design(index, search, self.seeds[4], self.budgets[4], None if np.isnan(starts).all() else starts)
-        self.centres[index] = with_means(self.centres[index], particles, search.separation)
+        every = np.concatenate([self.aimed[index], self.centres[index]], axis=1)
+        every = distinct(every, search.separation, self.aimed.shape[1])[0]
+        self.aimed[index] = with_means(every, particles, search.separation)
         # the first round's effective share says how many draws the second, independent one needs
         n = self.n_particles
         if len(index) <= _FEW:
@@ -345,7 +368,7 @@ class _Run:
 
     def _blind_share(self, index: np.ndarray, particles: np.ndarray, n: int) -> np.ndarray:
         """Share of failing particles at which one importance draw would weigh over a fifth of the estimate."""
-        mixture = Mixture.at(self.centres[index], n, Importance().defensive)
+        mixture = Mixture.at(self.aimed[index], n, Importance().defensive)
         present = ~np.isnan(particles[..., 0])
         rows = np.arange(len(index))
         log_ratio = mixture.log_ratio(rows, np.where(present[..., None], particles, 0.0))
@@ -361,7 +384,11 @@ class _Run:
             counted=Estimate(float(self.counted[i]), float(self.count_low[i]), float(self.count_high[i])),
             settled=bool(self.settled[i]),
             weighed=weighed,
-            trusted=bool(self.effective[i] >= self.config.min_effective and self.blind[i] <= self.config.max_blind),
+            trusted=bool(
+                self.effective[i] >= self.config.min_effective
+                and self.blind[i] <= self.config.max_blind
+                and not self.doubted[i]
+            ),
             blind=float(self.blind[i]),
             split=split,
             split_censored=bool(self.splitting_censored[i]),

@@ -117,6 +117,12 @@ def _believe(e: Evidence, max_bits: float, budget_limited: bool) -> Verdict:
             seen_mode = flag("missed_mode", f"splitting says {split}, but B <= {e.upper:.1f} is a bound")
             return Verdict(seen.value, max(0.0, seen.low), seen.high, Kind.ESTIMATE, "importance", "ok", (seen_mode,))
         return _union(e, weighed, split)
+    if split is None and weighed is not None:
+        why = "importance sampling is starved or doubted, and nothing checked it: its lower end is what counting allows"
+        low, high = min(weighed.low, e.counted.low), weighed.high
+        doubt = flag("low_effective_sample_size", f"importance sampling says {weighed}, unchecked")
+        status = f"{why}; raise n_particles or check_fraction"
+        return Verdict(weighed.value, low, high, Kind.ESTIMATE, "importance", status, (doubt,))
     if split is None:
         return _nothing(e, e.counted.low, max_bits, budget_limited, "raise n_particles or check_fraction")
     if e.split_censored:
