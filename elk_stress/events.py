@@ -4,7 +4,7 @@ r"""From probe, prior, threshold and behaviour to limit states: the events whose
 event         limit state (failure when <= 0), scaled so that an unmoved item has |g| about 1
 ============  ====================================================================================
 item failed   ``(score(origin_i + move(u)) - threshold) / scale``
-item kept     ``(0.5 ||F_i move(u)||^2 - epsilon) / epsilon``
+item kept     ``0.5 ||F_i move(u)||^2 / epsilon - 1``
 universal     the order statistic of the margins that decides whether the metric is at most tau:
               recall <= tau exactly when the ``(floor(tau n) + 1)``-th largest margin is <= 0, and
               AUROC <= tau exactly when the like order statistic of all score differences is <= 0
@@ -83,7 +83,7 @@ def kept_event(prior: EllipticalPrior, factors: np.ndarray, epsilon: float) -> L
         if prior.tail.extra:
             v = v * prior.tail.scale(u[..., rank:], jnp)
         image = jnp.einsum("pnk,prk->pnr", v, data["inner"])
-        return (0.5 * (image * image).sum(-1) - epsilon) / epsilon
+        return 0.5 * (image * image).sum(-1) / data["epsilon"][:, None] - 1
 
     return LimitState(
         function=function,
@@ -91,7 +91,7 @@ def kept_event(prior: EllipticalPrior, factors: np.ndarray, epsilon: float) -> L
         n_problems=len(factors),
         backend="jax",
         dtype="float32",
-        data={"inner": inner},
+        data={"inner": inner, "epsilon": np.full(len(inner), epsilon, dtype=np.float32)},
     )
 
 

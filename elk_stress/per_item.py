@@ -245,37 +245,37 @@ def _joint(
     prior, probe = place.prior, place.probe
     others = {f"{m:g}": m * epsilon / scene.epsilon_factor for m in EPSILONS} if place.threat.epsilon is None else {}
 
-    def events(eps: float) -> tuple[LimitState, LimitState]:
-        kept = kept_event(prior, behaviour.factors(chosen), eps)
-        failing = item_event(probe, prior, scene.test_origins[chosen], place.detection.threshold, closed=False)
-        # the corner where the two meet is known for a linear probe, and near it for the linearization of another
-        margin, slope = place.margin[place.caught], _gradients(probe, scene.test_origins[chosen])
-        corner = nearest_kept(prior, slope, margin, behaviour.factors(chosen), eps)
-        return replace(both(failing, kept), starts=corner), kept
+    def event(eps: float) -> LimitState:
+        # one compiled function serves every epsilon: it is data
+        corner = nearest_kept(prior, slope, place.margin[place.caught], behaviour.factors(chosen), eps)
+        data = {**(joint_event.data or {}), "epsilon": np.full(len(chosen), eps, dtype=np.float32)}
+        return replace(joint_event, data=data, starts=corner)
 
-    def measured(eps: float) -> BitsBatch:
-        joint, _ = events(eps)
-        return item_bits(
-            joint,
+    def quick(eps: float) -> float:
+        """Half-life at another epsilon by importance sampling at the corner alone."""
+        at = event(eps)
+        assert at.starts is not None
+        found = Importance(n_particles=8 * n_particles)(at, seed=seed, centres=at.starts)
+        censored = [k is Kind.CENSORED for k in found.kind]
+        return half_life(np.minimum(np.where(censored, max_bits, found.value), max_bits))
+
+    def kept_alone() -> LimitState:
+        return kept_event(prior, behaviour.factors(chosen), epsilon)
+
+    # the corner where failed and kept meet is known for a linear probe, and near it for the linearization of another
+    slope = _gradients(probe, scene.test_origins[chosen])
+    failing = item_event(probe, prior, scene.test_origins[chosen], place.detection.threshold, closed=False)
+    if behaviour.exact:
+        joint_event = both(failing, kept_alone())
+        joint = item_bits(
+            event(epsilon),
             max_bits=max_bits,
             n_particles=max(n_particles, _CORNER_PARTICLES),
             seed=seed,
             check_fraction=min(1.0, 2 / len(chosen)),
         )
-
-    def quick(eps: float) -> float:
-        """Half-life at another epsilon by importance sampling at the corner alone."""
-        joint, _ = events(eps)
-        assert joint.starts is not None
-        found = Importance(n_particles=8 * n_particles)(joint, seed=seed, centres=joint.starts)
-        return half_life(
-            np.minimum(np.where([k is Kind.CENSORED for k in found.kind], max_bits, found.value), max_bits)
-        )
-
-    if behaviour.exact:
-        kept = item_bits(events(epsilon)[1], max_bits=max_bits, n_particles=n_particles, seed=seed, check_fraction=0.0)
-        sensitivity = {name: quick(eps) for name, eps in others.items()}
-        return measured(epsilon), kept, sensitivity
+        kept = item_bits(kept_alone(), max_bits=max_bits, n_particles=n_particles, seed=seed, check_fraction=0.0)
+        return joint, kept, {name: quick(eps) for name, eps in others.items()}
 
     kept = kept_bits(
         behaviour.prior_shifts(prior, chosen, (*scene.key(place.threat), 1.0)),
@@ -292,9 +292,9 @@ def _joint(
         for name, eps in others.items()
     }
     if np.isposinf(joint.high[breakable]).any():
-        surrogate, _ = events(epsilon)
+        joint_event = both(failing, kept_alone())
         joint = searched_joint(
-            joint, chosen, prior, failed, surrogate, behaviour, epsilon, max_bits=max_bits, seed=seed
+            joint, chosen, prior, failed, event(epsilon), behaviour, epsilon, max_bits=max_bits, seed=seed
         )
     return joint, kept, sensitivity
 
@@ -312,9 +312,9 @@ def _draws_given_failure(
     if state.linear is not None:
         return failures_of_linear(state, n, np.random.default_rng(np.random.SeedSequence([seed, 0xFA11])))
     again = item_bits(state, max_bits=max_bits, n_particles=n_particles, seed=seed, keep_failures=n)
-    draws = np.asarray(again.diagnostics["failures"])
+    draws: np.ndarray = np.asarray(again.diagnostics["failures"])
     # an item without a failing draw keeps its origin: it does not fail there, so its share is judged by the search
-    return np.nan_to_num(draws, nan=0.0)
+    return np.asarray(np.nan_to_num(draws, nan=0.0))
 
 
 def _negative_scores(
@@ -430,7 +430,7 @@ def _deviation_factor(scene: Scene, threat: Threat, prior: EllipticalPrior, grad
 
     # (c-1)/c: a resample of c contexts has that much less variance on average
     def spread(columns: np.ndarray) -> np.ndarray:
-        return (contexts @ (columns**2).T - (contexts @ columns.T) ** 2 / c) / (c - 1) * c / (c - 1)
+        return np.asarray((contexts @ (columns**2).T - (contexts @ columns.T) ** 2 / c) * c / (c - 1) ** 2)
 
     b0 = float((between**2).sum()) / (c - 1)
     delta = (1 - prior.notes["between"]["intensity"]) * (spread(between[None, :])[:, 0] - b0)

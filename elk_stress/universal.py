@@ -112,7 +112,7 @@ def mean_shifts(scene: Scene, behaviour: Behaviour, moves: np.ndarray) -> np.nda
     if behaviour.exact:
         image = np.einsum("nd,prd->pnr", moves, behaviour.factors(chosen))
         return np.asarray(0.5 * (image**2).sum(-1).mean(axis=0))
-    return behaviour.shift(chosen, shared).mean(axis=0)
+    return np.asarray(behaviour.shift(chosen, shared).mean(axis=0))
 
 
 def _behaviour_items(scene: Scene) -> np.ndarray:
