@@ -19,7 +19,7 @@ from elk_stress.flags import CATALOGUE, flag
 from elk_stress.report import plots, tables, words
 from elk_stress.report.folder import UnusableFolder, check_folder, write_folder
 from elk_stress.report.markdown import report
-from elk_stress.result import StressResult
+from elk_stress.result import Curve, StressResult
 from elk_stress.run import RunResult
 from elk_stress.threat import Threat
 
@@ -116,9 +116,9 @@ def test_compact_intervals_hold_the_true_ones() -> None:
 
 def test_draws_are_those_with_an_even_chance() -> None:
     # (1 - 2^-B)^N = 1/2 exactly at B = 1: N = 1; at B = 10: 709.4
-    assert words.draws(1.0) == "a single natural draw"
-    assert words.draws(10.0) == "the best of about 709 draws"
-    assert words.draws(40.0) == "the best of about 2^39.5 draws"
+    assert words.draws(1.0) == "a single prior draw has an even chance"
+    assert words.draws(10.0) == "the best of about 709 prior draws has an even chance"
+    assert words.draws(40.0) == "the best of about 2^39.5 prior draws has an even chance"
 
 
 @pytest.mark.parametrize(("n", "text"), [(0, "0"), (812, "812"), (1234, "1.2k"), (35_000, "35k"), (4.1e6, "4.1M")])
@@ -194,6 +194,30 @@ def test_report_has_every_part() -> None:
     assert "![best of n](best_of_n.png)" in text
     assert "`broken` **failed**: ValueError: x" in text
     assert CATALOGUE["brittle"].what_to_do in text
+
+
+def test_half_an_item_is_no_contradiction() -> None:
+    result = fabricated.result("lda", 12.0, kept=False)  # 36 caught: half an item is 1.4%
+    n, none = result.best_of_n[0].observed.x, np.zeros(6)
+
+    def agreement(share: float) -> str:
+        observed = Curve(n, none, none, none, none, none)
+        told = Curve(n, none + share, none + share, none + share, none, none)
+        curves = replace(result.best_of_n[0], observed=observed, predicted={"gaussian": told})
+        return report(a_run(results=(replace(result, best_of_n=(curves,)),)))
+
+    assert "at 6 of 6 points" in agreement(0.01)
+    assert "at 0 of 6 points" in agreement(0.02)
+
+
+def test_sensitivity_says_where_the_search_ended() -> None:
+    result = fabricated.result("lda", 12.0, kept=False)
+    name, threat = next(iter(result.threats.items()))
+    ends = replace(
+        threat, scale={"0.5": fabricated.MAX_BITS, "1": 12.0}, shrink={"1": math.nan}, bare_threshold=math.nan
+    )
+    text = report(a_run(results=(replace(result, threats={name: ends}),)))
+    assert "| 0.5: >= 40.0; 1: 12.0 | - | - | - | - | - |" in text
 
 
 def test_tails_common_to_all_probes_are_said_once() -> None:
@@ -325,6 +349,7 @@ def test_best_of_n_draws_prediction_and_observation_on_log2_n() -> None:
     np.testing.assert_allclose(axis.lines[0].get_xdata(), np.log2(curves.observed.x))
     np.testing.assert_allclose(axis.lines[0].get_ydata(), curves.predicted["gaussian"].value)
     observed = axis.containers[0].lines[0]
+    np.testing.assert_allclose(observed.get_xdata(), np.log2(curves.observed.x))
     np.testing.assert_allclose(observed.get_ydata(), curves.observed.value)
     assert plots.best_of_n([replace(result, best_of_n=())]) is None
 

@@ -74,7 +74,10 @@ def best_of_n(results: Sequence[StressResult]) -> Figure | None:
     if not having:
         return None
     kept = sorted({curves.kept for _, result in having for curves in result.best_of_n})
-    figure = _figure(2.5 * max(2, len(having)) + 0.8, 2.5 * len(kept) + 1.35)
+    curves = [c for _, r in having for b in r.best_of_n for c in (b.observed, *b.predicted.values())]
+    # one scale for all panels; small shares are worth seeing
+    top = min(1.0, max(0.1, 1.1 * max(float(c.high.max()) for c in curves)))
+    figure = _figure(2.5 * max(2, len(having)) + 1.2, 2.5 * len(kept) + 1.35)
     axes = figure.subplots(len(kept), len(having), sharey=True, sharex=True, squeeze=False)
     for i, is_kept in enumerate(kept):
         for j, (k, result) in enumerate(having):
@@ -91,7 +94,7 @@ def best_of_n(results: Sequence[StressResult]) -> Figure | None:
         label = "behaviour kept" if is_kept else "behaviour free"
         axes[i][0].set_ylabel(f"{label}\ncatches broken")
         axes[i][0].yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes[i][0].set_ylim(-0.03, 1.03)
+        axes[i][0].set_ylim(-0.03 * top, 1.03 * top)
     tails = list(dict.fromkeys(tail for _, r in having for curves in r.best_of_n for tail in curves.predicted))
     handles: list[Any] = [
         Line2D([], [], color="0.3", ls=_tail_line(tail), label=f"predicted, {tail.replace('_', ' ')} tail")
@@ -100,9 +103,7 @@ def best_of_n(results: Sequence[StressResult]) -> Figure | None:
     handles.append(Patch(color="0.8", label="95% interval of the prediction"))
     handles.append(Line2D([], [], color="black", marker="o", mfc="white", ls="none", label="observed, 95% interval"))
     n = max(curves.n_contexts for _, r in having for curves in r.best_of_n)
-    _title_and_legend(
-        figure, f"Best of n real contexts ({n} that the prior never saw), predicted beside observed", handles
-    )
+    _title_and_legend(figure, f"Best of n of {n} real contexts, predicted and observed", handles)
     return figure
 
 
@@ -144,10 +145,19 @@ def _best_of_n_panel(axis: Any, curves: BestOfNCurves, colour: str) -> None:
         axis.fill_between(x, curve.low, curve.high, color=colour, alpha=0.14, lw=0)
         axis.plot(x, curve.value, color=colour, ls=_tail_line(tail), lw=1.6)
     seen = curves.observed
-    x = np.log2(seen.x)
-    bars = np.stack([np.maximum(seen.value - seen.low, 0), np.maximum(seen.high - seen.value, 0)])
-    axis.errorbar(x, seen.value, yerr=bars, fmt="o", ms=4.5, mfc="white", color="black", ecolor="0.35", lw=1, capsize=2)
+    at = _spaced(seen.x)
+    x = np.log2(seen.x[at])
+    bars = np.stack([np.maximum(seen.value - seen.low, 0), np.maximum(seen.high - seen.value, 0)])[:, at]
+    axis.errorbar(
+        x, seen.value[at], yerr=bars, fmt="o", ms=4.5, mfc="white", color="black", ecolor="0.35", lw=1, capsize=2
+    )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _spaced(n: np.ndarray) -> np.ndarray:
+    """Indices of about two points for each doubling of n, and the last one."""
+    wanted = {round(2 ** (j / 2)) for j in range(2 * int(np.log2(n.max())) + 1)} | {int(n.max())}
+    return np.flatnonzero(np.isin(n, list(wanted)))
 
 
 def _known(curve: Curve) -> np.ndarray:

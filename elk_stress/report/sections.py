@@ -215,8 +215,10 @@ def sensitivity(results: Sequence[StressResult]) -> list[str]:
     body: list[list[str]] = []
     for result in results:
         for name, t in result.threats.items():
-            cells = [_series(t.scale), _series(t.shrink), _series(t.epsilons)]
-            extra = f"{words.number(t.bare_threshold)} (uncalibrated)" if t.bare_threshold is not None else "-"
+            most = float(result.config.get("max_bits", math.inf))
+            cells = [_series(values, most) for values in (t.scale, t.shrink, t.epsilons)]
+            bare = t.bare_threshold
+            extra = "-" if bare is None or math.isnan(bare) else f"{_capped(bare, most)} (uncalibrated)"
             kept = "-" if t.b_kept is None else words.bits_text(t.b_kept)
             given = "-" if t.b_given_kept is None else words.bits_text(t.b_given_kept)
             if any(cell != "-" for cell in (*cells, extra, kept, given)):
@@ -239,8 +241,15 @@ def sensitivity(results: Sequence[StressResult]) -> list[str]:
     return lines + (table(head, body) if body else ["Not computed in this run."])
 
 
-def _series(values: Mapping[str, float]) -> str:
-    return "; ".join(f"{k}: {words.number(float(v))}" for k, v in values.items()) or "-"
+def _series(values: Mapping[str, float], most: float) -> str:
+    if all(math.isnan(v) for v in values.values()):
+        return "-"
+    return "; ".join(f"{k}: {_capped(float(v), most)}" for k, v in values.items())
+
+
+def _capped(bits: float, most: float) -> str:
+    # the engine stops at max_bits: there and beyond the number says at least
+    return f">= {most:.1f}" if most <= bits < math.inf else words.number(bits)
 
 
 def best_of_n(results: Sequence[StressResult]) -> list[str]:

@@ -199,11 +199,12 @@ def count(n: float) -> str:
 def draws(bits: float) -> str:
     """How many prior draws give best-of-N an even chance against B bits, in words."""
     if not math.isfinite(bits):
-        return "no number of draws"
+        return "no number of prior draws suffices"
     log_n = max(0.0, best_of_n_half_chance(bits))
     if log_n < 0.5:
-        return "a single natural draw"
-    return f"the best of about {2**log_n:,.0f} draws" if log_n < 14 else f"the best of about 2^{log_n:.1f} draws"
+        return "a single prior draw has an even chance"
+    n = f"{2**log_n:,.0f}" if log_n < 14 else f"2^{log_n:.1f}"
+    return f"the best of about {n} prior draws has an even chance"
 
 
 def flags_in(row: Row) -> list[Flag]:
