@@ -334,6 +334,16 @@ def test_shift_is_zero_at_the_origin_and_its_factor_predicts_small_ones(testbed:
     assert np.array_equal(testbed.shift_factor("test", items[::-1].copy()), factor[::-1])
 
 
+def test_origin_is_the_mean_over_the_prior_after_the_medoid_context(testbed: Statements) -> None:
+    means = testbed.activations("train", "prior").mean(axis=0)
+    nearest = int(np.linalg.norm(means - means.mean(axis=0), axis=1).argmin())
+    assert testbed.host_context == contexts.contexts("prior", 3)[nearest]
+    moved = testbed._moved_model("test")
+    np.testing.assert_array_equal(moved._origins, testbed.activations("test", "prior").mean(axis=1))
+    texts = [f"{testbed.host_context} {text}" for text in testbed.splits["test"].texts or ()]
+    assert moved._rows == testbed._loaded().tokenize(texts)
+
+
 def test_site_is_chosen_without_calibration_or_test(tmp_path: Path) -> None:
     read: list[str] = []
     subject = LanguageModel.from_modules(tiny.causal(), tiny.tokenizer(), fingerprint="tiny", causal=True)
