@@ -195,7 +195,7 @@ def test_interrupted_reading_keeps_what_was_finished(tmp_path: Path) -> None:
 def brute_force(
     subject: LanguageModel, site: str, text: str, states: list[np.ndarray]
 ) -> tuple[list[int], list[np.ndarray]]:
-    """Whole-sequence passes with the last token's state replaced: greedy continuation of the first, log-probabilities."""
+    """Whole-sequence passes with the last state replaced: greedy continuation of the first, log-probabilities."""
     ids = list(subject.tokenizer(text)["input_ids"])
     at = len(ids) - 1
     depth = subject.depth(site)
