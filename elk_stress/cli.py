@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -153,7 +153,7 @@ def _run(options: argparse.Namespace) -> int:
     from elk_stress.run import Interrupted, run
     from elk_stress.subjects.models import ModelUnavailable
 
-    code = DONE
+    code, existed = DONE, out.exists()
     try:
         check_folder(out)
         testbed = _testbed(options)
@@ -177,10 +177,14 @@ def _run(options: argparse.Namespace) -> int:
         # a traceback is for mistakes in the code; these say what was expected, what came, and the way out
         if options.traceback or isinstance(error, IndexError) or type(error) is KeyError:
             raise
+        if not existed:
+            # made by the check above and still empty, unless something was finished
+            with suppress(OSError):
+                out.rmdir()
         raise _BadInput(_one_line(error)) from error
     _show(result, out, options)
     if code == DONE and not result.results:
-        return FAILED if result.failures else USAGE
+        return FAILED if set(result.failures) - set(result.refused) else USAGE
     return FLAGGED if code == DONE and options.strict and result.red else code
 
 

@@ -40,6 +40,7 @@ class RunResult:
         controls: control -> threat -> bits, or why it does not apply.
         skipped: probe -> why it does not apply here.
         failures: probe -> what went wrong.
+        refused: those of the failures that are bad input (a ``ValueError`` with its way out) and no defect.
         description: what the testbed says of itself (model, data, sizes, how the site was chosen).
         config, versions, seed, seconds: how to get the same again.
         status: ``partial`` while probes remain, ``interrupted`` after Ctrl-C.
@@ -51,6 +52,7 @@ class RunResult:
     controls: Mapping[str, Mapping[str, Bits] | str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
     description: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -151,6 +153,8 @@ def run(
                     state = replace(state, results=(*state.results, result))
                 except Exception as error:
                     state = replace(state, failures={**state.failures, _name(probe): _message(error)})
+                    if isinstance(error, ValueError):
+                        state = replace(state, refused=(*state.refused, _name(probe)))
                 state = replace(state, seconds=time.monotonic() - started, controls=_merged(state.results))
                 _write_if_possible(state, folder)
                 advance()

@@ -89,6 +89,7 @@ def test_bad_input_found_by_the_testbed_is_one_line(
     install(monkeypatch, {"scene": error})
     assert cli.main(["run", "--no-progress"]) == 2
     assert " ".join(str(error).split()) in one_line(capsys.readouterr())
+    assert list(Path("runs").iterdir()) == [], "no empty folder may stay"
 
 
 def test_a_mistake_in_the_code_keeps_its_traceback(engine: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +172,8 @@ def test_a_failing_probe_is_said_on_stderr(
     assert cli.main(["run", "--probes", "lda,mass_mean", "--no-progress"]) == 0
     assert "probe lda failed: fewer negatives than the rate resolves" in capsys.readouterr().err
     assert cli.main(["run", "--probes", "lda,mass_mean", "--no-progress", "--strict"]) == 3
+    assert cli.main(["run", "--probes", "lda", "--no-progress"]) == 2, "bad input"
+    install(monkeypatch, {"lda": ZeroDivisionError("a defect")})
     assert cli.main(["run", "--probes", "lda", "--no-progress"]) == 1
 
 

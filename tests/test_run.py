@@ -94,6 +94,7 @@ def test_a_failing_probe_is_recorded_and_the_others_go_on(tmp_path: Path, monkey
     result = run(FakeTestbed(), ["lda", "mass_mean", "logistic"], out=tmp_path)
     assert [r.probe for r in result.results] == ["logistic"]
     assert result.failures == {"lda": "labels hold one class only", "mass_mean": "ZeroDivisionError: oh"}
+    assert result.refused == ("lda",), "bad input and no defect"
     assert result.red
     assert saved(tmp_path)["failures"] == dict(result.failures)
     assert "labels hold one class only" in (tmp_path / "report.md").read_text()
