@@ -65,8 +65,8 @@ class Auto:
         n_runs: splitting runs per checked problem; ``None``: 8, or 4 for more than 16 problems.
         n_starts: design-point starts; ``None``: 8, or 2 for more than 16 problems with gradients.
         check_fraction: share of the problems that splitting checks, chosen at random; ``None``: all, or 16 of more than
-            16. Problems whose importance sampling is starved are checked too, and if the check objects to more than a
-            tenth of its sample, so are the others: up to 64 each; those beyond are reported as not carried.
+            16. Up to 16 problems whose importance sampling is starved are checked too. If the check contradicts more
+            than a tenth of its sample, 64 others are checked and those beyond are flagged.
         max_bits: results beyond are censored there.
         n_settled: failures at which counting alone settles a problem.
         min_effective: effective draws that importance sampling needs.
@@ -155,7 +155,7 @@ class _Run:
         self.limited, self.many = max_evaluations is not None, not few
         self.n_particles = config.n_particles or (2048 if few else 512)
         self.n_runs = config.n_runs or (8 if few else 4)
-        self.splitting_particles = min(1000 if few else 250, self.n_particles)
+        self.splitting_particles = min(1000 if few else 128, self.n_particles)
         self.n_starts = config.n_starts or (8 if few or not limit_state.has_gradient else 2)
         shares: tuple[float | None, ...] = _SHARES if max_evaluations else (None,) * len(_SHARES)
         self.budgets = [None if s is None or max_evaluations is None else int(s * max_evaluations) for s in shares]
@@ -242,9 +242,11 @@ class _Run:
         wanted = min(len(open_), _FEW) if fraction is None else math.ceil(fraction * len(open_))
         sample = np.sort(self.rng.choice(open_, size=wanted, replace=False))
         starved = open_[self.effective[open_] < self.config.min_effective]
-        starved = starved[: 4 * _FEW]  # more would take hours: those left over are reported as starved
+        starved = starved[:_FEW]  # more would take long: those left over are reported as starved
+        # what the unchecked problems rest on is the first round of importance sampling: that is what is judged
+        first, carried = self.importance.copy(), self.effective >= self.config.min_effective
         self._split(np.union1d(sample, starved).astype(np.int64))
-        objected = [i for i in sample if self._objects(i)]
+        objected = [i for i in sample if carried[i] and self._objects(i, first[:, i])]
         if wanted and len(objected) > 0.1 * wanted and wanted < len(open_):
             rest = open_[~self.checked[open_] & (self.effective[open_] >= self.config.min_effective)]
             self._split(rest[: 4 * _FEW])
@@ -402,12 +404,10 @@ class _Run:
             lower=float(self.lower[i]),
         )
 
-    def _objects(self, i: int) -> bool:
-        """Whether the check of problem i found fault with importance sampling."""
-        evidence = self._evidence(i)
-        if evidence.weighed is None:
-            return not evidence.split_censored
-        return not evidence.trusted or not (agree(evidence) or evidence.split_doubts)
+    def _objects(self, i: int, first: np.ndarray) -> bool:
+        """Whether splitting contradicts the first round of importance sampling on problem i."""
+        evidence = replace(self._evidence(i), weighed=_estimate(first))
+        return not (agree(evidence) or evidence.split_doubts)
 
 
 def _estimate(column: np.ndarray) -> Estimate | None:
