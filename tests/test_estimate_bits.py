@@ -203,3 +203,12 @@ def test_verdict_starved_and_unchecked_claims_little():
     told = decide(Evidence(COUNTED, False, Estimate(90, 85, 95), False), 400, False)
     assert told.low == 14.0
     assert [f.name for f in told.flags] == ["low_effective_sample_size"]
+
+
+def test_a_mode_that_only_splitting_found_is_fed_back():
+    """From the origin alone the search sees u1 = 4.5; a fifth of the probability lies at u1 = -4.8."""
+    state = LimitState(lambda p, u: np.minimum(4.5 - u[..., 0], 4.8 + u[..., 0]), dim=3)
+    bits = estimate_batch(state, seed=0, n_starts=1, n_particles=8192)[0]
+    exact = -math.log2(np.exp(log_ndtr(-4.5)) + np.exp(log_ndtr(-4.8)))
+    assert (bits.diagnostics["centres"][:, 0] < -4).any()
+    assert abs(bits.diagnostics["importance"] - exact) < 0.12

@@ -82,6 +82,14 @@ def test_kept_failures_are_draws_from_the_prior_given_failure():
     assert stats.kstest(across, "norm").pvalue > 1e-4
 
 
+def test_kept_failures_share_two_modes_by_their_probability():
+    state = from_function(lambda u: np.minimum(3.0 - u[:, 0], 3.3 + u[:, 0]), 2)
+    centres = np.array([[[3.0, 0.0], [-3.3, 0.0]]])
+    kept = Importance(n_particles=100_000)(state, seed=6, centres=centres, keep_failures=4000).diagnostics["failures"]
+    share = math.exp(log_ndtr(-3.3)) / (math.exp(log_ndtr(-3.3)) + math.exp(log_ndtr(-3.0)))
+    assert abs((kept[0, :, 0] < 0).mean() - share) < 4 * math.sqrt(share * (1 - share) / 4000) + 0.01
+
+
 def test_failures_of_each_problem_are_its_own():
     offsets = np.array([2.0, 50.0, 3.0])
     state = LimitState(lambda p, u: offsets[p][:, None] - u[..., 0], dim=2, n_problems=3)
