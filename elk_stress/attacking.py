@@ -17,7 +17,7 @@ from elk_stress.per_item import Situation
 from elk_stress.result import AttackResult
 from elk_stress.scene import Scene
 from elk_stress.survival import half_life
-from elk_stress.universal import half_advantage, mean_shifts, universal_event
+from elk_stress.universal import half_advantage, mean_shifts, universal_event, universal_joint_event
 
 __all__ = ["Arena", "applies", "arena", "compare_attacks", "run_attack"]
 
@@ -69,6 +69,8 @@ def arena(scene: Scene, place: Situation, epsilon: float | None) -> Arena:
     if place.threat.scope == "universal":
         failed = universal_event(scene, place, np.array([half_advantage(place)]))
         searched = failed
+        if place.threat.kept and epsilon is not None and place.detection.n_caught:
+            searched, _ = universal_joint_event(scene, place, epsilon)
     else:
         failed = item_event(place.probe, place.prior, scene.test_origins[items], place.detection.threshold)
         searched = failed
@@ -97,7 +99,7 @@ def applies(attack: Attack, field: Arena) -> str | None:
         return "its real contexts are natural thoughts, not isotropic moves"
     if attack.priors and threat.prior not in attack.priors:
         return f"makes sense under {', '.join(attack.priors)} only"
-    if field.n_problems == 0:
+    if field.n_problems == 0 or field.place.detection.n_caught == 0:
         return "the probe catches nothing to attack"
     return None
 
@@ -136,7 +138,8 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
         success_interval=proportion_interval(int(broken.sum()), len(broken)),
         shift=None if np.isnan(shift).all() else float(np.nanmedian(shift)),
         length=None if np.isnan(length).all() else float(np.nanmedian(length)),
-        queries=float(np.median(oracle.queries)),
+        # draws that the attack asked nothing about are put to the probe all the same, by the engine
+        queries=float(np.median(oracle.queries)) if attack.access != "none" else float(moves.shape[1]),
         gradients=float(np.median(oracle.gradients)),
         spent=None if proposal.spent is None else float(np.median(proposal.spent)),
         upper_bound=_upper_bound(field, proposal, margin <= 0, seed),

@@ -55,7 +55,7 @@ def item_event(
         margin = origins.astype(float) @ weight + float(probe.parameters["bias"]) - threshold
         return _linear_state(prior, weight, margin)
     margins = np.asarray(probe.score(origins), dtype=float) - threshold
-    scale = float(np.median(np.abs(margins))) or 1.0
+    scale = _size(margins)
 
     def function(data: Any, u: Any) -> Any:
         x = data["origin"][:, None, :] + prior.move(u)
@@ -201,7 +201,10 @@ def nearest_kept(
     inner = np.asarray(factors @ prior.factor, dtype=float)
     _, size, right = np.linalg.svd(inner, full_matrices=False)
     along = np.einsum("prk,pk->pr", right, a)
-    rest = np.maximum((a**2).sum(axis=1) - (along**2).sum(axis=1), 0.0)
+    whole = (a**2).sum(axis=1)
+    rest = whole - (along**2).sum(axis=1)
+    # what rounding leaves of a direction that behaviour reads entirely is nothing, not a way round behaviour
+    rest = np.where(rest > 1e-9 * whole, rest, 0.0)
     z = np.linspace(0.0, 10.0, 101) if prior.tail.extra else np.zeros(1)
     scale = np.asarray(prior.tail.scale(z, np), dtype=float) if prior.tail.extra else np.ones(1)
     m = 1.001 * margins[:, None] / scale[None, :]
@@ -264,9 +267,14 @@ def failures_of_linear(state: LimitState, n: int, rng: np.random.Generator) -> n
     return v if z is None else np.concatenate([v, z[..., None]], axis=-1)
 
 
+def _size(margins: np.ndarray) -> float:
+    """Typical size of a margin, never 0: the unit of a limit state."""
+    return (float(np.median(np.abs(margins))) if len(margins) else 1.0) or 1.0
+
+
 def _linear_state(prior: EllipticalPrior, weight: np.ndarray, offset: np.ndarray) -> LimitState:
     inner = prior.factor.T.astype(float) @ weight
-    size = float(np.median(np.abs(offset))) or 1.0
+    size = _size(offset)
     rows = np.broadcast_to(inner / size, (len(offset), len(inner)))
     rank = len(inner)
     tail = prior.tail

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from elk_stress.behaviour import joint_of_failed, kept_bits, searched_joint
-from elk_stress.bits import Bits, BitsBatch, Kind
+from elk_stress.bits import Bits, BitsBatch, Kind, bits_of_beta
 from elk_stress.detection import (
     auroc,
     check_negatives,
@@ -33,6 +33,7 @@ from elk_stress.probe import FittedProbe
 from elk_stress.result import Detection, ItemBits, ThreatResult
 from elk_stress.scene import Scene
 from elk_stress.survival import (
+    bits_of_margin,
     curve_from_items,
     grid_of,
     half_life,
@@ -40,7 +41,7 @@ from elk_stress.survival import (
 )
 from elk_stress.threat import Threat
 
-__all__ = ["Situation", "item_bits", "situation", "stress_items"]
+__all__ = ["Situation", "item_bits", "joint_bits", "score_gradients", "situation", "stress_items"]
 
 SCALES = (0.5, 0.71, 1.0, 1.41, 2.0)
 EPSILONS = (1.0, 10.0)
@@ -89,7 +90,7 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
     origins, positives = scene.test_origins, scene.positives
     scores = np.asarray(probe.score(origins), dtype=float)
     margin = scores[positives] - threshold
-    gradient = _gradients(probe, origins[positives])
+    gradient = score_gradients(probe, origins[positives])
     deviation = prior.standard_deviation(gradient)
     along = np.einsum(
         "icd,id->ic", scene.test[positives].astype(float), np.broadcast_to(gradient, origins[positives].shape)
@@ -256,24 +257,18 @@ def _joint(
         at = event(eps)
         assert at.starts is not None
         found = Importance(n_particles=8 * n_particles)(at, seed=seed, centres=at.starts)
-        censored = [k is Kind.CENSORED for k in found.kind]
+        censored = np.array([k is Kind.CENSORED for k in found.kind])
         return half_life(np.minimum(np.where(censored, max_bits, found.value), max_bits))
 
     def kept_alone() -> LimitState:
         return kept_event(prior, behaviour.factors(chosen), epsilon)
 
     # the corner where failed and kept meet is known for a linear probe, and near it for the linearization of another
-    slope = _gradients(probe, scene.test_origins[chosen])
+    slope = score_gradients(probe, scene.test_origins[chosen])
     failing = item_event(probe, prior, scene.test_origins[chosen], place.detection.threshold, closed=False)
     if behaviour.exact:
         joint_event = both(failing, kept_alone())
-        joint = item_bits(
-            event(epsilon),
-            max_bits=max_bits,
-            n_particles=max(n_particles, _CORNER_PARTICLES),
-            seed=seed,
-            check_fraction=min(1.0, 2 / len(chosen)),
-        )
+        joint = joint_bits(event(epsilon), bits, probe, prior, max_bits=max_bits, n_particles=n_particles, seed=seed)
         kept = item_bits(kept_alone(), max_bits=max_bits, n_particles=n_particles, seed=seed, check_fraction=0.0)
         return joint, kept, {name: quick(eps) for name, eps in others.items()}
 
@@ -297,6 +292,56 @@ def _joint(
             joint, chosen, prior, failed, event(epsilon), behaviour, epsilon, max_bits=max_bits, seed=seed
         )
     return joint, kept, sensitivity
+
+
+def joint_bits(
+    joint: LimitState,
+    failed: BitsBatch,
+    probe: FittedProbe,
+    prior: EllipticalPrior,
+    *,
+    max_bits: float,
+    n_particles: int,
+    seed: int,
+) -> BitsBatch:
+    """Bits of "failed and kept" where both are limit states (the shift is its quadratic form).
+
+    ``joint.starts`` holds the corner where they meet; for a linear probe a problem without one (NaN) cannot be broken
+    within epsilon at all: its bits are infinite, exactly. No problem has fewer bits than failing alone, nor, under a
+    linear probe and a Gaussian prior, than the half-space behind that corner.
+    """
+    assert joint.starts is not None
+    n = joint.n_problems
+    impossible = np.isnan(joint.starts).any(axis=(1, 2)) & probe.traits.linear
+    floor = np.minimum(failed.low, max_bits)
+    if probe.traits.linear and not prior.tail.extra:
+        # a half-space cut by an ellipsoid is convex, so it lies behind the plane through its nearest point
+        distance = 0.99 * np.linalg.norm(np.nan_to_num(joint.starts[:, 0]), axis=1)
+        floor = np.minimum(np.maximum(floor, bits_of_beta(distance)), max_bits)
+    beyond = ~impossible & (floor >= max_bits)
+    value, high = np.where(beyond, max_bits, math.inf), np.full(n, math.inf)
+    low = value.copy()
+    kinds = [Kind.CENSORED if far else Kind.EXACT for far in beyond]
+    status = ["ok" if far else "no move fails within epsilon" for far in beyond]
+    flags: list[tuple[Flag, ...]] = [()] * n
+    evaluations, gradients = np.zeros(n, dtype=int), np.zeros(n, dtype=int)
+    open_ = np.flatnonzero(~impossible & ~beyond)
+    if len(open_):
+        found = item_bits(
+            joint.select(open_),
+            max_bits=max_bits,
+            n_particles=max(n_particles, _CORNER_PARTICLES),
+            seed=seed,
+            check_fraction=min(1.0, 2 / len(open_)),
+        )
+        value[open_] = np.maximum(found.value, floor[open_])
+        low[open_], high[open_] = np.maximum(found.low, floor[open_]), np.maximum(found.high, floor[open_])
+        evaluations[open_], gradients[open_] = found.evaluations, found.gradients
+        for row, i in enumerate(open_.tolist()):
+            kinds[i], status[i], flags[i] = found.kind[row], found.status[row], found.flags[row]
+    return BitsBatch.build(
+        value, low, high, kinds, "auto", evaluations=evaluations, gradients=gradients, status=status, flags=flags
+    )
 
 
 def _draws_given_failure(
@@ -352,9 +397,8 @@ def _detection(
     if threat.prior == "natural" and scene.given_prior is None and scene.test.shape[1] > 1:
         alarms = (np.asarray(probe.score(scene.test[negatives]), dtype=float) > threshold).mean(axis=1)
     else:
-        spread = prior.standard_deviation(_gradients(probe, scene.test_origins[negatives]))
-        z = (threshold - scores[negatives]) / np.maximum(spread, 1e-300)
-        alarms = 2.0 ** -prior.tail.bits(z)
+        spread = prior.standard_deviation(score_gradients(probe, scene.test_origins[negatives]))
+        alarms = 2.0 ** -bits_of_margin(prior.tail, threshold - scores[negatives], spread)
     shares = weights[:, negatives] @ alarms / np.maximum(weights[:, negatives].sum(axis=1), 1e-12)
     caught = int((margin > 0).sum())
     area = auroc(scores, labels)
@@ -392,7 +436,7 @@ def _auroc_components(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
     return above, below
 
 
-def _gradients(probe: FittedProbe, x: np.ndarray) -> np.ndarray:
+def score_gradients(probe: FittedProbe, x: np.ndarray) -> np.ndarray:
     """Gradient of the score in activations: ``(d,)`` for a linear probe, else ``(n, d)``."""
     weight = linear_weight(probe)
     if weight is not None:
@@ -444,14 +488,16 @@ def _deviation_factor(scene: Scene, threat: Threat, prior: EllipticalPrior, grad
 def _rescaled(place: Situation, bits: BitsBatch, c: float, max_bits: float) -> float:
     """Half-life under a prior c times as large (the probe linearized at each item if it is not linear)."""
     margin, deviation = place.margin[place.caught], place.deviation[place.caught]
-    return half_life(_at(place, bits, margin, deviation * c, max_bits))
+    return half_life(_at(place, bits, margin, deviation * c, max_bits)) if len(margin) else 0.0
 
 
 def _at(place: Situation, bits: BitsBatch, margin: np.ndarray, deviation: np.ndarray, max_bits: float) -> np.ndarray:
-    tail, old = place.prior.tail, place.margin[place.caught]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        base = tail.bits(old / place.deviation[place.caught])
-        new = tail.bits(margin / deviation) + np.where(np.isfinite(bits.value), bits.value - base, 0.0)
+    tail, caught = place.prior.tail, place.caught
+    base = bits_of_margin(tail, place.margin[caught], place.deviation[caught])
+    offset = np.where(
+        np.isfinite(bits.value) & np.isfinite(base), bits.value - np.where(np.isfinite(base), base, 0), 0.0
+    )
+    new = bits_of_margin(tail, margin, deviation) + offset
     new = np.where(np.isposinf(bits.value), math.inf, new)
     return np.where(margin > 0, np.clip(new, 0.0, max_bits), 0.0)
 
@@ -460,7 +506,7 @@ def _shrunk(scene: Scene, place: Situation, bits: BitsBatch, max_bits: float) ->
     threat = place.threat
     if threat.kept or threat.prior != "natural" or scene.given_prior is not None or not len(place.caught):
         return {}
-    gradient = _gradients(place.probe, scene.test_origins[scene.positives])
+    gradient = score_gradients(place.probe, scene.test_origins[scene.positives])
     out = {}
     for factor in (0.5, 1.0, 2.0):
         deviation = np.broadcast_to(scene.prior(threat, shrink=factor).standard_deviation(gradient), place.margin.shape)
@@ -477,8 +523,8 @@ def _bare(scene: Scene, place: Situation, bits: BitsBatch, max_bits: float) -> f
         np.asarray(place.probe.score(scene.bare_calibration[labels == 0]), dtype=float), place.detection.fpr
     )
     margin = place.margin + place.detection.threshold - bare
-    z = margin / np.maximum(place.deviation, 1e-300)
-    return half_life(np.clip(place.prior.tail.bits(z[margin > 0]), 0.0, max_bits))
+    found = bits_of_margin(place.prior.tail, margin, place.deviation)[margin > 0]
+    return half_life(np.clip(found, 0.0, max_bits)) if len(found) else 0.0
 
 
 def _distances(failed: LimitState, bits: BitsBatch) -> np.ndarray:
@@ -525,7 +571,7 @@ def _item_flags(bits: BitsBatch, headline: Bits, place: Situation) -> tuple[Flag
 
 
 def _status(bits: BitsBatch) -> str:
-    troubled = [s for s in bits.status if s != "ok"]
+    troubled = [s for s in bits.status if not s.startswith("ok") and not s.startswith("no move fails")]
     return "ok" if not troubled else f"{len(troubled)} of {len(bits)} items: {troubled[0]}"
 
 

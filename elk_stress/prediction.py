@@ -18,6 +18,7 @@ from elk_stress.flags import Flag, flag
 from elk_stress.per_item import Situation
 from elk_stress.result import BestOfNCurves, Curve
 from elk_stress.scene import Scene
+from elk_stress.survival import bits_of_margin, excess_bits
 
 __all__ = ["best_of_n_curves", "prediction_flags"]
 
@@ -57,13 +58,15 @@ def best_of_n_curves(
     observed = _curve(n, (1 - holds(n_contexts, fails.sum(axis=1)[:, None], n[None, :])).mean(axis=0), rows)
 
     predicted = {name: _predicted(scene, places[name], bits[name], n, weights, total) for name in places}
-    return BestOfNCurves(epsilon is not None, predicted, observed, n_contexts)
+    return BestOfNCurves(epsilon is not None, predicted, observed, n_contexts, len(items))
 
 
 def prediction_flags(curves: BestOfNCurves) -> tuple[Flag, ...]:
     """Raised when every tail's predicted band lies apart from the observed one somewhere."""
+    # half an item: a bootstrap of "none of n" has no width, but is no proof of zero
+    slack = 0.5 / curves.n_items
     apart = {
-        name: (c.low > curves.observed.high + 1e-9) | (c.high < curves.observed.low - 1e-9)
+        name: (c.low > curves.observed.high + slack) | (c.high < curves.observed.low - slack)
         for name, c in curves.predicted.items()
     }
     if not apart or not all(gap.any() for gap in apart.values()):
@@ -83,12 +86,11 @@ def _predicted(
     contexts = scene.test.shape[1]
     inflated = math.sqrt(1 + 1 / contexts)
     caught = place.caught
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = place.margin[caught] / place.deviation[caught]
-        excess = np.where(np.isfinite(bits.value), bits.value - tail.bits(z), math.inf)
-        p = 2.0 ** -(tail.bits(z / inflated) + np.where(place.deviation[caught] > 0, excess, math.inf))
-        deviation = place.deviation[None, caught] * place.deviation_factor[:, None] * inflated
-        many = 2.0 ** -(tail.bits(np.maximum(place.margins[:, caught], 0) / deviation) + excess[None, :])
+    margin, deviation = place.margin[caught], place.deviation[caught]
+    excess = excess_bits(bits.value, bits_of_margin(tail, margin, deviation))
+    p = 2.0 ** -(bits_of_margin(tail, margin, deviation * inflated) + excess)
+    moved = deviation[None, :] * place.deviation_factor[:, None] * inflated
+    many = 2.0 ** -(bits_of_margin(tail, np.maximum(place.margins[:, caught], 0.0), moved) + excess[None, :])
     p, many = np.nan_to_num(np.clip(p, 0, 1)), np.nan_to_num(np.clip(many, 0, 1))
     rows = np.stack([(weights * (1 - (1 - many) ** k)).sum(axis=1) / total for k in n], axis=1)
     return _curve(n, (1 - (1 - p[:, None]) ** n[None, :]).mean(axis=0), rows)

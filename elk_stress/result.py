@@ -132,13 +132,15 @@ class AttackResult:
 class BestOfNCurves:
     """Share of caught items that the best of n real contexts breaks: predicted by each tail, and observed.
 
-    The prediction comes from the prior (training items, contexts A); the observation from test items under contexts B.
+    The prediction comes from the prior (training items, contexts A); the observation from ``n_items`` caught test items
+    under ``n_contexts`` contexts B.
     """
 
     kept: bool
     predicted: Mapping[str, Curve]
     observed: Curve
     n_contexts: int
+    n_items: int
 
 
 @dataclass(frozen=True)

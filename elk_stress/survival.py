@@ -22,7 +22,9 @@ from elk_stress.tails import Tail
 __all__ = [
     "ItemReplicates",
     "Resamples",
+    "bits_of_margin",
     "curve_from_items",
+    "excess_bits",
     "grid_of",
     "half_life",
     "replicate_bits",
@@ -84,6 +86,25 @@ def half_life(bits: np.ndarray) -> float:
     return math.nan if len(bits) == 0 else float(np.sort(bits)[(len(bits) + 1) // 2 - 1])
 
 
+def bits_of_margin(tail: Tail, margin: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """Closed-form bits of scores that stand ``margin`` above the threshold and vary by ``deviation`` under the prior.
+
+    A score that the prior cannot move (``deviation`` 0) has infinite bits above the threshold and none at or below it.
+    """
+    margin, deviation = np.broadcast_arrays(np.asarray(margin, dtype=float), np.asarray(deviation, dtype=float))
+    moves = deviation > 0
+    bits = tail.bits(np.where(moves, margin / np.where(moves, deviation, 1.0), 0.0))
+    return np.where(moves, bits, np.where(margin > 0, math.inf, 0.0))
+
+
+def excess_bits(value: np.ndarray, closed: np.ndarray) -> np.ndarray:
+    """What an estimate adds to the closed form of its linearization: infinite where it is, 0 where unknown (NaN)."""
+    known = np.isfinite(value) & np.isfinite(closed)
+    return np.where(
+        known, np.where(known, value, 0.0) - np.where(known, closed, 0.0), np.where(np.isposinf(value), math.inf, 0.0)
+    )
+
+
 def weighted_half_life(bits: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Half-lives of weighted rows: ``(replicates, n)`` each -> ``(replicates,)``; NaN where all weights are 0."""
     order = np.argsort(bits, axis=1, kind="stable")
@@ -135,18 +156,13 @@ def replicate_bits(
         max_bits: common censoring.
         seed: of the estimator's own noise.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z0 = np.where(deviation > 0, margin / np.where(deviation > 0, deviation, 1.0), np.sign(margin) * math.inf)
-        z = margins / (np.where(deviation > 0, deviation, 1.0)[None, :] * deviation_factor[:, None])
-        z = np.where(deviation > 0, z, np.sign(margins) * math.inf)
-    base = tail.bits(z0)
+    base = bits_of_margin(tail, margin, deviation)
+    drawn = bits_of_margin(tail, margins, deviation[None, :] * deviation_factor[:, None])
     noise = np.where(np.isfinite(high - low), (high - low) / (2 * 1.96), 0.0)
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0xB17]))
     with np.errstate(invalid="ignore"):
-        offset = np.where(
-            np.isfinite(value) & np.isfinite(base), value - base, np.where(np.isposinf(value), math.inf, 0.0)
-        )
-        out = tail.bits(z) + offset + (noise * rng.standard_normal(z.shape) if noise.any() else 0.0)
+        offset = excess_bits(value, base)
+        out = drawn + offset + (noise * rng.standard_normal(drawn.shape) if noise.any() else 0.0)
     caught = margins > 0
     out = np.where(caught, np.clip(np.nan_to_num(out, nan=0.0, posinf=max_bits), 0.0, max_bits), 0.0)
     return ItemReplicates(out, caught, weights)
@@ -222,14 +238,16 @@ def _headline(
     if n_caught == 0:
         return Bits(0.0, 0.0, 0.0, Kind.EXACT, "half_life", status="the probe catches nothing at its threshold")
     low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (half_life(worst), half_life(best))
-    life = half_life(value)
     spent = int(np.median(bits.evaluations)), int(np.median(bits.gradients))
-    if life >= max_bits:
-        everything_infinite = np.isposinf(bits.value).mean() > 0.5 and all(k is Kind.EXACT for k in bits.kind)
-        if everything_infinite:
+    life, surest = half_life(value), half_life(worst)
+    if half_life(best) >= max_bits:
+        # half of the catches may outlive max_bits: only a lower end is known
+        impossible = np.array([k is Kind.EXACT for k in bits.kind]) & np.isposinf(bits.value)
+        if impossible.mean() > 0.5:
             return Bits(math.inf, float(min(low, max_bits)), math.inf, Kind.EXACT, "half_life", *spent)
-        return Bits(max_bits, float(min(low, max_bits)), math.inf, Kind.CENSORED, "half_life", *spent)
-    low = min(float(low), half_life(worst), life)
+        least = min(surest, max_bits)
+        return Bits(least, float(min(low, least)), math.inf, Kind.CENSORED, "half_life", *spent)
+    low = min(float(low), surest, life)
     high = max(float(high), half_life(best), life)
     # a replicate at the censoring limit says only "at least": the interval is then open above
     high = math.inf if high >= max_bits else high

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from elk_stress.behaviour import Behaviour
 from elk_stress.bits import Bits, BitsBatch, Kind
 from elk_stress.detection import proportion_interval
-from elk_stress.events import failures_of_linear, universal_auroc_event, universal_recall_event
+from elk_stress.events import (
+    failures_of_linear,
+    item_event,
+    kept_event,
+    nearest_kept,
+    universal_auroc_event,
+    universal_recall_event,
+)
 from elk_stress.flags import Flag, flag
-from elk_stress.limit_state import LimitState
-from elk_stress.per_item import SCALES, Situation, item_bits
+from elk_stress.limit_state import LimitState, both
+from elk_stress.per_item import SCALES, Situation, item_bits, joint_bits, score_gradients
 from elk_stress.result import Curve, ThreatResult
 from elk_stress.scene import Scene
-from elk_stress.survival import grid_of
+from elk_stress.survival import bits_of_margin, grid_of
 
-__all__ = ["half_advantage", "mean_shifts", "stress_universal", "universal_event"]
+__all__ = ["half_advantage", "mean_shifts", "stress_universal", "universal_event", "universal_joint_event"]
 
 # test items over which the shift of one move for all is averaged on a real model
 _BEHAVIOUR_ITEMS = 12
@@ -57,7 +66,7 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
     b_kept: Bits | None = None
     status = bits.status
     flags: tuple[Flag, ...] = place.flags + bits.flags
-    if threat.kept and not worthless:
+    if threat.kept and not worthless and not (math.isinf(bits.value) and bits.kind is Kind.EXACT):
         epsilon = threat.epsilon if threat.epsilon is not None else scene.epsilon
         bits, b_kept, note = _kept(
             scene, place, universal_event(scene, place, np.array([tau])), bits, epsilon, max_bits, seed
@@ -115,6 +124,34 @@ def mean_shifts(scene: Scene, behaviour: Behaviour, moves: np.ndarray) -> np.nda
     return np.asarray(behaviour.shift(chosen, shared).mean(axis=0))
 
 
+def universal_joint_event(scene: Scene, place: Situation, epsilon: float) -> tuple[LimitState, LimitState]:
+    """Half advantage lost *and* the mean quadratic shift kept, and the latter alone: one problem each.
+
+    The mean of the items' quadratic forms is that of their stacked factors. Recall under a linear probe is decided by
+    one positive, whose own event is the universal one.
+    """
+    behaviour = scene.behaviour
+    assert behaviour is not None
+    chosen = _behaviour_items(scene)
+    stacked = behaviour.factors(chosen).reshape(1, -1, scene.testbed.dim) / math.sqrt(len(chosen))
+    kept = kept_event(place.prior, stacked, epsilon)
+    tau = half_advantage(place)
+    i = _deciding(place, tau)
+    origin = scene.test_origins[scene.positives[i]][None]
+    if place.threat.metric == "recall" and place.probe.traits.linear:
+        failing = item_event(place.probe, place.prior, origin, place.detection.threshold, closed=False)
+    else:
+        failing = universal_event(scene, place, np.array([tau]))
+    if failing.backend != kept.backend:
+        raise ValueError(
+            "a common shift of all items never changes the AUROC of a linear probe, with or without behaviour kept; "
+            "use the metric 'recall'"
+        )
+    slope = score_gradients(place.probe, origin)
+    corner = nearest_kept(place.prior, slope, place.margin[i : i + 1], stacked, epsilon)
+    return replace(both(failing, kept), starts=corner), kept
+
+
 def _behaviour_items(scene: Scene) -> np.ndarray:
     count = len(scene.items)
     if count <= _BEHAVIOUR_ITEMS:
@@ -126,11 +163,20 @@ def _behaviour_items(scene: Scene) -> np.ndarray:
 def _kept(
     scene: Scene, place: Situation, failed: LimitState, bits: Bits, epsilon: float, max_bits: float, seed: int
 ) -> tuple[Bits, Bits, str]:
-    """``B_joint = B_failed - log2 P[kept | failed]``, counted on draws given failure with the true mean shift."""
+    """B_joint and B_kept of one move for all.
+
+    Where the shift is its quadratic form, from limit states; on a real model ``B_failed - log2 P[kept | failed]``,
+    counted on draws given failure with the true mean shift.
+    """
     behaviour = scene.behaviour
     assert behaviour is not None
-    n = behaviour.n_verify if not behaviour.exact else 4096
+    n = behaviour.n_verify
     prior = place.prior
+    if behaviour.exact:
+        joint, kept = universal_joint_event(scene, place, epsilon)
+        found = BitsBatch.build(*(np.array([x]) for x in (bits.value, bits.low, bits.high)), bits.kind, bits.method)
+        options: dict[str, Any] = {"max_bits": max_bits, "n_particles": 1000, "seed": seed}
+        return joint_bits(joint, found, place.probe, prior, **options)[0], item_bits(kept, **options)[0], "ok"
     moves = prior.sample(n, np.random.SeedSequence([seed, 0x0C0F]))
     b_kept = _count(mean_shifts(scene, behaviour, moves) <= epsilon)
     if math.isinf(bits.value):
@@ -183,24 +229,21 @@ def _replicates(
         value = min(every[at_tau].value, max_bits)
         return np.full(len(place.margins), value), np.full((len(place.margins), len(grid)), place.detection.auroc)
     weights = scene.resamples.positives
+    tail = place.prior.tail
     spread = place.deviation[None, :] * place.deviation_factor[:, None]
-    z = np.where(spread > 0, place.margins / np.maximum(spread, 1e-300), np.sign(place.margins) * np.inf)
-    order = np.argsort(-z, axis=1, kind="stable")
-    ordered = np.take_along_axis(z, order, axis=1)
+    cost = bits_of_margin(tail, place.margins, spread)
+    order = np.argsort(-place.margins, axis=1, kind="stable")
     mass = np.cumsum(np.take_along_axis(weights, order, axis=1), axis=1)
     total = np.maximum(mass[:, -1:], 1e-12)
     clean = (weights * (place.margins > 0)).sum(axis=1, keepdims=True) / total
-    position = np.minimum((mass <= 0.5 * clean * total + 1e-9).sum(axis=1), z.shape[1] - 1)
-    deciding = np.take_along_axis(ordered, position[:, None], axis=1)[:, 0]
-    tail = place.prior.tail
-    own = np.sort(place.margin / np.maximum(place.deviation, 1e-300))[::-1]
-    rank = min(int(np.floor(levels[at_tau] * len(own) + 1e-9)), len(own) - 1)
-    base = float(tail.bits(own[rank]))
+    position = np.minimum((mass <= 0.5 * clean * total + 1e-9).sum(axis=1), cost.shape[1] - 1)
+    deciding = np.take_along_axis(cost, np.take_along_axis(order, position[:, None], axis=1), axis=1)[:, 0]
+    base = _deciding_bits(place, levels[at_tau])
     offset = every[at_tau].value - base if math.isfinite(every[at_tau].value) and math.isfinite(base) else 0.0
-    value = np.clip(tail.bits(deciding) + offset + extra, 0.0, max_bits)
-    # the metric at b bits: share of positives whose margin exceeds the b-bit quantile of the move along the probe
-    reach = tail.quantile_of_bits(np.maximum(grid, 1e-9))
-    rows = np.stack([(weights * (z > max(float(r), 0.0))).sum(axis=1) / total[:, 0] for r in reach], axis=1)
+    value = np.clip(deciding + offset + extra, 0.0, max_bits)
+    # the metric at b bits: share of caught positives whose own bits exceed b (one move along the probe moves them all)
+    alive = np.where(place.margins > 0, cost, -1.0)
+    rows = np.stack([(weights * (alive > b)).sum(axis=1) / total[:, 0] for b in grid], axis=1)
     return value, rows
 
 
@@ -209,7 +252,8 @@ def _curve(
 ) -> Curve:
     """Metric at b bits: the lowest level that costs at most b."""
     grid = grid_of(max_bits)
-    cost = np.minimum.accumulate((every.value + extra)[::-1])[::-1]
+    # a lower level contains a higher one's event, so it costs at least as much
+    cost = np.maximum.accumulate((every.value + extra)[::-1])[::-1]
     reached = np.array([min([clean, *levels[cost <= b]]) for b in grid])
     low, high = np.quantile(rows, [0.025, 0.975], axis=0)
     censored = max_bits if (every.value + extra >= max_bits).any() else math.inf
@@ -219,9 +263,19 @@ def _curve(
 def _at_scale(scene: Scene, place: Situation, tau: float, c: float, max_bits: float) -> float:
     if place.threat.metric == "auroc":
         return math.nan
-    own = np.sort(place.margin / np.maximum(place.deviation * c, 1e-300))[::-1]
-    rank = min(int(np.floor(tau * len(own) + 1e-9)), len(own) - 1)
-    return float(np.clip(place.prior.tail.bits(own[rank]), 0.0, max_bits))
+    return float(np.clip(_deciding_bits(place, tau, c), 0.0, max_bits))
+
+
+def _deciding(place: Situation, tau: float) -> int:
+    """The positive whose fall brings recall down to tau."""
+    rank = min(int(np.floor(tau * len(place.margin) + 1e-9)), len(place.margin) - 1)
+    return int(np.argsort(-place.margin, kind="stable")[rank])
+
+
+def _deciding_bits(place: Situation, tau: float, scale: float = 1.0) -> float:
+    """Closed-form bits of the positive whose fall brings recall down to tau (linearized if the probe is not linear)."""
+    i = _deciding(place, tau)
+    return float(bits_of_margin(place.prior.tail, place.margin[i], place.deviation[i] * scale))
 
 
 def _difference(joint: Bits, kept: Bits) -> Bits:

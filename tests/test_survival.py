@@ -56,7 +56,9 @@ def test_recall_never_rises_and_starts_at_recall(values: np.ndarray) -> None:
     n_positives = len(values) + 3
     padded = np.concatenate([values, np.zeros(3)])
     caught = np.concatenate([np.ones(len(values), bool), np.zeros(3, bool)])
-    curve, survival, headline, rows = curve_from_items(batch(values), n_positives, still(padded, caught), grid_of(100), 100)
+    curve, survival, headline, rows = curve_from_items(
+        batch(values), n_positives, still(padded, caught), grid_of(100), 100
+    )
     assert (np.diff(curve.value) <= 0).all()
     assert curve.value[0] == (values > 0).mean() * len(values) / n_positives
     np.testing.assert_allclose(curve.value * n_positives, survival.value * len(values))
