@@ -35,6 +35,7 @@ from elk_stress.scene import Scene
 from elk_stress.survival import (
     bits_of_margin,
     curve_from_items,
+    excess_bits,
     grid_of,
     half_life,
     replicate_bits,
@@ -494,11 +495,7 @@ def _rescaled(place: Situation, bits: BitsBatch, c: float, max_bits: float) -> f
 def _at(place: Situation, bits: BitsBatch, margin: np.ndarray, deviation: np.ndarray, max_bits: float) -> np.ndarray:
     tail, caught = place.prior.tail, place.caught
     base = bits_of_margin(tail, place.margin[caught], place.deviation[caught])
-    offset = np.where(
-        np.isfinite(bits.value) & np.isfinite(base), bits.value - np.where(np.isfinite(base), base, 0), 0.0
-    )
-    new = bits_of_margin(tail, margin, deviation) + offset
-    new = np.where(np.isposinf(bits.value), math.inf, new)
+    new = bits_of_margin(tail, margin, deviation) + excess_bits(bits.value, base, max_bits)
     return np.where(margin > 0, np.clip(new, 0.0, max_bits), 0.0)
 
 

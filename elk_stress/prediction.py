@@ -87,7 +87,10 @@ def _predicted(
     inflated = math.sqrt(1 + 1 / contexts)
     caught = place.caught
     margin, deviation = place.margin[caught], place.deviation[caught]
-    excess = excess_bits(bits.value, bits_of_margin(tail, margin, deviation))
+    closed = bits_of_margin(tail, margin, deviation)
+    # where the estimates were censored: the largest finite one is as good a limit, its chance is nil
+    limit = float(np.max(bits.value, initial=1.0, where=np.isfinite(bits.value)))
+    excess = excess_bits(bits.value, closed, limit)
     p = 2.0 ** -(bits_of_margin(tail, margin, deviation * inflated) + excess)
     moved = deviation[None, :] * place.deviation_factor[:, None] * inflated
     many = 2.0 ** -(bits_of_margin(tail, np.maximum(place.margins[:, caught], 0.0), moved) + excess[None, :])

@@ -97,12 +97,15 @@ def bits_of_margin(tail: Tail, margin: np.ndarray, deviation: np.ndarray) -> np.
     return np.where(moves, bits, np.where(margin > 0, math.inf, 0.0))
 
 
-def excess_bits(value: np.ndarray, closed: np.ndarray) -> np.ndarray:
-    """What an estimate adds to the closed form of its linearization: infinite where it is, 0 where unknown (NaN)."""
+def excess_bits(value: np.ndarray, closed: np.ndarray, max_bits: float) -> np.ndarray:
+    """What an estimate adds to the closed form of its linearization: infinite where it is, 0 where unknown (NaN).
+
+    An estimate censored at ``max_bits`` says nothing against a closed form beyond it.
+    """
     known = np.isfinite(value) & np.isfinite(closed)
-    return np.where(
-        known, np.where(known, value, 0.0) - np.where(known, closed, 0.0), np.where(np.isposinf(value), math.inf, 0.0)
-    )
+    excess = np.where(known, value, 0.0) - np.where(known, closed, 0.0)
+    excess = np.where(value >= max_bits, np.maximum(excess, 0.0), excess)
+    return np.where(known, excess, np.where(np.isposinf(value), math.inf, 0.0))
 
 
 def weighted_half_life(bits: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -158,10 +161,11 @@ def replicate_bits(
     """
     base = bits_of_margin(tail, margin, deviation)
     drawn = bits_of_margin(tail, margins, deviation[None, :] * deviation_factor[:, None])
-    noise = np.where(np.isfinite(high - low), (high - low) / (2 * 1.96), 0.0)
+    with np.errstate(invalid="ignore"):
+        noise = np.where(np.isfinite(high - low), (high - low) / (2 * 1.96), 0.0)
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0xB17]))
     with np.errstate(invalid="ignore"):
-        offset = excess_bits(value, base)
+        offset = excess_bits(value, base, max_bits)
         out = drawn + offset + (noise * rng.standard_normal(drawn.shape) if noise.any() else 0.0)
     caught = margins > 0
     out = np.where(caught, np.clip(np.nan_to_num(out, nan=0.0, posinf=max_bits), 0.0, max_bits), 0.0)

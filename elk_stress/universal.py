@@ -174,7 +174,8 @@ def _kept(
     prior = place.prior
     if behaviour.exact:
         joint, kept = universal_joint_event(scene, place, epsilon)
-        found = BitsBatch.build(*(np.array([x]) for x in (bits.value, bits.low, bits.high)), bits.kind, bits.method)
+        ends = (np.array([x]) for x in (bits.value, bits.low, bits.high))
+        found = BitsBatch.build(next(ends), next(ends), next(ends), bits.kind, bits.method)
         options: dict[str, Any] = {"max_bits": max_bits, "n_particles": 1000, "seed": seed}
         return joint_bits(joint, found, place.probe, prior, **options)[0], item_bits(kept, **options)[0], "ok"
     moves = prior.sample(n, np.random.SeedSequence([seed, 0x0C0F]))
