@@ -30,7 +30,7 @@ def setting(bed: Linear, probe_name: str, margins: tuple[float, ...], tail: str 
     probe = known["paper" if probe_name == "mixed" else probe_name]
     if probe_name == "mixed":
         # leans on what behaviour reads as well: its cheapest breaks change behaviour, others need not
-        probe = direction(known["paper"].parameters["weight"] + known["oracle"].parameters["weight"])
+        probe = direction(known["paper"].parameters["weight"] + 4 * known["oracle"].parameters["weight"])
     prior = bed.true_prior("item", Gaussian() if tail == "gaussian" else Logistic())
     weight = np.asarray(probe.parameters["weight"], dtype=float)
     offsets = np.array(margins) * float(prior.standard_deviation(weight))
@@ -54,7 +54,7 @@ def test_verified_split_holds_the_exact_joint_bits(bed: Linear, tail: str) -> No
 
 def test_no_kept_draw_is_open_above_and_the_search_closes_it(bed: Linear) -> None:
     probe, prior, weight, offsets, origins, failed = setting(bed, "mixed", (5.0, 6.0))
-    epsilon = 0.25
+    epsilon = 0.3
     behaviour = Behaviour(bed, n_verify=256)
     items = np.arange(2)
     draws = failures_of_linear(failed, 64, np.random.default_rng(0))
@@ -71,7 +71,7 @@ def test_no_kept_draw_is_open_above_and_the_search_closes_it(bed: Linear) -> Non
     assert np.isfinite(second.high).all()
     assert (second.low <= exact).all()
     assert (exact <= second.high).all()
-    assert (second.high - exact < 12).all()
+    assert (second.high - exact < 16).all()
 
 
 def test_infinite_bits_stay_infinite_whatever_behaviour() -> None:

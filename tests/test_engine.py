@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import elk_stress
+from elk_stress import registry
 from elk_stress.bits import Kind
 from elk_stress.comparison import holm
 from elk_stress.engine import Scene, compare, compare_all, prepare_scene, stress, stress_activations
@@ -25,7 +26,7 @@ FREE = tuple(t for t in default_threats() if not t.kept)
 
 @pytest.fixture(scope="module")
 def scene() -> Scene:
-    return prepare_scene(Linear(dim=16, n_items=320, n_contexts=12))
+    return prepare_scene(Linear(dim=12, n_items=200, n_contexts=10))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_joint_bits_hold_the_exact_ones(scene: Scene, results: dict[str, StressR
 def test_oracle_outlives_paper_when_behaviour_is_kept(results: dict[str, StressResult]) -> None:
     oracle = results["oracle"].threats["item/natural/gaussian/kept"].headline
     paper = results["paper"].threats["item/natural/gaussian/kept"].headline
-    assert oracle.kind is Kind.CENSORED
+    assert oracle.kind is Kind.CENSORED or math.isinf(oracle.value)
     assert paper.kind is Kind.ESTIMATE
     assert paper.high < oracle.value
     assert not any(f.name == "control_failed" for f in results["paper"].flags)
@@ -110,7 +111,7 @@ def test_attacks_agree_with_the_bits(results: dict[str, StressResult]) -> None:
     assert ran["gradient"].upper_bound is not None
     assert row.headline.value <= ran["gradient"].upper_bound.value
     assert ran["gradient"].gradients > 0
-    assert ran["best_of_n"].spent == pytest.approx(math.log2(12), abs=1e-9)
+    assert ran["best_of_n"].spent == pytest.approx(math.log2(10), abs=1e-9)
     assert ran["gradient"].benign_success is not None
     assert not row.flags or all(f.name not in ("bounds_violated", "weak_beats_strong") for f in row.flags)
 
@@ -127,10 +128,10 @@ def test_a_natural_prior_predicts_the_observed_best_of_n(results: dict[str, Stre
 def test_a_wrong_prior_is_caught_by_the_observation(scene: Scene) -> None:
     from dataclasses import replace
 
-    # contexts A told to be a third of what they are: the prediction must now miss
+    # contexts A told to sway three times as much as they do: the prediction must now miss
     calm = replace(
         scene,
-        train=scene.train.mean(axis=1, keepdims=True) + (scene.train - scene.train.mean(axis=1, keepdims=True)) / 3,
+        train=scene.train.mean(axis=1, keepdims=True) + (scene.train - scene.train.mean(axis=1, keepdims=True)) * 3,
         _priors={},
         _controls={},
     )
@@ -172,7 +173,7 @@ def test_the_rock_catches_nothing_and_has_no_bits(scene: Scene) -> None:
 
 
 def test_same_seed_same_result_bit_for_bit(scene: Scene) -> None:
-    again = prepare_scene(Linear(dim=16, n_items=320, n_contexts=12))
+    again = prepare_scene(Linear(dim=12, n_items=200, n_contexts=10))
     options: dict = {"threats": [Threat(), Threat(kept=True)], "attacks": ("gradient",), "controls": False}
     a, b = stress(scene, "mass_mean", **options), stress(again, "mass_mean", **options)
     left, right = a.to_json(), b.to_json()
@@ -193,7 +194,7 @@ def test_results_serialize_completely(results: dict[str, StressResult]) -> None:
 def test_compare_is_paired_and_corrected(results: dict[str, StressResult]) -> None:
     rows = compare(results["oracle"], results["paper"])
     kept = {row.threat: row for row in rows}["item/natural/gaussian/kept"]
-    assert kept.better == "oracle"
+    assert kept.better == "direction (a)"
     assert kept.kept_interval[0] > 0
     same = compare_all({"a": results["paper"], "b": results["paper"]})
     assert all(row.better is None and row.p == 1.0 for row in same)
@@ -218,22 +219,31 @@ class _Bowl:
     traits = Traits()
 
     def fit(self, activations, labels, *, pairs=None, seed=0):  # type: ignore[no-untyped-def]
-        raise NotImplementedError
+        fitted = registry.load("probes", "mass_mean").fit(activations, labels)
+        return FittedProbe(self, {k: v.astype(np.float32) for k, v in fitted.parameters.items()})
 
     def score(self, xp, parameters, activations):  # type: ignore[no-untyped-def]
         linear = xp.matmul(activations, parameters["weight"]) + parameters["bias"]
         return linear - 0.02 * xp.sum(activations * activations, axis=-1)
 
 
+@pytest.mark.statistics
+@pytest.mark.parametrize("threat", [Threat(scope="universal"), Threat(kept=True), Threat(tail="logistic")])
+def test_a_probe_that_is_not_linear_faces_every_kind_of_threat(scene: Scene, threat: Threat) -> None:
+    bowl = fit_probe(scene, _Bowl())
+    result = stress(scene, bowl, threats=[threat], attacks=("gradient", "natural_thoughts"), controls=False)
+    (row,) = result.threats.values()
+    assert math.isfinite(row.headline.low)
+    assert 0 < row.headline.low <= row.headline.value
+    gradient = {a.attack: a for a in row.attacks}.get("gradient")
+    assert gradient is None or gradient.success > 0.9
+
+
 def test_a_probe_that_is_not_linear_goes_all_the_way(scene: Scene) -> None:
-    fitted = fit_probe(scene, "mass_mean")
-    bowl = FittedProbe(_Bowl(), {k: v.astype(np.float32) for k, v in fitted.parameters.items()})
-    threats = [Threat(), Threat(scope="universal"), Threat(kept=True)]
-    result = stress(scene, bowl, threats=threats, attacks=("gradient", "natural_thoughts"), controls=False)
-    for row in result.threats.values():
-        assert math.isfinite(row.headline.low)
-        assert row.headline.value > 0
+    bowl = fit_probe(scene, _Bowl())
+    result = stress(scene, bowl, threats=[Threat()], attacks=("gradient",), controls=False)
     free = result.threats["item/natural/gaussian"]
+    assert free.headline.low > 0
     assert free.items is not None
     # checked against counting where counting can: the weakest items
     place = situation(scene, bowl, Threat(), 0.05)
@@ -281,7 +291,7 @@ def test_bad_arrays_are_refused_with_the_way_out(spoil, message: str) -> None:  
 
 
 def test_a_probe_of_another_width_is_refused_with_both_widths(scene: Scene) -> None:
-    with pytest.raises(ValueError, match=r"fitted on 5 features .* gives 16"):
+    with pytest.raises(ValueError, match=r"fitted on 5 features .* gives 12"):
         stress(scene, direction(np.ones(5)))
 
 
