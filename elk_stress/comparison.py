@@ -47,7 +47,8 @@ def compare(a: StressResult, b: StressResult) -> tuple[Comparison, ...]:
     Raises:
         ValueError: results of different testbeds, sites, seeds or false-positive rates, whose items are not paired.
     """
-    return compare_all({a.probe: a, b.probe: b})
+    same = a.probe == b.probe
+    return compare_all({f"{a.probe} (a)" if same else a.probe: a, f"{b.probe} (b)" if same else b.probe: b})
 
 
 def compare_all(results: Mapping[str, StressResult]) -> tuple[Comparison, ...]:

@@ -21,7 +21,7 @@ from elk_stress.flags import Flag, flag
 from elk_stress.per_item import Situation, situation, stress_items
 from elk_stress.prediction import best_of_n_curves, prediction_flags
 from elk_stress.priors import EllipticalPrior
-from elk_stress.probe import FittedProbe, Probe
+from elk_stress.probe import FittedProbe, Probe, check_activations
 from elk_stress.result import AttackResult as AttackResult
 from elk_stress.result import BestOfNCurves, ThreatResult
 from elk_stress.result import StressResult as StressResult
@@ -187,6 +187,8 @@ def stress_activations(
     gets half and half.
     """
     activations, labels = np.asarray(activations), np.asarray(labels)
+    if activations.ndim > 1 and len(activations):
+        check_activations(activations.reshape(-1, activations.shape[-1]))
     fitted = isinstance(probe, (FittedProbe, np.ndarray))
     testbed = Arrays(
         activations,
