@@ -36,6 +36,8 @@ __all__ = ["audit"]
 
 _VERDICTS = {"raw": "still works", "recalibrated": "miscalibrated", "refitted": "moved", "strongest": "hidden"}
 _CANDIDATES = ("logistic", "lda", "mass_mean")
+# (item, context) rows of a split that are attacked at most
+_MOST_ROWS = 8_000
 
 
 def audit(scene: Scene, probe: FittedProbe, *, seed: int = 0) -> Audit:
@@ -45,11 +47,13 @@ def audit(scene: Scene, probe: FittedProbe, *, seed: int = 0) -> Audit:
     target = float(np.median(_scores(probe, scene.negatives)))
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0xA0D1]))
     splits = scene.testbed.splits
-    labels = {name: splits[name].labels for name in splits}
-    clean = {"train": scene.train, "calibration": scene.calibration, "test": scene.test}
-    attacked = {name: _attack(probe, prior, rows, labels[name], target, rng) for name, rows in clean.items()}  # type: ignore[index]
+    every = {"train": scene.train, "calibration": scene.calibration, "test": scene.test}
+    chosen = {name: _sample(rows, splits[name].pairs, rng) for name, rows in every.items()}  # type: ignore[index]
+    labels = {name: splits[name].labels[chosen[name]] for name in every}  # type: ignore[index]
+    clean = {name: rows[chosen[name]] for name, rows in every.items()}
+    attacked = {name: _attack(probe, prior, rows, labels[name], target, rng) for name, rows in clean.items()}
 
-    weights = _balanced(scene.resamples.test, labels["test"])
+    weights = _balanced(scene.resamples.test[:, chosen["test"]], labels["test"])
 
     def losses(fitted: FittedProbe, fit_on: np.ndarray, judge_on: np.ndarray) -> np.ndarray:
         slope, intercept = _platt(_scores(fitted, fit_on), labels["calibration"])
@@ -68,7 +72,7 @@ def audit(scene: Scene, probe: FittedProbe, *, seed: int = 0) -> Audit:
         "raw": losses(probe, clean["calibration"], attacked["test"]),
         "recalibrated": losses(probe, attacked["calibration"], attacked["test"]),
     }
-    moved_scene = _with_train(scene, attacked["train"])
+    moved_scene = _with_train(scene, attacked["train"], chosen["train"])
     tried = {name: _refit(moved_scene, name) for name in _CANDIDATES}
     refits = {name: fitted for name, fitted in tried.items() if fitted is not None}
     same = _refit(moved_scene, probe)
@@ -158,10 +162,24 @@ def _refit(scene: Scene, probe: FittedProbe | str) -> FittedProbe | None:
     return fit_probe(scene, recipe)
 
 
-def _with_train(scene: Scene, train: np.ndarray) -> Scene:
+def _with_train(scene: Scene, train: np.ndarray, chosen: np.ndarray) -> Scene:
+    """The scene with attacked training rows; rows that were not sampled keep their clean activations unused."""
     from dataclasses import replace
 
-    return replace(scene, train=train, _priors={}, _controls={})
+    if len(chosen) == len(scene.train):
+        return replace(scene, train=train, _priors={}, _controls={})
+    items = scene.testbed.splits["train"]
+    ids = tuple(items.ids[i] for i in chosen)
+    part = replace(items, ids=ids, labels=items.labels[chosen], groups=items.groups[chosen], texts=None)
+    return replace(scene, train=train, train_items=part, _priors={}, _controls={})
+
+
+def _sample(rows: np.ndarray, pairs: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """All items, or a random part of very many: enough to judge a log-loss, and bounded memory. Pairs stay whole."""
+    limit = max(1, _MOST_ROWS // max(rows.shape[1], 1))
+    if len(rows) <= limit or pairs is not None:
+        return np.arange(len(rows))
+    return np.sort(rng.choice(len(rows), limit, replace=False))
 
 
 def _scores(probe: FittedProbe, rows: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ def weighted_conformal_thresholds(
     needed = np.ceil((1 - fpr) * (item_weights.sum(axis=1) + 1) * draw_weights.sum(axis=1) - 1e-9)
     out = np.empty(len(item_weights))
     rows, columns = order // m, order % m
-    step = max(1, (1 << 24) // max(1, n * m))
+    step = max(1, (1 << 21) // max(1, n * m))
     for start in range(0, len(out), step):
         part = slice(start, start + step)
         mass = np.cumsum(item_weights[part][:, rows] * draw_weights[part][:, columns], axis=1)

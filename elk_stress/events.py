@@ -52,8 +52,7 @@ def item_event(
     """
     weight = linear_weight(probe)
     if weight is not None and closed:
-        margin = origins.astype(float) @ weight + float(probe.parameters["bias"]) - threshold
-        return _linear_state(prior, weight, margin)
+        return _linear_state(prior, weight, np.asarray(probe.score(origins), dtype=float) - threshold)
     margins = np.asarray(probe.score(origins), dtype=float) - threshold
     scale = _size(margins)
 
@@ -103,7 +102,7 @@ def universal_recall_event(
     ranks = np.minimum(np.floor(np.asarray(levels) * n + 1e-9).astype(int), n - 1)
     weight = linear_weight(probe)
     if weight is not None:
-        margins = positives.astype(float) @ weight + float(probe.parameters["bias"]) - threshold
+        margins = np.asarray(probe.score(positives), dtype=float) - threshold
         return _linear_state(prior, weight, np.sort(margins)[::-1][ranks])
     spread = float(np.std(np.asarray(probe.score(positives), dtype=float))) or 1.0
 
@@ -137,7 +136,7 @@ def universal_auroc_event(
     ranks = np.minimum(np.floor(np.asarray(levels) * pairs + 1e-9).astype(int), pairs - 1)
     weight = linear_weight(probe)
     if weight is not None:
-        scores = items.astype(float) @ weight
+        scores = np.asarray(probe.score(items), dtype=float)
         gaps = np.sort((scores[labels == 1][:, None] - scores[labels == 0][None, :]).ravel())[::-1]
         return _linear_state(prior, np.zeros_like(weight), gaps[ranks])
     spread = float(np.std(np.asarray(probe.score(items), dtype=float))) or 1.0

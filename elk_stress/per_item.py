@@ -47,6 +47,8 @@ __all__ = ["Situation", "item_bits", "joint_bits", "score_gradients", "situation
 SCALES = (0.5, 0.71, 1.0, 1.41, 2.0)
 EPSILONS = (1.0, 10.0)
 _DRAWS = 32
+# coordinates of weights at once where a closed form needs no particles (32 MB)
+_CLOSED_ELEMENTS = 1 << 22
 # draws per item for "failed and kept": near the corner where the two meet only about one draw in ten is in the event
 _CORNER_PARTICLES = 24_000
 # elements of particles x coordinates estimated at once: bounds memory (float64: 256 MB)
@@ -93,9 +95,10 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
     margin = scores[positives] - threshold
     gradient = score_gradients(probe, origins[positives])
     deviation = prior.standard_deviation(gradient)
-    along = np.einsum(
-        "icd,id->ic", scene.test[positives].astype(float), np.broadcast_to(gradient, origins[positives].shape)
-    )
+    if gradient.ndim == 1:
+        along = np.asarray(probe.score(scene.test[positives]), dtype=float)
+    else:
+        along = np.einsum("icd,id->ic", scene.test[positives], gradient.astype(np.float32)).astype(float)
     contexts = scene.resamples.contexts
     n_contexts = contexts.shape[1]
     thresholds = weighted_conformal_thresholds(
@@ -191,7 +194,9 @@ def item_bits(
     step = max(1, _ELEMENTS // (n_particles * state.dim))
     if state.n_problems == 0:
         return BitsBatch.build(np.empty(0), np.empty(0), np.empty(0), (), "auto")
-    if state.linear is not None or state.n_problems <= step:
+    if state.linear is not None:
+        step = max(1, _CLOSED_ELEMENTS // state.dim)
+    if state.n_problems <= step:
         return estimate_batch(
             state,
             n_particles=n_particles,
@@ -526,10 +531,11 @@ def _bare(scene: Scene, place: Situation, bits: BitsBatch, max_bits: float) -> f
 
 def _distances(failed: LimitState, bits: BitsBatch) -> np.ndarray:
     if failed.linear is not None:
-        length = np.linalg.norm(failed.linear.weight, axis=1)
-        if not (length > 0).all():
+        if not failed.linear.weight[:1].any():
             return np.full(len(bits), math.inf)
-        return np.asarray(np.linalg.norm(nearest_of_linear(failed), axis=1))
+        step = max(1, _CLOSED_ELEMENTS // failed.dim)
+        parts = [np.arange(i, min(i + step, len(bits))) for i in range(0, len(bits), step)]
+        return np.concatenate([np.linalg.norm(nearest_of_linear(failed.select(part)), axis=1) for part in parts])
     found = bits.diagnostics.get("beta")
     return np.full(len(bits), math.nan) if found is None else np.asarray(found, dtype=float)
 

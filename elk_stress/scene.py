@@ -42,6 +42,7 @@ class Scene:
         train, calibration, test, bare: ``(n, contexts, d)`` activations under contexts A; test items alone.
         observed: test items under contexts B, or ``None`` if there are none.
         given_prior: a prior that the caller chose instead of natural thoughts, or ``None``.
+        train_items: the items of ``train``, where they are not all of the testbed's.
     """
 
     testbed: Testbed
@@ -52,6 +53,7 @@ class Scene:
     bare_calibration: np.ndarray | None
     observed: np.ndarray | None
     given_prior: EllipticalPrior | None = None
+    train_items: Items | None = None
     n_verify: int = 64
     replicates: int = 1000
     epsilon_factor: float = DEFAULT_EPSILON_FACTOR
@@ -62,6 +64,11 @@ class Scene:
     def items(self) -> Items:
         """Test items."""
         return self.testbed.splits["test"]
+
+    @property
+    def training(self) -> Items:
+        """The items of ``train``."""
+        return self.testbed.splits["train"] if self.train_items is None else self.train_items
 
     @cached_property
     def test_origins(self) -> np.ndarray:
@@ -81,7 +88,7 @@ class Scene:
     @cached_property
     def plain_train(self) -> np.ndarray:
         """Indices of the train items that are not the negated half of a contrast pair."""
-        pairs = self.testbed.splits["train"].pairs
+        pairs = self.training.pairs
         every = np.arange(len(self.train))
         return every if pairs is None else np.setdiff1d(every, pairs[:, 1])
 
@@ -153,7 +160,7 @@ class Scene:
         """Tails fitted along given directions besides random and principal ones, on training items x contexts A."""
         if self.train.shape[1] < 3:
             return None
-        train, labels = self.train[self.plain_train], self.testbed.splits["train"].labels[self.plain_train]
+        train, labels = self.train[self.plain_train], self.training.labels[self.plain_train]
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, 0x7A11]))
         prior = self.prior(Threat())
         means = train.mean(axis=1)
@@ -233,7 +240,7 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
                 f"{scene.testbed.name} gives {scene.testbed.dim} at {scene.testbed.site}; refit it there"
             )
         return fitted
-    train = scene.testbed.splits["train"]
+    train = scene.training
     contexts = scene.train.shape[1]
     if recipe.traits.needs_pairs and train.pairs is not None:
         rows = np.arange(len(scene.train))
