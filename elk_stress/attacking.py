@@ -21,6 +21,8 @@ from elk_stress.universal import half_advantage, mean_shifts, universal_event, u
 
 __all__ = ["Arena", "applies", "arena", "compare_attacks", "run_attack"]
 
+# the quadratic form is a local, sampled approximation of a real model's shift: aim well inside what is allowed
+_SLACK = 0.5
 # proposals per problem whose behaviour is checked by a true forward pass, best first
 _VERIFIED = 8
 _BENIGN_DRAWS = 64
@@ -32,7 +34,8 @@ class Arena:
 
     Attributes:
         failed: the true event of failing.
-        searched: what the oracle answers: failed, and kept by the quadratic shift where behaviour is constrained.
+        searched: what the oracle answers: failed, and kept by the quadratic shift where behaviour is constrained (on a
+            real model within half of epsilon, for the quadratic form is only local).
         items: test items of the problems (item scope).
         pool: real contexts B in u-space, ``(problems, n, dim)``, or ``None``.
         epsilon: nats, where behaviour is constrained.
@@ -66,11 +69,13 @@ class Arena:
 def arena(scene: Scene, place: Situation, epsilon: float | None) -> Arena:
     """Build the events of a threat for its attacks."""
     items = scene.positives[place.caught]
+    exact = scene.behaviour is None or scene.behaviour.exact
+    aimed = 0.0 if epsilon is None else epsilon if exact else _SLACK * epsilon
     if place.threat.scope == "universal":
         failed = universal_event(scene, place, np.array([half_advantage(place)]))
         searched = failed
         if place.threat.kept and epsilon is not None and place.detection.n_caught:
-            searched, _ = universal_joint_event(scene, place, epsilon)
+            searched, _ = universal_joint_event(scene, place, aimed)
     else:
         failed = item_event(place.probe, place.prior, scene.test_origins[items], place.detection.threshold)
         searched = failed
@@ -79,7 +84,7 @@ def arena(scene: Scene, place: Situation, epsilon: float | None) -> Arena:
             opened = item_event(
                 place.probe, place.prior, scene.test_origins[items], place.detection.threshold, closed=False
             )
-            searched = both(opened, kept_event(place.prior, scene.behaviour.factors(items), epsilon))
+            searched = both(opened, kept_event(place.prior, scene.behaviour.factors(items), aimed))
     pool = None
     if scene.observed is not None:
         edits = scene.observed - scene.test_origins[:, None, :]

@@ -1,9 +1,10 @@
 r"""What is left after the break: is the probe still right, miscalibrated, moved, hidden, or is the information gone?
 
-Every training, calibration and test row is attacked first. Positives that the probe scores above the median negative
-move, by the shortest way in the prior's metric, to the median negative's score: past the threshold, so that lowering
-it does not undo the break. All other rows move by a prior draw of equal length, so that a refit cannot simply learn
-"was moved". Stages, each a class-balanced log-loss in nats per item on attacked test rows, beside the rock's ln 2:
+Every training, calibration and test row is attacked first, positive or not, by one procedure: it moves the shortest way
+in the prior's metric to where the probe scores it like the median negative. That is past the threshold, so that
+lowering it does not undo the break; and since negatives go through the same, a refit cannot simply learn "was moved"
+(with random moves of equal length for negatives it does: refits then beat the clean probe). Stages, each a
+class-balanced log-loss in nats per item on attacked test rows, beside the rock's ln 2:
 
 ============  ====================================================================================
 raw           scores Platt-scaled on clean calibration rows, then frozen (can be worse than a rock)
@@ -20,12 +21,12 @@ the data cannot exclude one either, it is *undecided*; when the clean gain itsel
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from elk_stress import registry
-from elk_stress.events import item_event, linear_weight, nearest_of_linear
-from elk_stress.limit_state import LimitState
+from elk_stress.events import item_event, nearest_of_linear
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
 from elk_stress.result import Audit, AuditStage
@@ -36,6 +37,8 @@ __all__ = ["audit"]
 
 _VERDICTS = {"raw": "still works", "recalibrated": "miscalibrated", "refitted": "moved", "strongest": "hidden"}
 _CANDIDATES = ("logistic", "lda", "mass_mean")
+# coordinates of moves searched at once (64 MB)
+_ELEMENTS = 1 << 23
 # (item, context) rows of a split that are attacked at most
 _MOST_ROWS = 8_000
 
@@ -51,7 +54,7 @@ def audit(scene: Scene, probe: FittedProbe, *, seed: int = 0) -> Audit:
     chosen = {name: _sample(rows, splits[name].pairs, rng) for name, rows in every.items()}  # type: ignore[index]
     labels = {name: splits[name].labels[chosen[name]] for name in every}  # type: ignore[index]
     clean = {name: rows[chosen[name]] for name, rows in every.items()}
-    attacked = {name: _attack(probe, prior, rows, labels[name], target, rng) for name, rows in clean.items()}
+    attacked = {name: _attack(probe, prior, rows, target, seed) for name, rows in clean.items()}
 
     weights = _balanced(scene.resamples.test[:, chosen["test"]], labels["test"])
 
@@ -105,51 +108,39 @@ def audit(scene: Scene, probe: FittedProbe, *, seed: int = 0) -> Audit:
     return Audit(verdict, stages.pop("clean"), tuple(stages.values()), strongest, threat.name)
 
 
-def nearest_breaks(
-    probe: FittedProbe, prior: EllipticalPrior, rows: np.ndarray, level: float, seed: int = 0
+def _attack(probe: FittedProbe, prior: EllipticalPrior, rows: np.ndarray, target: float, seed: int) -> np.ndarray:
+    """Every row moved the shortest way, in the prior's metric, to where the probe scores it ``target``.
+
+    For a linear probe this is one oblique projection of all rows, so what they were before is gone along the probe and
+    untouched across it, and nothing tells who was moved far.
+    """
+    flat = rows.reshape(-1, rows.shape[-1])
+    scores = np.asarray(probe.score(flat), dtype=float)
+    moves = np.zeros(flat.shape, dtype=np.float32)
+    for above in (True, False):
+        chosen = np.flatnonzero((scores > target) if above else (scores < target))
+        step = max(1, _ELEMENTS // prior.dim)
+        for part in (chosen[i : i + step] for i in range(0, len(chosen), step)):
+            u = _nearest(probe, prior, flat[part], target, above, seed)
+            moves[part] = np.nan_to_num(np.asarray(prior.move(np.where(np.isfinite(u), u, 0.0))))
+    return np.asarray((flat + moves).reshape(rows.shape), dtype=np.float32)
+
+
+def _nearest(
+    probe: FittedProbe, prior: EllipticalPrior, rows: np.ndarray, target: float, above: bool, seed: int
 ) -> np.ndarray:
-    """``(n, dim)`` shortest u that brings each row's score down to ``level``; NaN where none was found."""
-    state: LimitState = item_event(probe, prior, rows, level)
+    """``(n, dim)`` shortest u that brings each row's score to ``target`` from above or below; NaN where not found."""
+    state = item_event(probe, prior, rows, target)
     if state.linear is not None:
-        return nearest_of_linear(state)
+        if not state.linear.weight[:1].any():
+            return np.zeros((len(rows), prior.dim))
+        return nearest_of_linear(state, overshoot=0.0)
     from elk_stress.estimators.design_point import DesignPoint
 
-    step = max(1, (1 << 23) // (state.dim * 64))
-    parts = [np.arange(i, min(i + step, len(rows))) for i in range(0, len(rows), step)]
-    return np.concatenate(
-        [np.asarray(DesignPoint()(state.select(part), seed=seed).diagnostics["centres"])[:, 0] for part in parts]
-    )
-
-
-def _attack(
-    probe: FittedProbe,
-    prior: EllipticalPrior,
-    rows: np.ndarray,
-    labels: np.ndarray,
-    target: float,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    if not len(rows):
-        return rows
-    flat = rows.reshape(-1, rows.shape[-1])
-    positive = np.repeat(labels == 1, rows.shape[1])
-    scores = np.asarray(probe.score(flat), dtype=float)
-    weight = linear_weight(probe)
-    breakable = positive & (scores > target)
-    if weight is not None and not np.any(prior.factor.T @ weight):
-        breakable[:] = False
-    moves = np.zeros_like(flat)
-    lengths = np.array([0.0])
-    if breakable.any():
-        u = nearest_breaks(probe, prior, flat[breakable], target)
-        found = np.isfinite(u).all(axis=1)
-        moves[np.flatnonzero(breakable)[found]] = prior.move(u[found])
-        lengths = np.linalg.norm(u[found], axis=1) if found.any() else lengths
-    rest = np.flatnonzero(~breakable)
-    direction = rng.standard_normal((len(rest), prior.dim))
-    direction *= rng.choice(lengths, size=len(rest))[:, None] / np.linalg.norm(direction, axis=1, keepdims=True)
-    moves[rest] = prior.move(direction)
-    return np.asarray((flat + moves).reshape(rows.shape), dtype=np.float32)
+    if not above:
+        falls = state.function
+        state = replace(state, function=lambda data, u: -falls(data, u), _compiled={})
+    return np.asarray(DesignPoint(n_starts=2)(state, seed=seed).diagnostics["centres"])[:, 0]
 
 
 def _refit(scene: Scene, probe: FittedProbe | str) -> FittedProbe | None:
@@ -164,8 +155,6 @@ def _refit(scene: Scene, probe: FittedProbe | str) -> FittedProbe | None:
 
 def _with_train(scene: Scene, train: np.ndarray, chosen: np.ndarray) -> Scene:
     """The scene with attacked training rows; rows that were not sampled keep their clean activations unused."""
-    from dataclasses import replace
-
     if len(chosen) == len(scene.train):
         return replace(scene, train=train, _priors={}, _controls={})
     items = scene.testbed.splits["train"]

@@ -244,6 +244,9 @@ def _with_attacks(
 ) -> ThreatResult:
     if not recipes:
         return row
+    if place.detection.n_caught == 0:
+        skipped["every attack"] = "the probe catches nothing to attack"
+        return row
     field = arena(scene, place, row.epsilon)
     rows = tuple(run_attack(recipe, field, budget=budget, seed=seed) for recipe in recipes)
     for result in rows:

@@ -28,7 +28,7 @@ from elk_stress.events import (
 )
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import LimitState, both
-from elk_stress.priors import EllipticalPrior
+from elk_stress.priors import EllipticalPrior, Gaussian, Logistic, StudentT
 from elk_stress.probe import FittedProbe
 from elk_stress.result import Detection, ItemBits, ThreatResult
 from elk_stress.scene import Scene
@@ -172,6 +172,7 @@ def stress_items(scene: Scene, place: Situation, *, max_bits: float, n_particles
         b_given_kept=given,
         epsilon=epsilon,
         scale={} if threat.kept else {f"{c:g}": _rescaled(place, bits, c, max_bits) for c in SCALES},
+        tails={} if threat.kept else _other_tails(place, bits, max_bits),
         shrink=_shrunk(scene, place, bits, max_bits),
         epsilons=epsilons,
         bare_threshold=_bare(scene, place, bits, max_bits),
@@ -502,6 +503,18 @@ def _at(place: Situation, bits: BitsBatch, margin: np.ndarray, deviation: np.nda
     base = bits_of_margin(tail, place.margin[caught], place.deviation[caught])
     new = bits_of_margin(tail, margin, deviation) + excess_bits(bits.value, base, max_bits)
     return np.where(margin > 0, np.clip(new, 0.0, max_bits), 0.0)
+
+
+def _other_tails(place: Situation, bits: BitsBatch, max_bits: float) -> dict[str, float]:
+    """Half-life under other tails of the same covariance; closed forms of each item's linearization."""
+    if not len(place.caught):
+        return {}
+    margin, deviation = place.margin[place.caught], place.deviation[place.caught]
+    excess = excess_bits(bits.value, bits_of_margin(place.prior.tail, margin, deviation), max_bits)
+    return {
+        tail.name: half_life(np.clip(bits_of_margin(tail, margin, deviation) + excess, 0.0, max_bits))
+        for tail in (Gaussian(), Logistic(), StudentT(5.0))
+    }
 
 
 def _shrunk(scene: Scene, place: Situation, bits: BitsBatch, max_bits: float) -> dict[str, float]:

@@ -186,6 +186,7 @@ class ThreatResult:
         b_kept, b_given_kept: median over items, where behaviour is constrained.
         epsilon: nats.
         scale: headline value at multiples of the prior's scale.
+        tails: headline value under other tails of the same covariance (item scope).
         shrink: headline value at half and double shrinkage (natural prior).
         epsilons: headline value at multiples of epsilon.
         bare_threshold: headline value with the (uncalibrated) threshold set at bare items, or ``None``.
@@ -205,6 +206,7 @@ class ThreatResult:
     b_given_kept: Bits | None = None
     epsilon: float | None = None
     scale: Mapping[str, float] = field(default_factory=dict)
+    tails: Mapping[str, float] = field(default_factory=dict)
     shrink: Mapping[str, float] = field(default_factory=dict)
     epsilons: Mapping[str, float] = field(default_factory=dict)
     bare_threshold: float | None = None

@@ -171,7 +171,7 @@ def _attack_row(threat: ThreatResult, a: AttackResult) -> list[str]:
     if threat.threat.scope == "universal":
         share = "broke it" if a.success >= 0.5 else "held"
     return [
-        *name, share, words.number(a.shift, 2), "-" if a.benign_success is None else f"{a.benign_success:.0%}",
+        *name, share, words.number(a.shift, 4), "-" if a.benign_success is None else f"{a.benign_success:.0%}",
         words.number(a.length, 2), words.count(a.queries),
         words.count(a.gradients), words.number(a.spent), words.number(a.upper_bound.value) if a.upper_bound else "-",
         " ".join(words.codes(a.flags)),
@@ -216,7 +216,7 @@ def sensitivity(results: Sequence[StressResult]) -> list[str]:
     for result in results:
         for name, t in result.threats.items():
             most = float(result.config.get("max_bits", math.inf))
-            cells = [_series(values, most) for values in (t.scale, t.shrink, t.epsilons)]
+            cells = [_series(values, most) for values in (t.scale, t.tails, t.shrink, t.epsilons)]
             bare = t.bare_threshold
             extra = "-" if bare is None or math.isnan(bare) else f"{_capped(bare, most)} (uncalibrated)"
             kept = "-" if t.b_kept is None else words.bits_text(t.b_kept)
@@ -227,6 +227,7 @@ def sensitivity(results: Sequence[StressResult]) -> list[str]:
         "probe",
         "threat",
         "x prior's scale",
+        "other tails",
         "x shrinkage",
         "x epsilon",
         "B_kept",
@@ -234,8 +235,8 @@ def sensitivity(results: Sequence[StressResult]) -> list[str]:
         "bare threshold",
     ]
     lines = [
-        "The headline at multiples (left of each colon) of the prior's scale, of its shrinkage and of the behaviour "
-        "epsilon. B_joint, the headline where behaviour is kept, is B_kept plus B_given_kept for each item.",
+        "The headline at multiples (left of each colon) of the prior's scale, under other tails of the same covariance, "
+        "and at multiples of its shrinkage and of the behaviour epsilon. B_joint, the headline where behaviour is kept, is B_kept plus B_given_kept for each item.",
         "",
     ]
     return lines + (table(head, body) if body else ["Not computed in this run."])
