@@ -29,7 +29,7 @@ from elk_stress.threat import DEFAULT_EPSILON_FACTOR, Threat
 __all__ = ["Scene", "fit_probe", "prepare_scene"]
 
 # replicates x items of the bootstrap: bounds its memory and its time on large data
-_BOOTSTRAP_CELLS = 20_000_000
+_BOOTSTRAP_CELLS = 4_000_000
 
 
 @dataclass

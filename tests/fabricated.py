@@ -109,7 +109,7 @@ def best_of_n(half_life: float, kept: bool) -> BestOfNCurves:
         return Curve(n, value, low, high, value, value)
 
     predicted = {"gaussian": at(half_life, 0.05), "logistic": at(half_life * 0.85, 0.05)}
-    return BestOfNCurves(kept, predicted, at(half_life * 0.9, 0.12), 32)
+    return BestOfNCurves(kept, predicted, at(half_life * 0.9, 0.12), 32, 24)
 
 
 def tails(probe: str) -> dict[str, Any]:

@@ -235,8 +235,9 @@ def sensitivity(results: Sequence[StressResult]) -> list[str]:
         "bare threshold",
     ]
     lines = [
-        "The headline at multiples (left of each colon) of the prior's scale, under other tails of the same covariance, "
-        "and at multiples of its shrinkage and of the behaviour epsilon. B_joint, the headline where behaviour is kept, is B_kept plus B_given_kept for each item.",
+        "The headline at multiples (left of each colon) of the prior's scale, under other tails of the same "
+        "covariance, and at multiples of its shrinkage and of the behaviour epsilon. B_joint, the headline where "
+        "behaviour is kept, is B_kept plus B_given_kept for each item.",
         "",
     ]
     return lines + (table(head, body) if body else ["Not computed in this run."])
