@@ -19,9 +19,13 @@ Independent runs make one estimate: ``B = -log2 mean(p_hat)``. Its interval: Stu
 more), else the ideal variance inflated by ``((1+r)/(1-r))^1.5``, r the measured rank correlation between clones and
 the survivors that they were copied from (the power fits the variance ratios measured on half-spaces, RP31, RP54 and
 the tanh network from r = 0.05 to 0.6, to 15% or to the safe side); k = 1 keeps the exact Poisson interval, inflated
-likewise. Runs cycle through the
-kernels. Where they differ by more than their own errors, by spread, by kernel, or by mean p against mean B, the result
-is flagged ``runs_disagree`` and its interval is the union. Agreement is no proof: identical runs miss the same mode.
+likewise. Clones that remember their parents also raise mean B: p_hat stays unbiased, so a variance of ``v`` beyond the
+ideal adds ``v ln2 / 2`` bits (0.44 bits predicted and 0.41 measured for one move a sweep on a half-space of 15 bits,
+0.25 and 0.25 on RP31). ``low`` goes down by that much, however many runs there are.
+
+Runs cycle through the kernels. Where they differ by more than their own errors, by spread, by kernel, or by mean p
+against mean B, the result is flagged ``runs_disagree`` and its interval is the union. Agreement is no proof: identical
+runs miss the same mode.
 
 ``starts`` never seed the population (points that were searched for are no draws from the prior, and would bias p_hat).
 A failing start is used to look for what all runs missed: it is moved inside the failure region by the same kernels,
@@ -33,7 +37,10 @@ Particles are float32 from dim 64 on (half the memory traffic), float64 below. M
 
 Guarantee: kernels are exactly invariant; p_hat is unbiased where clones are independent of their parents, and biased
 by order 1/N otherwise (levels are quantiles of a correlated population; none was seen beyond 2% at 200 particles). The
-interval is asymptotic, and blind to a mode that no run reached.
+interval is asymptotic, and blind to a mode that no run reached. Of 2000 repeats on half-spaces of 15 bits (dim 16 and
+64), RP31, RP54 and the tanh network, 95% intervals held the truth in 93.8% to 98.9% with the slice kernel or both, for
+1 to 16 moves a sweep and r up to 0.65, and in up to 99.8% with few pCN moves, where the inflation is too large. The
+default of 10 moves kept r below 0.05 on the half-spaces.
 
 References: Au & Beck 2001; Guyader, Hengartner & Matzner-Lober 2011; Brehier et al. 2015 (1505.02674); Webb et al. 2018
 (1811.07209).
@@ -351,6 +358,10 @@ def _combine(config: SubsetSimulation, runs: _Runs) -> BitsBatch:
     low, high = mean - half, mean + half
     if config.kill == 1:
         low, high = _poisson(runs.kills.sum(axis=1), config.n_particles * n_runs, mean, inflation, tail)
+    # p_hat stays unbiased where clones remember their parents, so that the variance beyond the ideal raises mean B
+    # (Jensen; log-normal p_hat), by the same amount however many runs are averaged
+    excess = 0.5 * LN2 * runs.variance.mean(axis=1) * (inflation - 1.0)
+    low -= excess
     disagree = _disagreement(config, runs, variance * n_runs, mean, value, half)
     flags: list[tuple[Flag, ...]] = []
     kinds, status = [], []
@@ -367,7 +378,7 @@ def _combine(config: SubsetSimulation, runs: _Runs) -> BitsBatch:
         elif not failed[i].any():
             # each run bounds B by the level that it reached; their mean is a lower value as well
             kinds.append(Kind.CENSORED)
-            reached = max(0.0, mean[i] - stats.norm.ppf(config.confidence) * math.sqrt(variance[i]))
+            reached = max(0.0, mean[i] - excess[i] - stats.norm.ppf(config.confidence) * math.sqrt(variance[i]))
             value[i] = low[i] = min(reached, config.max_bits)
             high[i] = math.inf
             status.append(_STATUS[int(runs.outcome[i].max())])
