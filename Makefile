@@ -17,7 +17,7 @@ INSTALLED_BENCH := $(VENV)/.installed-bench
 OUT ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: help demo full test lint fast-tests statistics bench clean
+.PHONY: help demo full install-test test lint fast-tests statistics bench clean
 
 help:
 	@echo "make demo        install, fetch the model, stress six probes, write $(OUT)"
@@ -33,6 +33,8 @@ demo: $(INSTALLED)
 
 full: $(INSTALLED)
 	$(BIN)/elk-stress run --testbed statements --preset demo --size full --out runs/full
+
+install-test: $(INSTALLED_TEST)
 
 test: lint fast-tests
 

@@ -156,11 +156,11 @@ def _refit(scene: Scene, probe: FittedProbe | str) -> FittedProbe | None:
 def _with_train(scene: Scene, train: np.ndarray, chosen: np.ndarray) -> Scene:
     """The scene with attacked training rows; rows that were not sampled keep their clean activations unused."""
     if len(chosen) == len(scene.train):
-        return replace(scene, train=train, _priors={}, _controls={})
+        return replace(scene, fit=train, train=train, _priors={}, _controls={})
     items = scene.testbed.splits["train"]
     ids = tuple(items.ids[i] for i in chosen)
     part = replace(items, ids=ids, labels=items.labels[chosen], groups=items.groups[chosen], texts=None)
-    return replace(scene, train=train, train_items=part, _priors={}, _controls={})
+    return replace(scene, fit=train, train=train, train_items=part, _priors={}, _controls={})
 
 
 def _sample(rows: np.ndarray, pairs: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
@@ -181,7 +181,8 @@ def _platt(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
     y = np.repeat(labels, scores.shape[1])
     spread = float(scores.std())
-    if len(np.unique(y)) < 2 or spread == 0:
+    # scores that the attack made equal differ by rounding alone
+    if len(np.unique(y)) < 2 or spread <= 1e-5 * float(np.abs(scores).max()):
         return 0.0, 0.0
     centre = float(scores.mean())
     x = (scores.ravel() - centre) / spread

@@ -103,8 +103,10 @@ def joint_of_failed(failed: BitsBatch, shifts: np.ndarray, epsilon: float, max_b
     kept_none = np.array([k is Kind.CENSORED for k in share.kind])
     infinite = np.isposinf(failed.value)
     value = failed.value + share.value
-    down = np.hypot(_finite(failed.value - failed.low), share.value - np.where(kept_none, share.value, share.low))
-    up = np.hypot(_finite(failed.high - failed.value), np.where(kept_none, 0.0, share.high - share.value))
+    with np.errstate(invalid="ignore"):
+        below, above = _finite(failed.value - failed.low), _finite(failed.high - failed.value)
+    down = np.hypot(below, share.value - np.where(kept_none, share.value, share.low))
+    up = np.hypot(above, np.where(kept_none, 0.0, share.high - share.value))
     low, high = value - down, np.where(kept_none, math.inf, value + up)
     capped = np.minimum(value, max_bits)
     kinds, flags, status = [], [], []
@@ -193,9 +195,10 @@ def searched_joint(
         if share <= 0:
             continue
         # evidence bound: P >= 2^-limit q(E and ratio <= limit), the ratio's limit fixed before these draws
-        high[i] = min(max_bits, max(limit - math.log2(share), low[i]))
+        bound = max(limit - math.log2(share), low[i])
+        high[i] = bound if bound < max_bits else math.inf
         estimate = -np.logaddexp2.reduce(-ratio[row][hit[row]]) + math.log2(n)
-        value[i] = min(max(float(estimate), low[i]), high[i])
+        value[i] = min(max(float(estimate), low[i]), high[i], max_bits)
         kinds[i] = Kind.ESTIMATE if value[i] < max_bits else Kind.CENSORED
     return BitsBatch.build(
         value,

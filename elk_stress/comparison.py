@@ -98,6 +98,8 @@ def _pair(name_a: str, name_b: str, a: StressResult, b: StressResult) -> list[Co
         left, right = a.threats[threat].replicates, b.threats[threat].replicates
         if left is None or right is None or left.shape != right.shape:
             continue
+        if not np.isfinite(left[:, 1]).all() or not np.isfinite(right[:, 1]).all():
+            continue  # no bootstrap, no comparison
         difference = np.nan_to_num(left, nan=0.0) - np.nan_to_num(right, nan=0.0)
         n = len(difference)
         kept = difference[:, 1]

@@ -72,6 +72,11 @@ CATALOGUE: dict[str, FlagEntry] = {
         "the 95% interval is wider than the estimate",
         "raise the number of items, contexts or particles",
     ),
+    "shared_contexts": FlagEntry(
+        "probes were fitted on the very contexts that the prior is fitted on",
+        "give more contexts (8 or more): a probe learns to ignore those it saw, and its bits look too many",
+        red=False,
+    ),
     "catches_nothing": FlagEntry(
         "the probe catches no positive at its threshold",
         "it has no bits to lose; train a better probe or raise the false-positive rate",
@@ -83,7 +88,7 @@ CATALOGUE: dict[str, FlagEntry] = {
         red=False,
     ),
     "prediction_failed": FlagEntry(
-        "the observed best-of-n curve leaves the predicted one beyond both intervals",
+        "the observed best-of-n curve is more extreme than 99% of curves simulated from the prediction",
         "the prior does not describe real contexts for this probe; trust the observed curve",
     ),
     "control_failed": FlagEntry(

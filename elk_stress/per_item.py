@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ from elk_stress.survival import (
 )
 from elk_stress.threat import Threat
 
-__all__ = ["Situation", "item_bits", "joint_bits", "score_gradients", "situation", "stress_items"]
+__all__ = ["Situation", "context_variances", "item_bits", "joint_bits", "score_gradients", "situation", "stress_items"]
 
 SCALES = (0.5, 0.71, 1.0, 1.41, 2.0)
 EPSILONS = (1.0, 10.0)
@@ -89,7 +90,8 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
     flags = check_negatives(len(scene.negatives), fpr)
     prior = scene.prior(threat)
     negatives, draws = _negative_scores(scene, probe, threat, prior)
-    threshold = conformal_threshold(negatives, fpr)
+    shared = draws is None
+    threshold = conformal_threshold(negatives, fpr, shared=shared)
     origins, positives = scene.test_origins, scene.positives
     scores = np.asarray(probe.score(origins), dtype=float)
     margin = scores[positives] - threshold
@@ -101,10 +103,14 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
         along = np.einsum("icd,id->ic", scene.test[positives], gradient.astype(np.float32)).astype(float)
     contexts = scene.resamples.contexts
     n_contexts = contexts.shape[1]
-    thresholds = weighted_conformal_thresholds(
-        negatives, fpr, scene.resamples.negatives, contexts if draws is None else np.ones((len(contexts), draws))
-    )
-    shifted = (contexts / n_contexts - 1 / n_contexts) @ along.T if n_contexts > 1 else 0.0
+    drawn = contexts if draws is None else np.ones((len(contexts), draws))
+    thresholds = weighted_conformal_thresholds(negatives, fpr, scene.resamples.negatives, drawn, shared=shared)
+    # the deviation of a resample's contexts from all of them moves every origin
+    astray = contexts / n_contexts - 1 / n_contexts
+    shifted = astray @ along.T if n_contexts > 1 else np.zeros((len(contexts), 1))
+    if not shared and n_contexts > 1:
+        # drawn scores stand around origins that moved too
+        thresholds = thresholds + astray @ np.asarray(probe.score(scene.negatives), dtype=float).mean(axis=0)
     margins = margin[None, :] + shifted - (thresholds - threshold)[:, None]
     caught = np.flatnonzero(margin > 0)
     return Situation(
@@ -287,7 +293,10 @@ def _joint(
     shifts = np.full((len(chosen), behaviour.n_verify), math.inf)
     if breakable.any():
         draws = _draws_given_failure(failed, bits, breakable, behaviour.n_verify, n_particles, max_bits, seed)
-        shifts[breakable] = behaviour.shift(chosen[breakable], np.asarray(prior.move(draws)))
+        found = np.isfinite(draws).all(axis=-1)
+        measured = behaviour.shift(chosen[breakable], np.asarray(prior.move(np.where(found[..., None], draws, 0.0))))
+        # a draw that was not found is no evidence that behaviour can be kept
+        shifts[breakable] = np.where(found, measured, math.inf)
     joint = joint_of_failed(bits, shifts, epsilon, max_bits)
     sensitivity = {
         name: half_life(np.minimum(joint_of_failed(bits, shifts, eps, max_bits).value, max_bits))
@@ -365,8 +374,7 @@ def _draws_given_failure(
         return failures_of_linear(state, n, np.random.default_rng(np.random.SeedSequence([seed, 0xFA11])))
     again = item_bits(state, max_bits=max_bits, n_particles=n_particles, seed=seed, keep_failures=n)
     draws: np.ndarray = np.asarray(again.diagnostics["failures"])
-    # an item without a failing draw keeps its origin: it does not fail there, so its share is judged by the search
-    return np.asarray(np.nan_to_num(draws, nan=0.0))
+    return draws
 
 
 def _negative_scores(
@@ -402,11 +410,19 @@ def _detection(
     labels, weights = scene.items.labels, scene.resamples.test
     negatives = np.flatnonzero(labels == 0)
     if threat.prior == "natural" and scene.given_prior is None and scene.test.shape[1] > 1:
-        alarms = (np.asarray(probe.score(scene.test[negatives]), dtype=float) > threshold).mean(axis=1)
+        # on contexts that the threshold never saw, where there are any, resampled together with the items
+        fresh = scene.test if scene.observed is None else scene.observed
+        alarms = (np.asarray(probe.score(fresh[negatives]), dtype=float) > threshold).astype(float)
+        m = alarms.shape[1]
+        counts = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xFA])).multinomial(
+            m, np.full(m, 1 / m), size=len(weights)
+        )
+        shares = ((weights[:, negatives] @ alarms) * counts).sum(axis=1) / m
     else:
         spread = prior.standard_deviation(score_gradients(probe, scene.test_origins[negatives]))
         alarms = 2.0 ** -bits_of_margin(prior.tail, threshold - scores[negatives], spread)
-    shares = weights[:, negatives] @ alarms / np.maximum(weights[:, negatives].sum(axis=1), 1e-12)
+        shares = weights[:, negatives] @ alarms
+    shares = shares / np.maximum(weights[:, negatives].sum(axis=1), 1e-12)
     caught = int((margin > 0).sum())
     area = auroc(scores, labels)
     v_pos, v_neg = _auroc_components(scores, labels)
@@ -461,35 +477,44 @@ def score_gradients(probe: FittedProbe, x: np.ndarray) -> np.ndarray:
 
 
 def _deviation_factor(scene: Scene, threat: Threat, prior: EllipticalPrior, gradient: np.ndarray) -> np.ndarray:
-    """Resampled over original standard deviation of the score when contexts are resampled.
+    """Drawn over original standard deviation of the score under the prior: what is not known about it.
 
-    The unshrunk parts of the covariance move with the contexts; the shrunk rest stays.
+    A sample variance over c contexts stands on ``c - 1`` degrees of freedom, and how far a covariance is shrunk is a
+    choice. Each replicate draws both: the variance along the probe between no shrinkage and twice the estimated
+    intensity, its between-context part divided by a chi-square over its degrees of freedom.
     """
-    contexts = scene.resamples.contexts
-    c = contexts.shape[1]
+    replicates, c = scene.resamples.contexts.shape
     if threat.prior != "natural" or scene.given_prior is not None or c < 3:
-        return np.ones(len(contexts))
+        return np.ones(replicates)
     weight = gradient if gradient.ndim == 1 else gradient.mean(axis=0)
     variance = float(prior.standard_deviation(weight)) ** 2
     if variance == 0:
-        return np.ones(len(contexts))
-    rows = scene.train[scene.plain_train] @ weight.astype(np.float32)
-    rows = rows - rows.mean(axis=1, keepdims=True)
-    between = rows.mean(axis=0)
-    rest = rows - between
-    n = len(rows)
+        return np.ones(replicates)
+    common, own = context_variances(scene, weight)
+    # from the scene's seed: every probe meets the same choices, so that comparisons stay paired
+    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xDF]))
+    choice = rng.uniform(0.0, 2.0, replicates)
+    size = float(weight @ weight)
 
-    # (c-1)/c: a resample of c contexts has that much less variance on average
-    def spread(columns: np.ndarray) -> np.ndarray:
-        return np.asarray((contexts @ (columns**2).T - (contexts @ columns.T) ** 2 / c) * c / (c - 1) ** 2)
+    def part(notes: Any, sample: float, factor: np.ndarray | float) -> np.ndarray:
+        intensity = np.minimum(choice * notes["oas_intensity"], 1.0)
+        return np.asarray((1 - intensity) * sample * factor + intensity * notes["variance"] * size)
 
-    b0 = float((between**2).sum()) / (c - 1)
-    delta = (1 - prior.notes["between"]["intensity"]) * (spread(between[None, :])[:, 0] - b0)
+    drawn = part(prior.notes["between"], common, (c - 1) / rng.chisquare(c - 1, replicates))
+    n = len(scene.plain_train)
     if threat.scope == "item" and n > 1:
-        e0 = float((rest**2).sum()) / ((n - 1) * (c - 1))
-        e = spread(rest).sum(axis=1) / (n - 1)
-        delta = delta + (1 - 1 / n) * (1 - prior.notes["interaction"]["intensity"]) * (e - e0)
-    return np.asarray(np.sqrt(np.maximum(1 + delta / variance, 0.01)))
+        drawn = drawn + (1 - 1 / n) * part(prior.notes["interaction"], own, 1.0)
+    return np.asarray(np.sqrt(np.maximum(drawn / variance, 1e-4)))
+
+
+def context_variances(scene: Scene, weight: np.ndarray) -> tuple[float, float]:
+    """Sample variances of the score over contexts: of the context means, and of what is particular to an item."""
+    rows = np.asarray(scene.train[scene.plain_train] @ weight.astype(np.float32), dtype=float)
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    means = rows.mean(axis=0)
+    n, c = rows.shape
+    own = float(((rows - means) ** 2).sum()) / (max(n - 1, 1) * (c - 1))
+    return float((means**2).sum()) / (c - 1), own
 
 
 def _rescaled(place: Situation, bits: BitsBatch, c: float, max_bits: float) -> float:

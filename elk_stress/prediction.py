@@ -1,8 +1,15 @@
-"""Best of n real contexts: the curve that the prior predicts beside the one that test items under contexts B show.
+r"""Best of n real contexts: the curve that the prior predicts beside the one that test items under contexts B show.
 
 The prediction is made from training items and contexts A, the observation from test items and contexts B: it can fail.
-An origin is itself a mean over C contexts A, so a new context lies ``sqrt(1 + 1/C)`` standard deviations of the prior
-away; the prediction takes that in.
+With ``x_ib = mu_i + b_b + e_ib`` and an origin that is a mean over C contexts A, the score of item i in a new context
+stands ``margin_i + (b' - mean_A b) + (e'_i - mean_A e_i)`` above the threshold. ``mean_A b`` is one number for all
+items and all n draws, ``mean_A e_i`` one per item: neither averages out over n. Each replicate draws them,
+
+``m*_i = shrunk margin_i + N(0, v_b f/C) + N(0, keep v_e/C)``, ``f = (C-1)/chi2_{C-1}``, ``keep = 1 - v_e/(C var(m))``,
+
+and predicts ``1 - (1 - p_i)^n`` with ``p_i`` the tail's chance beyond ``m*_i`` at variance ``v_b f + v_e``. The band is
+that of these replicates; whether the observation fits is asked of curves simulated from them with as many contexts as
+were observed (a predictive check: Box 1980).
 """
 
 from __future__ import annotations
@@ -15,12 +22,18 @@ import numpy as np
 from elk_stress.bits import BitsBatch
 from elk_stress.estimators.best_of_n import holds
 from elk_stress.flags import Flag, flag
-from elk_stress.per_item import Situation
+from elk_stress.per_item import Situation, context_variances, score_gradients
 from elk_stress.result import BestOfNCurves, Curve
 from elk_stress.scene import Scene
-from elk_stress.survival import bits_of_margin, excess_bits
+from elk_stress.survival import bits_of_margin
+from elk_stress.threat import Threat
 
 __all__ = ["best_of_n_curves", "prediction_flags"]
+
+# false-alarm rate of the predictive check: a run makes a dozen of them
+_ALARM = 0.01
+# bits beyond which a break is never seen among contexts
+_NEVER = 1000.0
 
 
 def best_of_n_curves(
@@ -57,46 +70,68 @@ def best_of_n_curves(
         rows[r] = weights[r] @ (1 - holds(n_contexts, resampled[:, None], n[None, :])) / total[r]
     observed = _curve(n, (1 - holds(n_contexts, fails.sum(axis=1)[:, None], n[None, :])).mean(axis=0), rows)
 
-    predicted = {name: _predicted(scene, places[name], bits[name], n, weights, total) for name in places}
-    return BestOfNCurves(epsilon is not None, predicted, observed, n_contexts, len(items))
+    predicted, agreement = {}, {}
+    for name in places:
+        many, like_observed = _replicates(scene, places[name], bits[name], n, weights)
+        predicted[name] = _curve(n, many.mean(axis=0), many)
+        agreement[name] = _agreement(like_observed, observed.value)
+    return BestOfNCurves(epsilon is not None, predicted, observed, n_contexts, len(items), agreement)
 
 
 def prediction_flags(curves: BestOfNCurves) -> tuple[Flag, ...]:
-    """Raised when every tail's predicted band lies apart from the observed one somewhere."""
-    # half an item: a bootstrap of "none of n" has no width, but is no proof of zero
-    slack = 0.5 / curves.n_items
-    apart = {
-        name: (c.low > curves.observed.high + slack) | (c.high < curves.observed.low - slack)
-        for name, c in curves.predicted.items()
-    }
-    if not apart or not all(gap.any() for gap in apart.values()):
+    """Raised when under every tail the observed curve is more extreme than 99% of curves that the prior predicts."""
+    if not curves.p_values or max(curves.p_values.values()) >= _ALARM:
         return ()
-    where = int(np.argmax(next(iter(apart.values()))))
-    n = int(curves.observed.x[where])
-    seen = curves.observed.value[where]
-    told = ", ".join(f"{name} {c.value[where]:.0%}" for name, c in curves.predicted.items())
+    seen = ", ".join(f"{v:.0%}" for v in (curves.observed.value[0], curves.observed.value[-1]))
+    told = "; ".join(f"{name} {c.value[0]:.0%}, {c.value[-1]:.0%}" for name, c in curves.predicted.items())
     kind = "kept" if curves.kept else "free"
-    return (flag("prediction_failed", f"best of {n} real contexts ({kind}): observed {seen:.0%}, predicted {told}"),)
+    return (
+        flag("prediction_failed", f"best of 1 and {curves.n_contexts} ({kind}): observed {seen}; predicted {told}"),
+    )
 
 
-def _predicted(
-    scene: Scene, place: Situation, bits: BitsBatch, n: np.ndarray, weights: np.ndarray, total: np.ndarray
-) -> Curve:
-    tail = place.prior.tail
-    contexts = scene.test.shape[1]
-    inflated = math.sqrt(1 + 1 / contexts)
-    caught = place.caught
-    margin, deviation = place.margin[caught], place.deviation[caught]
-    closed = bits_of_margin(tail, margin, deviation)
-    # where the estimates were censored: the largest finite one is as good a limit, its chance is nil
-    limit = float(np.max(bits.value, initial=1.0, where=np.isfinite(bits.value)))
-    excess = excess_bits(bits.value, closed, limit)
-    p = 2.0 ** -(bits_of_margin(tail, margin, deviation * inflated) + excess)
-    moved = deviation[None, :] * place.deviation_factor[:, None] * inflated
-    many = 2.0 ** -(bits_of_margin(tail, np.maximum(place.margins[:, caught], 0.0), moved) + excess[None, :])
-    p, many = np.nan_to_num(np.clip(p, 0, 1)), np.nan_to_num(np.clip(many, 0, 1))
-    rows = np.stack([(weights * (1 - (1 - many) ** k)).sum(axis=1) / total for k in n], axis=1)
-    return _curve(n, (1 - (1 - p[:, None]) ** n[None, :]).mean(axis=0), rows)
+def _replicates(
+    scene: Scene, place: Situation, bits: BitsBatch, n: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted curves, and curves as they would be observed under as many contexts, ``(replicates, n)`` each."""
+    tail, caught, c = place.prior.tail, place.caught, scene.test.shape[1]
+    gradient = score_gradients(place.probe, scene.test_origins[scene.positives])
+    weight = gradient if gradient.ndim == 1 else gradient.mean(axis=0)
+    universal = float(scene.prior(Threat(scope="universal")).standard_deviation(weight)) ** 2
+    common, own = context_variances(scene, weight)
+    common = max(common - own / len(scene.plain_train), universal)
+    own = max(own, float(scene.prior(Threat()).standard_deviation(weight)) ** 2 - universal)
+    # in units of the score; of a probe or an event that is not linear, the margin that costs as many bits
+    margin = tail.quantile_of_bits(np.minimum(bits.value, _NEVER)) * place.deviation[caught]
+    spread = max(float(place.margin.var(ddof=1)) if len(place.margin) > 1 else 0.0, 1e-300)
+    keep = max(1 - own / c / spread, 0.0)
+    margin = margin + (1 - keep) * (place.margin.mean() - place.margin[caught])
+    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xB0B]))
+    predicted, seen = np.empty((len(weights), len(n))), np.empty((len(weights), len(n)))
+    for r, row in enumerate(weights):
+        f = (c - 1) / rng.chisquare(c - 1) if c > 1 else 1.0
+        at = margin + rng.standard_normal(len(margin)) * math.sqrt(keep * own / c)
+        at = at + rng.standard_normal() * math.sqrt(common * f / c)
+        p = 2.0 ** -bits_of_margin(tail, at, np.full(len(at), math.sqrt(common * f + own)))
+        predicted[r] = row @ (1 - (1 - p[:, None]) ** n) / max(float(row.sum()), 1e-12)
+        z = rng.standard_normal((len(margin), len(n)))
+        scale = np.asarray(tail.scale(z, np)) if tail.extra else 1.0
+        sway = math.sqrt(common * f) * rng.standard_normal(len(n)) + math.sqrt(own) * rng.standard_normal(z.shape)
+        count = (scale * sway >= at[:, None]).sum(axis=1)
+        seen[r] = (1 - holds(len(n), count[:, None], n[None, :])).mean(axis=0)
+    return predicted, seen
+
+
+def _agreement(seen: np.ndarray, observed: np.ndarray) -> float:
+    """Share of simulated curves that lie at least as far out as the observed one, by the depth of their worst point."""
+
+    def depth(curves: np.ndarray) -> np.ndarray:
+        pairs = [(np.sort(s), x) for s, x in zip(seen.T, curves.T, strict=True)]
+        at_most = np.stack([np.searchsorted(s, x, side="right") for s, x in pairs])
+        below = np.stack([np.searchsorted(s, x, side="left") for s, x in pairs])
+        return np.asarray(np.minimum(at_most, len(seen) - below).min(axis=0))
+
+    return float((depth(seen) <= depth(observed[None])).mean())
 
 
 def _curve(x: np.ndarray, value: np.ndarray, rows: np.ndarray) -> Curve:

@@ -133,7 +133,8 @@ class BestOfNCurves:
     """Share of caught items that the best of n real contexts breaks: predicted by each tail, and observed.
 
     The prediction comes from the prior (training items, contexts A); the observation from ``n_items`` caught test items
-    under ``n_contexts`` contexts B.
+    under ``n_contexts`` contexts B. ``p_values``: by tail, the share of curves simulated from the prediction that lie
+    at least as far out as the observed one.
     """
 
     kept: bool
@@ -141,6 +142,7 @@ class BestOfNCurves:
     observed: Curve
     n_contexts: int
     n_items: int
+    p_values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

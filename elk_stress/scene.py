@@ -39,7 +39,9 @@ class Scene:
     Attributes:
         testbed: the testbed, prepared.
         seed: of every draw that the probes share.
-        train, calibration, test, bare: ``(n, contexts, d)`` activations under contexts A; test items alone.
+        fit: ``(n_train, contexts, d)`` training items under the contexts that probes are fitted on.
+        train, calibration, test: ``(n, contexts, d)`` under the prior's contexts, which no probe was fitted on.
+        bare_calibration: calibration items alone, or ``None``.
         observed: test items under contexts B, or ``None`` if there are none.
         given_prior: a prior that the caller chose instead of natural thoughts, or ``None``.
         train_items: the items of ``train``, where they are not all of the testbed's.
@@ -47,6 +49,7 @@ class Scene:
 
     testbed: Testbed
     seed: int
+    fit: np.ndarray
     train: np.ndarray
     calibration: np.ndarray
     test: np.ndarray
@@ -179,7 +182,9 @@ class Scene:
     def flags(self) -> tuple[Flag, ...]:
         """Flags of the data themselves."""
         leaked = check_splits(self.testbed.splits)
-        return (flag("leak", f"{len(leaked)} entities cross splits, e.g. {leaked[0]}"),) if leaked else ()
+        found = (flag("leak", f"{len(leaked)} entities cross splits, e.g. {leaked[0]}"),) if leaked else ()
+        shared = self.fit is self.train and self.train.shape[1] > 1
+        return (*found, flag("shared_contexts", f"{self.train.shape[1]} contexts")) if shared else found
 
 
 def prepare_scene(
@@ -206,6 +211,10 @@ def prepare_scene(
         if len(activations):
             check_activations(activations.reshape(-1, activations.shape[-1]), f"{name} activations")
     try:
+        fit = testbed.activations("train", "fit")
+    except LookupError:
+        fit = found["train"]
+    try:
         observed: np.ndarray | None = testbed.activations("test", "observed")
         bare: np.ndarray | None = testbed.activations("calibration", "bare")
     except LookupError:
@@ -213,6 +222,7 @@ def prepare_scene(
     return Scene(
         testbed,
         seed,
+        fit,
         found["train"],
         found["calibration"],
         found["test"],
@@ -225,7 +235,10 @@ def prepare_scene(
 
 
 def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> FittedProbe:
-    """Fit a probe on training items under the prior: every item under every context A, one row each.
+    """Fit a probe on training items as the prior moves them: every item under every context for fitting, a row each.
+
+    The prior is fitted on other contexts: a probe learns to ignore the very contexts that it saw, so what it would seem
+    to survive on these says nothing about new ones.
 
     Contrast pairs come along for probes that need them; other probes see affirmed statements only.
     """
@@ -241,13 +254,13 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
             )
         return fitted
     train = scene.training
-    contexts = scene.train.shape[1]
+    contexts = scene.fit.shape[1]
     if recipe.traits.needs_pairs and train.pairs is not None:
-        rows = np.arange(len(scene.train))
+        rows = np.arange(len(scene.fit))
         pairs = np.concatenate([train.pairs * contexts + c for c in range(contexts)])
     else:
         rows, pairs = scene.plain_train, None
-    activations = scene.train[rows].reshape(-1, scene.train.shape[-1])
+    activations = scene.fit[rows].reshape(-1, scene.fit.shape[-1])
     labels = np.repeat(train.labels[rows], contexts)
     return as_fitted(recipe, activations, labels, pairs=pairs, seed=scene.seed, site=scene.testbed.site)
 

@@ -4,7 +4,7 @@ For caught positives with bits ``B_i``, ``S(b) = share of B_i > b`` and ``recall
 positives; the half-life is the smallest b with ``S(b) <= 1/2``. Intervals come from one bootstrap over entities,
 contexts and calibration negatives together: every replicate moves the threshold, the origins and the prior's scale,
 and with them every ``B_i``. For a linear probe the replicate is exact in closed form; for others the probe is
-linearized at each item's nearest break, so that ``B_i* = B_i + bits(z_i*) - bits(z_i)`` with
+linearized at each item's origin, so that ``B_i* = B_i + bits(z_i*) - bits(z_i)`` with
 ``z = margin / standard deviation``.
 """
 

@@ -18,7 +18,7 @@ from elk_stress.probe import FittedProbe
 __all__ = ["ContextSet", "Items", "SplitName", "Testbed", "check_splits"]
 
 SplitName = Literal["train", "calibration", "test"]
-ContextSet = Literal["prior", "observed", "bare"]
+ContextSet = Literal["fit", "prior", "observed", "bare"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,16 @@ class Testbed(Protocol):
         ...
 
     def activations(self, split: SplitName, contexts: ContextSet = "prior") -> np.ndarray:
-        """``(n_items, n_contexts, dim)`` float32: the items under neutral contexts A (``prior``), B (``observed``),
-        or alone (``bare``, one context)."""
+        """``(n_items, n_contexts, dim)`` float32 under one set of neutral contexts.
+
+        No context is in two sets: ``fit`` (part of A, training items only: what probes are fitted on), ``prior`` (the
+        rest of A: origins, priors and thresholds; a fitted probe has learned to ignore the very contexts that it saw,
+        so these must be others), ``observed`` (B: what the prior's prediction is held against), ``bare`` (the items
+        alone, one context).
+
+        Raises:
+            LookupError: the testbed has no such set.
+        """
         ...
 
     @property

@@ -79,6 +79,8 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
     )
     replicates, metric_rows = _replicates(scene, place, every, at_tau, levels, extra, max_bits)
     low, high = np.quantile(replicates, [0.025, 0.975])
+    if math.isnan(low):
+        low, high = bits.low, bits.high
     conditional = (bits.low, bits.high)
     if worthless:
         headline = Bits(0.0, 0.0, 0.0, Kind.EXACT, "half_advantage", status="the probe has no advantage to lose")
@@ -102,7 +104,7 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
         quantity="B at half advantage",
         headline=headline,
         detection=place.detection,
-        curve=_curve(levels, every, extra, clean, metric_rows, max_bits),
+        curve=_curve(levels, n if threat.metric == "recall" else 10_000, every, extra, clean, metric_rows, max_bits),
         conditional=conditional,
         b_kept=b_kept,
         b_given_kept=None if b_kept is None else _difference(headline, b_kept),
@@ -227,8 +229,8 @@ def _replicates(
     """
     grid = grid_of(max_bits)
     if place.threat.metric == "auroc":
-        value = min(every[at_tau].value, max_bits)
-        return np.full(len(place.margins), value), np.full((len(place.margins), len(grid)), place.detection.auroc)
+        # the deciding score difference is not resampled: no interval over items, hence no comparison either
+        return np.full(len(place.margins), math.nan), np.full((len(place.margins), len(grid)), place.detection.auroc)
     weights = scene.resamples.positives
     tail = place.prior.tail
     spread = place.deviation[None, :] * place.deviation_factor[:, None]
@@ -249,13 +251,14 @@ def _replicates(
 
 
 def _curve(
-    levels: np.ndarray, every: BitsBatch, extra: float, clean: float, rows: np.ndarray, max_bits: float
+    levels: np.ndarray, n: int, every: BitsBatch, extra: float, clean: float, rows: np.ndarray, max_bits: float
 ) -> Curve:
-    """Metric at b bits: the lowest level that costs at most b."""
+    """Metric at b bits: the lowest attainable value (a multiple of 1/n) that costs at most b."""
     grid = grid_of(max_bits)
     # a lower level contains a higher one's event, so it costs at least as much
     cost = np.maximum.accumulate((every.value + extra)[::-1])[::-1]
-    reached = np.array([min([clean, *levels[cost <= b]]) for b in grid])
+    attained = np.minimum(np.floor(levels * n + 1e-9) / n, clean)
+    reached = np.array([min([clean, *attained[cost <= b]]) for b in grid])
     low, high = np.quantile(rows, [0.025, 0.975], axis=0)
     censored = max_bits if (every.value + extra >= max_bits).any() else math.inf
     return Curve(grid, reached, np.minimum(low, reached), np.maximum(high, reached), reached, reached, censored)

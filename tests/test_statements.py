@@ -213,7 +213,7 @@ def test_seed_decides() -> None:
         ({"size": "huge"}, "demo, full"),
         ({"positive": "maybe"}, "'false' or 'true'"),
         ({"n_items": 8}, "at least 40"),
-        ({"n_contexts": 5}, "even"),
+        ({"n_contexts": 5}, "at least 6"),
         ({"relation": "element_symbol", "size": "full"}, "ask for fewer items"),
         ({"relation": "nothing"}, "known: city_country"),
     ],
@@ -309,12 +309,15 @@ def test_is_a_testbed(testbed: Statements) -> None:
 
 def test_activations_are_those_of_context_and_item(testbed: Statements) -> None:
     subject = testbed._loaded()
-    for which, n in (("prior", 3), ("observed", 3), ("bare", 1)):
+    for which, n in (("prior", 3), ("observed", 2), ("bare", 1)):
         assert testbed.activations("test", which).shape == (len(testbed.splits["test"]), n, 24)  # type: ignore[arg-type]
     text = (testbed.splits["test"].texts or ())[4]
-    context = contexts.contexts("observed", 3)[2]
+    assert testbed.activations("train", "fit").shape == (len(testbed.splits["train"]), 1, 24)
+    with pytest.raises(LookupError, match="only training items"):
+        testbed.activations("test", "fit")
+    context = contexts.contexts("observed", 2)[1]
     alone = subject.read([f"{context} {text}"], [testbed.site])[testbed.site][0]
-    np.testing.assert_allclose(testbed.activations("test", "observed")[4, 2], alone, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(testbed.activations("test", "observed")[4, 1], alone, rtol=1e-4, atol=1e-5)
     bare = subject.read([text], [testbed.site])[testbed.site][0]
     np.testing.assert_allclose(testbed.activations("test", "bare")[4, 0], bare, rtol=1e-4, atol=1e-5)
 
@@ -337,7 +340,7 @@ def test_shift_is_zero_at_the_origin_and_its_factor_predicts_small_ones(testbed:
 def test_origin_is_the_mean_over_the_prior_after_the_medoid_context(testbed: Statements) -> None:
     means = testbed.activations("train", "prior").mean(axis=0)
     nearest = int(np.linalg.norm(means - means.mean(axis=0), axis=1).argmin())
-    assert testbed.host_context == contexts.contexts("prior", 3)[nearest]
+    assert testbed.host_context == contexts.contexts("prior", 4)[1 + nearest]
     moved = testbed._moved_model("test")
     np.testing.assert_array_equal(moved._origins, testbed.activations("test", "prior").mean(axis=1))
     texts = [f"{testbed.host_context} {text}" for text in testbed.splits["test"].texts or ()]
@@ -347,7 +350,7 @@ def test_origin_is_the_mean_over_the_prior_after_the_medoid_context(testbed: Sta
 def test_site_is_chosen_without_calibration_or_test(tmp_path: Path) -> None:
     read: list[str] = []
     subject = LanguageModel.from_modules(tiny.causal(), tiny.tokenizer(), fingerprint="tiny", causal=True)
-    made = Statements(size="full", data=write(tmp_path / "data.jsonl", rows()), n_contexts=4, subject=subject)
+    made = Statements(size="full", data=write(tmp_path / "data.jsonl", rows()), n_contexts=6, subject=subject)
     plain = subject.read
 
     def spy(texts: list[str], sites: list[str], **options: object) -> dict[str, np.ndarray]:
@@ -379,7 +382,7 @@ def test_progress_counts_to_its_total(tmp_path: Path) -> None:
 
     subject = LanguageModel.from_modules(tiny.causal(), tiny.tokenizer(), fingerprint="tiny", causal=True)
     with Progress(console=Console(quiet=True)) as progress:
-        Statements(data=write(tmp_path / "d.jsonl", rows()), n_contexts=4, subject=subject).prepare(progress)
+        Statements(data=write(tmp_path / "d.jsonl", rows()), n_contexts=6, subject=subject).prepare(progress)
     assert len(progress.tasks) == 3
     assert all(task.finished for task in progress.tasks)
 

@@ -187,7 +187,7 @@ def _attack_cells(pair: Sequence[AttackResult | None], scope: str) -> list[str]:
 
     measures: tuple[Callable[[AttackResult], str], ...] = (
         success,
-        lambda row: words.number(row.shift, 3),
+        lambda row: words.nats(row.shift),
         lambda row: words.count(row.queries),
         lambda row: words.count(row.gradients),
         lambda row: "-" if row.upper_bound is None else words.number(row.upper_bound.value),

@@ -84,18 +84,21 @@ class Arrays:
         """Nothing to do."""
 
     def activations(self, split: SplitName, contexts: ContextSet = "prior") -> np.ndarray:
-        """Float32 copies of the split's rows.
+        """Float32 copies of the split's rows; with 8 contexts or more a quarter of them is kept for fitting.
 
         Raises:
-            LookupError: no contexts were held back (``observed``), or items alone were not given (``bare``).
+            LookupError: no contexts were held back (``observed``), too few to fit on others (``fit``), or items alone
+                were not given (``bare``).
         """
         data = self.data[self._rows[split]]
         data = data[:, None, :] if data.ndim == 2 else data
-        held = self.observed_contexts
-        if contexts == "bare" or (contexts == "observed" and held == 0):
-            raise LookupError(f"arrays hold no {contexts} contexts")
-        chosen = data[:, data.shape[1] - held :] if contexts == "observed" else data[:, : data.shape[1] - held]
-        return np.asarray(chosen, dtype=np.float32)
+        seen = data.shape[1] - self.observed_contexts
+        fitting = seen // 4 if seen >= 8 else 0
+        ranges = {"fit": (0, fitting), "prior": (fitting, seen), "observed": (seen, data.shape[1]), "bare": (0, 0)}
+        start, stop = ranges[contexts]
+        if start == stop:
+            raise LookupError(f"arrays of {data.shape[1]} contexts hold none for {contexts!r}")
+        return np.asarray(data[:, start:stop], dtype=np.float32)
 
     @property
     def shift_cost(self) -> Literal["exact", "model", "none"]:

@@ -35,7 +35,7 @@ __all__ = ["Linear"]
 
 # half of the entities train; the rest is shared by calibration and test
 _SPLITS: tuple[tuple[SplitName, float], ...] = (("train", 0.5), ("calibration", 0.75), ("test", 1.0))
-_CONTEXT_SETS: tuple[ContextSet, ...] = ("prior", "observed")
+_CONTEXT_SETS: tuple[ContextSet, ...] = ("fit", "prior", "observed")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Linear:
     Attributes:
         dim: width of the activations.
         n_items: items over all splits; an entity has two, of opposite label (a contrast pair).
-        n_contexts: neutral contexts in each of the sets A (prior) and B (observed).
+        n_contexts: neutral contexts in each set: for fitting, for the prior (together A), observed (B).
         seed: all randomness.
         n_outputs: rank of the behaviour readout; up to 3 have exact joint bits.
         truth_gap, incidental_gap: distance between the class means along t and a.
@@ -109,12 +109,12 @@ class Linear:
         """Nothing long to do."""
 
     def activations(self, split: SplitName, contexts: ContextSet = "prior") -> np.ndarray:
-        """Items under contexts A or B, or ``bare``: their means, as one context."""
+        """Items under one set of contexts, or ``bare``: their means, as one context."""
         means = self._means(split)
         if contexts == "bare":
             return means[:, None].astype(np.float32)
         if contexts not in _CONTEXT_SETS:
-            raise ValueError(f"contexts are 'prior', 'observed' or 'bare', got {contexts!r}")
+            raise ValueError(f"contexts are 'fit', 'prior', 'observed' or 'bare', got {contexts!r}")
         between = self._rng("between", contexts).standard_normal((self.n_contexts, self.dim)) @ self._between_factor.T
         noise = self._rng("interaction", contexts, split).standard_normal((len(means), self.n_contexts, self.dim))
         return np.asarray(means[:, None] + between + noise @ self._interaction_factor.T, dtype=np.float32)

@@ -41,8 +41,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Statements"]
 
-# (items, contexts of A and of B each, layers considered by "auto": every n-th, score vectors of the Fisher form)
-_SIZES = {"demo": (80, 8, 3, 32), "full": (400, 32, 1, 64)}
+# (items, contexts in all, layers considered by "auto": every n-th, score vectors of the Fisher form)
+_SIZES = {"demo": (80, 16, 3, 32), "full": (400, 64, 1, 64)}
+# shares of the contexts: for fitting probes and for the prior (together A), for observation (B)
+_CONTEXT_SHARES = (3 / 16, 7 / 16, 6 / 16)
 # further quads of the train side that help to choose the site
 _SITE_QUADS = 40
 _SITE_FOLDS = 5
@@ -59,7 +61,7 @@ class Statements:
         positive: what the monitor must catch: ``"false"`` statements, or ``"true"`` ones. For ``data``, labels decide.
         model: local folder or Hugging Face id; SmolLM2-135M-Instruct by default.
         site: ``"auto"``, ``"embeddings"`` or ``"layers.N"``.
-        n_items, n_contexts: override the size's number of items, and of contexts (A and B together).
+        n_items, n_contexts: override the size's number of items, and of contexts (A and B together; at least 6).
         seed: which facts are drawn and how they are dealt.
         device, dtype: where and in what precision the model runs.
         data: a jsonl file of the user's own items.
@@ -89,14 +91,16 @@ class Statements:
             raise ValueError(f"size must be one of {', '.join(_SIZES)}, got {size!r}")
         if positive not in ("false", "true"):
             raise ValueError(f"positive must be 'false' or 'true', got {positive!r}")
-        items, half, self._layer_step, self._rank = _SIZES[size]
-        if n_contexts is not None:
-            if n_contexts < 4 or n_contexts % 2:
-                raise ValueError(f"n_contexts must be even and at least 4 (half for A, half for B), got {n_contexts}")
-            half = n_contexts // 2
+        items, most, self._layer_step, self._rank = _SIZES[size]
+        total = most if n_contexts is None else n_contexts
+        if total < 6:
+            raise ValueError(f"n_contexts must be at least 6 (A: 1 for fitting, 3 for the prior; B: 2), got {total}")
+        fitting, observing = max(1, round(_CONTEXT_SHARES[0] * total)), round(_CONTEXT_SHARES[2] * total)
+        seen = neutral.contexts("prior", total - observing)
         self._contexts: dict[ContextSet, tuple[str, ...]] = {
-            "prior": neutral.contexts("prior", half),
-            "observed": neutral.contexts("observed", half),
+            "fit": seen[:fitting],
+            "prior": seen[fitting:],
+            "observed": neutral.contexts("observed", observing),
         }
         self._options = {"size": size, "relation": relation, "positive": positive, "seed": seed, "data": data}
         self._model_options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads}
@@ -154,7 +158,7 @@ class Statements:
         Args:
             progress: a ``rich.progress.Progress`` to which tasks are added, or ``None``.
         """
-        if len(self._blocks) == 3:
+        if len(self._blocks) == 4:
             return
         load = _Task(progress, "Loading the language model", 1)
         subject = self._loaded()
@@ -163,14 +167,19 @@ class Statements:
             self._choose_site(subject, progress)
         subject.depth(self._site)
         texts = self._texts()
-        read = _Task(
-            progress, f"Reading {self._site} under contexts", len(texts) * (1 + sum(map(len, self._contexts.values())))
-        )
-        which: ContextSet
-        for which in ("bare", "prior", "observed"):
+        # only training items are read under the contexts that probes are fitted on
+        wanted: dict[ContextSet, list[str]] = {
+            "bare": texts,
+            "fit": texts[self._rows("train")],
+            "prior": texts,
+            "observed": texts,
+        }
+        total = sum(len(self._contexts.get(which, ("",))) * len(listed) for which, listed in wanted.items())
+        read = _Task(progress, f"Reading {self._site} under contexts", total)
+        for which, listed in wanted.items():
             blocks = []
             for context in self._contexts.get(which, ("",)):
-                preceded = [f"{context} {text}" if context else text for text in texts]
+                preceded = [f"{context} {text}" if context else text for text in listed]
                 # one block per context: what was read before an interrupt is on disk
                 blocks.append(subject.read(preceded, [self._site], advance=read.advance)[self._site])
             self._blocks[which] = np.stack(blocks, axis=1)
@@ -178,6 +187,8 @@ class Statements:
     def activations(self, split: SplitName, contexts: ContextSet = "prior") -> np.ndarray:
         """``(n_items, n_contexts, dim)`` float32 at the item's last token, preceded by each context of the set."""
         self.prepare()
+        if contexts == "fit" and split != "train":
+            raise LookupError(f"only training items are read under the contexts for fitting, not the {split} split")
         return self._blocks[contexts][self._rows(split)]
 
     # -- behaviour ------------------------------------------------------------------------------------------------
