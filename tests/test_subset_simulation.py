@@ -208,11 +208,12 @@ def test_a_flat_limit_state_goes_extinct_with_what_it_knew() -> None:
     assert "tied" in bits.status
 
 
-def test_ties_are_killed_and_counted() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_ties_are_killed_and_counted(kernel: str) -> None:
     # g takes the values 2, 1, 0 with chances 1/2, 1/4, 1/4: exact although every level is a tie
     edges = stats.norm.isf([0.5, 0.25])
     state = LimitState(lambda p, u: 2.0 - (u[..., 0] > edges[0]) - (u[..., 0] > edges[1]), 2, 400)
-    batch = SubsetSimulation(200, 20, n_runs=1)(state, seed=13)
+    batch = SubsetSimulation(200, 20, kernel, n_runs=1)(state, seed=13)
     ratio = np.exp2(batch.diagnostics["run_log2_p"]) / 0.25
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / 20
 
