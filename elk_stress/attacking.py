@@ -13,9 +13,9 @@ from elk_stress.detection import proportion_interval
 from elk_stress.events import item_event, kept_event
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import LimitState, both
-from elk_stress.per_item import Situation
 from elk_stress.result import AttackResult
 from elk_stress.scene import Scene
+from elk_stress.situation import Situation
 from elk_stress.survival import half_life
 from elk_stress.universal import half_advantage, mean_shifts, universal_event, universal_joint_event
 

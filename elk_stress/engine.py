@@ -18,7 +18,7 @@ from elk_stress.comparison import Comparison as Comparison
 from elk_stress.comparison import compare as compare
 from elk_stress.comparison import compare_all as compare_all
 from elk_stress.flags import Flag, flag
-from elk_stress.per_item import Situation, situation, stress_items
+from elk_stress.per_item import stress_items
 from elk_stress.prediction import best_of_n_curves, prediction_flags
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe, Probe, check_activations
@@ -26,6 +26,7 @@ from elk_stress.result import AttackResult as AttackResult
 from elk_stress.result import BestOfNCurves, ThreatResult
 from elk_stress.result import StressResult as StressResult
 from elk_stress.scene import Scene, fit_probe, prepare_scene
+from elk_stress.situation import Situation, situation
 from elk_stress.testbed import Testbed
 from elk_stress.testbeds.arrays import Arrays
 from elk_stress.threat import Threat as Threat

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
 from elk_stress.behaviour import joint_of_failed, kept_bits, searched_joint
-from elk_stress.bits import Bits, BitsBatch, Kind, bits_of_beta
+from elk_stress.bits import Bits, BitsBatch, Kind
 from elk_stress.detection import (
-    auroc,
-    check_negatives,
     conformal_threshold,
-    proportion_interval,
-    weighted_conformal_thresholds,
 )
-from elk_stress.estimators import estimate_batch
 from elk_stress.estimators.importance import Importance
+from elk_stress.event_bits import CLOSED_ELEMENTS, event_bits, joint_bits
 from elk_stress.events import (
     failures_of_linear,
     item_event,
     kept_event,
-    linear_weight,
     nearest_kept,
     nearest_of_linear,
 )
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import LimitState, both
-from elk_stress.priors import EllipticalPrior, Gaussian, Logistic, StudentT
-from elk_stress.probe import FittedProbe
-from elk_stress.result import Detection, ItemBits, ThreatResult
+from elk_stress.priors import Gaussian, Logistic, StudentT
+from elk_stress.result import ItemBits, ThreatResult
 from elk_stress.scene import Scene
+from elk_stress.situation import Situation, score_gradients
 from elk_stress.survival import (
     bits_of_margin,
     curve_from_items,
@@ -41,90 +35,11 @@ from elk_stress.survival import (
     half_life,
     replicate_bits,
 )
-from elk_stress.threat import Threat
 
-__all__ = ["Situation", "context_variances", "item_bits", "joint_bits", "score_gradients", "situation", "stress_items"]
+__all__ = ["SCALES", "stress_items"]
 
 SCALES = (0.5, 0.71, 1.0, 1.41, 2.0)
 EPSILONS = (1.0, 10.0)
-_DRAWS = 32
-# coordinates of weights at once where a closed form needs no particles (32 MB)
-_CLOSED_ELEMENTS = 1 << 22
-# draws per item for "failed and kept": near the corner where the two meet only about one draw in ten is in the event
-_CORNER_PARTICLES = 24_000
-# elements of particles x coordinates estimated at once: bounds memory (float64: 256 MB)
-_ELEMENTS = 1 << 25
-
-
-@dataclass(frozen=True)
-class Situation:
-    """One probe under one threat before anything moves.
-
-    Attributes:
-        margin: ``(positives,)`` score minus threshold at the origin.
-        deviation: ``(positives,)`` the prior's standard deviation of the score (linearized if need be).
-        caught: indices into the test positives.
-        margins: ``(replicates, positives)`` resampled margins.
-        deviation_factor: ``(replicates,)`` resampled standard deviation over the original.
-        flags: of the threshold.
-    """
-
-    probe: FittedProbe
-    threat: Threat
-    prior: EllipticalPrior
-    detection: Detection
-    margin: np.ndarray
-    deviation: np.ndarray
-    caught: np.ndarray
-    margins: np.ndarray
-    deviation_factor: np.ndarray
-    flags: tuple[Flag, ...]
-
-
-def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> Situation:
-    """Threshold under the prior, what is caught, and the bootstrap of both.
-
-    Raises:
-        ValueError: fewer calibration negatives than the false-positive rate resolves.
-    """
-    flags = check_negatives(len(scene.negatives), fpr)
-    prior = scene.prior(threat)
-    negatives, draws = _negative_scores(scene, probe, threat, prior)
-    shared = draws is None
-    threshold = conformal_threshold(negatives, fpr, shared=shared)
-    origins, positives = scene.test_origins, scene.positives
-    scores = np.asarray(probe.score(origins), dtype=float)
-    margin = scores[positives] - threshold
-    gradient = score_gradients(probe, origins[positives])
-    deviation = prior.standard_deviation(gradient)
-    if gradient.ndim == 1:
-        along = np.asarray(probe.score(scene.test[positives]), dtype=float)
-    else:
-        along = np.einsum("icd,id->ic", scene.test[positives], gradient.astype(np.float32)).astype(float)
-    contexts = scene.resamples.contexts
-    n_contexts = contexts.shape[1]
-    drawn = contexts if draws is None else np.ones((len(contexts), draws))
-    thresholds = weighted_conformal_thresholds(negatives, fpr, scene.resamples.negatives, drawn, shared=shared)
-    # the deviation of a resample's contexts from all of them moves every origin
-    astray = contexts / n_contexts - 1 / n_contexts
-    shifted = astray @ along.T if n_contexts > 1 else np.zeros((len(contexts), 1))
-    if not shared and n_contexts > 1:
-        # drawn scores stand around origins that moved too
-        thresholds = thresholds + astray @ np.asarray(probe.score(scene.negatives), dtype=float).mean(axis=0)
-    margins = margin[None, :] + shifted - (thresholds - threshold)[:, None]
-    caught = np.flatnonzero(margin > 0)
-    return Situation(
-        probe,
-        threat,
-        prior,
-        _detection(scene, probe, threat, prior, threshold, fpr, scores, margin),
-        margin,
-        np.broadcast_to(deviation, margin.shape),
-        caught,
-        margins,
-        _deviation_factor(scene, threat, prior, gradient),
-        flags,
-    )
 
 
 def stress_items(scene: Scene, place: Situation, *, max_bits: float, n_particles: int, seed: int) -> ThreatResult:
@@ -135,7 +50,7 @@ def stress_items(scene: Scene, place: Situation, *, max_bits: float, n_particles
     b_kept: BitsBatch | None = None
     epsilons: dict[str, float] = {}
     failed = item_event(probe, prior, scene.test_origins[chosen], place.detection.threshold)
-    bits = item_bits(failed, max_bits=max_bits, n_particles=n_particles, seed=seed)
+    bits = event_bits(failed, max_bits=max_bits, n_particles=n_particles, seed=seed)
     if threat.kept and len(chosen):
         epsilon = threat.epsilon if threat.epsilon is not None else scene.epsilon
         bits, b_kept, epsilons = _joint(
@@ -188,59 +103,6 @@ def stress_items(scene: Scene, place: Situation, *, max_bits: float, n_particles
     )
 
 
-def item_bits(
-    state: LimitState,
-    *,
-    max_bits: float,
-    n_particles: int,
-    seed: int,
-    keep_failures: int = 0,
-    check_fraction: float | None = None,
-) -> BitsBatch:
-    """``estimate_batch`` in blocks of problems that bound its memory."""
-    step = max(1, _ELEMENTS // (n_particles * state.dim))
-    if state.n_problems == 0:
-        return BitsBatch.build(np.empty(0), np.empty(0), np.empty(0), (), "auto")
-    if state.linear is not None:
-        step = max(1, _CLOSED_ELEMENTS // state.dim)
-    if state.n_problems <= step:
-        return estimate_batch(
-            state,
-            n_particles=n_particles,
-            max_bits=max_bits,
-            seed=seed,
-            keep_failures=keep_failures,
-            check_fraction=check_fraction,
-        )
-    parts = [
-        estimate_batch(
-            state.select(np.arange(i, min(i + step, state.n_problems))),
-            n_particles=n_particles,
-            max_bits=max_bits,
-            seed=seed + i,
-            keep_failures=keep_failures,
-            check_fraction=check_fraction,
-        )
-        for i in range(0, state.n_problems, step)
-    ]
-    shared = [name for name in parts[0].diagnostics if all(name in p.diagnostics for p in parts)]
-    shapes = {name: {p.diagnostics[name].shape[1:] for p in parts} for name in shared}
-    return BitsBatch.build(
-        np.concatenate([p.value for p in parts]),
-        np.concatenate([p.low for p in parts]),
-        np.concatenate([p.high for p in parts]),
-        [k for p in parts for k in p.kind],
-        parts[0].method,
-        evaluations=np.concatenate([p.evaluations for p in parts]),
-        gradients=np.concatenate([p.gradients for p in parts]),
-        status=[s for p in parts for s in p.status],
-        flags=[f for p in parts for f in p.flags],
-        diagnostics={
-            name: np.concatenate([p.diagnostics[name] for p in parts]) for name in shared if len(shapes[name]) == 1
-        },
-    )
-
-
 def _joint(
     scene: Scene,
     place: Situation,
@@ -282,7 +144,7 @@ def _joint(
     if behaviour.exact:
         joint_event = both(failing, kept_alone())
         joint = joint_bits(event(epsilon), bits, probe, prior, max_bits=max_bits, n_particles=n_particles, seed=seed)
-        kept = item_bits(kept_alone(), max_bits=max_bits, n_particles=n_particles, seed=seed, check_fraction=0.0)
+        kept = event_bits(kept_alone(), max_bits=max_bits, n_particles=n_particles, seed=seed, check_fraction=0.0)
         return joint, kept, {name: quick(eps) for name, eps in others.items()}
 
     kept = kept_bits(
@@ -310,56 +172,6 @@ def _joint(
     return joint, kept, sensitivity
 
 
-def joint_bits(
-    joint: LimitState,
-    failed: BitsBatch,
-    probe: FittedProbe,
-    prior: EllipticalPrior,
-    *,
-    max_bits: float,
-    n_particles: int,
-    seed: int,
-) -> BitsBatch:
-    """Bits of "failed and kept" where both are limit states (the shift is its quadratic form).
-
-    ``joint.starts`` holds the corner where they meet; for a linear probe a problem without one (NaN) cannot be broken
-    within epsilon at all: its bits are infinite, exactly. No problem has fewer bits than failing alone, nor, under a
-    linear probe and a Gaussian prior, than the half-space behind that corner.
-    """
-    assert joint.starts is not None
-    n = joint.n_problems
-    impossible = np.isnan(joint.starts).any(axis=(1, 2)) & probe.traits.linear
-    floor = np.minimum(failed.low, max_bits)
-    if probe.traits.linear and not prior.tail.extra:
-        # a half-space cut by an ellipsoid is convex, so it lies behind the plane through its nearest point
-        distance = 0.99 * np.linalg.norm(np.nan_to_num(joint.starts[:, 0]), axis=1)
-        floor = np.minimum(np.maximum(floor, bits_of_beta(distance)), max_bits)
-    beyond = ~impossible & (floor >= max_bits)
-    value, high = np.where(beyond, max_bits, math.inf), np.full(n, math.inf)
-    low = value.copy()
-    kinds = [Kind.CENSORED if far else Kind.EXACT for far in beyond]
-    status = ["ok" if far else "no move fails within epsilon" for far in beyond]
-    flags: list[tuple[Flag, ...]] = [()] * n
-    evaluations, gradients = np.zeros(n, dtype=int), np.zeros(n, dtype=int)
-    open_ = np.flatnonzero(~impossible & ~beyond)
-    if len(open_):
-        found = item_bits(
-            joint.select(open_),
-            max_bits=max_bits,
-            n_particles=max(n_particles, _CORNER_PARTICLES),
-            seed=seed,
-            check_fraction=min(1.0, 2 / len(open_)),
-        )
-        value[open_] = np.maximum(found.value, floor[open_])
-        low[open_], high[open_] = np.maximum(found.low, floor[open_]), np.maximum(found.high, floor[open_])
-        evaluations[open_], gradients[open_] = found.evaluations, found.gradients
-        for row, i in enumerate(open_.tolist()):
-            kinds[i], status[i], flags[i] = found.kind[row], found.status[row], found.flags[row]
-    return BitsBatch.build(
-        value, low, high, kinds, "auto", evaluations=evaluations, gradients=gradients, status=status, flags=flags
-    )
-
-
 def _draws_given_failure(
     failed: LimitState,
     bits: BitsBatch,
@@ -372,149 +184,9 @@ def _draws_given_failure(
     state = failed.select(np.flatnonzero(breakable))
     if state.linear is not None:
         return failures_of_linear(state, n, np.random.default_rng(np.random.SeedSequence([seed, 0xFA11])))
-    again = item_bits(state, max_bits=max_bits, n_particles=n_particles, seed=seed, keep_failures=n)
+    again = event_bits(state, max_bits=max_bits, n_particles=n_particles, seed=seed, keep_failures=n)
     draws: np.ndarray = np.asarray(again.diagnostics["failures"])
     return draws
-
-
-def _negative_scores(
-    scene: Scene, probe: FittedProbe, threat: Threat, prior: EllipticalPrior
-) -> tuple[np.ndarray, int | None]:
-    """Scores of calibration negatives under the prior: real contexts for natural thoughts, else prior draws."""
-    if threat.prior == "natural" and scene.given_prior is None and scene.negatives.shape[1] > 1:
-        return np.asarray(probe.score(scene.negatives), dtype=float), None
-    origins = scene.negatives.mean(axis=1)
-    weight = linear_weight(probe)
-    sequence = np.random.SeedSequence([scene.seed, 0x7123])
-    rng = np.random.default_rng(sequence)
-    if weight is not None:
-        # the projection of a draw, without drawing its other coordinates
-        z = rng.standard_normal((len(origins), _DRAWS, 2))
-        scale = prior.tail.scale(z[..., 1], np) if prior.tail.extra else 1.0
-        spread = float(prior.standard_deviation(weight)) * np.asarray(scale) * z[..., 0]
-        return np.asarray(probe.score(origins), dtype=float)[:, None] + spread, _DRAWS
-    moves = prior.sample(len(origins) * _DRAWS, sequence).reshape(len(origins), _DRAWS, -1)
-    return np.asarray(probe.score((origins[:, None, :] + moves).astype(np.float32)), dtype=float), _DRAWS
-
-
-def _detection(
-    scene: Scene,
-    probe: FittedProbe,
-    threat: Threat,
-    prior: EllipticalPrior,
-    threshold: float,
-    fpr: float,
-    scores: np.ndarray,
-    margin: np.ndarray,
-) -> Detection:
-    labels, weights = scene.items.labels, scene.resamples.test
-    negatives = np.flatnonzero(labels == 0)
-    if threat.prior == "natural" and scene.given_prior is None and scene.test.shape[1] > 1:
-        # on contexts that the threshold never saw, where there are any, resampled together with the items
-        fresh = scene.test if scene.observed is None else scene.observed
-        alarms = (np.asarray(probe.score(fresh[negatives]), dtype=float) > threshold).astype(float)
-        m = alarms.shape[1]
-        counts = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xFA])).multinomial(
-            m, np.full(m, 1 / m), size=len(weights)
-        )
-        shares = ((weights[:, negatives] @ alarms) * counts).sum(axis=1) / m
-    else:
-        spread = prior.standard_deviation(score_gradients(probe, scene.test_origins[negatives]))
-        alarms = 2.0 ** -bits_of_margin(prior.tail, threshold - scores[negatives], spread)
-        shares = weights[:, negatives] @ alarms
-    shares = shares / np.maximum(weights[:, negatives].sum(axis=1), 1e-12)
-    caught = int((margin > 0).sum())
-    area = auroc(scores, labels)
-    v_pos, v_neg = _auroc_components(scores, labels)
-    positive = weights[:, labels == 1]
-    negative = weights[:, labels == 0]
-    areas = (
-        positive @ v_pos / np.maximum(positive.sum(axis=1), 1e-12)
-        + negative @ v_neg / np.maximum(negative.sum(axis=1), 1e-12)
-        - area
-    )
-    return Detection(
-        threshold=threshold,
-        fpr=fpr,
-        fpr_measured=float(alarms.mean()),
-        fpr_interval=_quantiles(shares),
-        recall=caught / len(margin),
-        recall_interval=proportion_interval(caught, len(margin)),
-        auroc=area,
-        auroc_interval=tuple(np.clip(_quantiles(areas), 0.0, 1.0).tolist()),
-        n_positives=len(margin),
-        n_caught=caught,
-        n_negatives=len(scene.negatives),
-    )
-
-
-def _auroc_components(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each positive's share of negatives below it, each negative's share of positives above it (DeLong 1988)."""
-    from scipy.stats import rankdata
-
-    positive, negative = scores[labels == 1], scores[labels == 0]
-    joint = rankdata(scores)
-    above = (joint[labels == 1] - rankdata(positive)) / len(negative)
-    below = 1 - (joint[labels == 0] - rankdata(negative)) / len(positive)
-    return above, below
-
-
-def score_gradients(probe: FittedProbe, x: np.ndarray) -> np.ndarray:
-    """Gradient of the score in activations: ``(d,)`` for a linear probe, else ``(n, d)``."""
-    weight = linear_weight(probe)
-    if weight is not None:
-        return weight
-    state = LimitState(
-        function=lambda data, v: probe.score(data["x"][:, None, :] + v),
-        dim=x.shape[1],
-        n_problems=len(x),
-        backend="jax",
-        dtype="float32",
-        data={"x": np.asarray(x, dtype=np.float32)},
-    )
-    _, slope = state.value_and_gradient(np.arange(len(x)), np.zeros((len(x), 1, x.shape[1])))
-    return np.asarray(slope[:, 0])
-
-
-def _deviation_factor(scene: Scene, threat: Threat, prior: EllipticalPrior, gradient: np.ndarray) -> np.ndarray:
-    """Drawn over original standard deviation of the score under the prior: what is not known about it.
-
-    A sample variance over c contexts stands on ``c - 1`` degrees of freedom, and how far a covariance is shrunk is a
-    choice. Each replicate draws both: the variance along the probe between no shrinkage and twice the estimated
-    intensity, its between-context part divided by a chi-square over its degrees of freedom.
-    """
-    replicates, c = scene.resamples.contexts.shape
-    if threat.prior != "natural" or scene.given_prior is not None or c < 3:
-        return np.ones(replicates)
-    weight = gradient if gradient.ndim == 1 else gradient.mean(axis=0)
-    variance = float(prior.standard_deviation(weight)) ** 2
-    if variance == 0:
-        return np.ones(replicates)
-    common, own = context_variances(scene, weight)
-    # from the scene's seed: every probe meets the same choices, so that comparisons stay paired
-    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xDF]))
-    choice = rng.uniform(0.0, 2.0, replicates)
-    size = float(weight @ weight)
-
-    def part(notes: Any, sample: float, factor: np.ndarray | float) -> np.ndarray:
-        intensity = np.minimum(choice * notes["oas_intensity"], 1.0)
-        return np.asarray((1 - intensity) * sample * factor + intensity * notes["variance"] * size)
-
-    drawn = part(prior.notes["between"], common, (c - 1) / rng.chisquare(c - 1, replicates))
-    n = len(scene.plain_train)
-    if threat.scope == "item" and n > 1:
-        drawn = drawn + (1 - 1 / n) * part(prior.notes["interaction"], own, 1.0)
-    return np.asarray(np.sqrt(np.maximum(drawn / variance, 1e-4)))
-
-
-def context_variances(scene: Scene, weight: np.ndarray) -> tuple[float, float]:
-    """Sample variances of the score over contexts: of the context means, and of what is particular to an item."""
-    rows = np.asarray(scene.train[scene.plain_train] @ weight.astype(np.float32), dtype=float)
-    rows = rows - rows.mean(axis=1, keepdims=True)
-    means = rows.mean(axis=0)
-    n, c = rows.shape
-    own = float(((rows - means) ** 2).sum()) / (max(n - 1, 1) * (c - 1))
-    return float((means**2).sum()) / (c - 1), own
 
 
 def _rescaled(place: Situation, bits: BitsBatch, c: float, max_bits: float) -> float:
@@ -571,7 +243,7 @@ def _distances(failed: LimitState, bits: BitsBatch) -> np.ndarray:
     if failed.linear is not None:
         if not failed.linear.weight[:1].any():
             return np.full(len(bits), math.inf)
-        step = max(1, _CLOSED_ELEMENTS // failed.dim)
+        step = max(1, CLOSED_ELEMENTS // failed.dim)
         parts = [np.arange(i, min(i + step, len(bits))) for i in range(0, len(bits), step)]
         return np.concatenate([np.linalg.norm(nearest_of_linear(failed.select(part)), axis=1) for part in parts])
     found = bits.diagnostics.get("beta")
@@ -614,8 +286,3 @@ def _item_flags(bits: BitsBatch, headline: Bits, place: Situation) -> tuple[Flag
 def _status(bits: BitsBatch) -> str:
     troubled = [s for s in bits.status if not s.startswith("ok") and not s.startswith("no move fails")]
     return "ok" if not troubled else f"{len(troubled)} of {len(bits)} items: {troubled[0]}"
-
-
-def _quantiles(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)

@@ -22,9 +22,9 @@ import numpy as np
 from elk_stress.bits import BitsBatch
 from elk_stress.estimators.best_of_n import holds
 from elk_stress.flags import Flag, flag
-from elk_stress.per_item import Situation, context_variances, score_gradients
 from elk_stress.result import BestOfNCurves, Curve
 from elk_stress.scene import Scene
+from elk_stress.situation import Situation, context_variances, score_gradients
 from elk_stress.survival import bits_of_margin
 from elk_stress.threat import Threat
 

@@ -21,7 +21,7 @@ class UnknownName(KeyError):
 
 
 def names(group: Group) -> list[str]:
-    """All registered names of a group, in order of registration of the engine's own, then others by name."""
+    """All registered names of a group: the engine's own by name, then others by name."""
     return list(_entries(group))
 
 
@@ -67,6 +67,6 @@ def unknown(group: Group, name: str) -> UnknownName:
 @cache
 def _entries(group: Group) -> dict[str, EntryPoint]:
     found = entry_points(group=f"elk_stress.{group}")
-    own = [entry for entry in found if entry.value.startswith("elk_stress.")]
+    own = sorted((entry for entry in found if entry.value.startswith("elk_stress.")), key=lambda e: e.name)
     others = sorted((entry for entry in found if not entry.value.startswith("elk_stress.")), key=lambda e: e.name)
     return {entry.name: entry for entry in [*own, *others]}

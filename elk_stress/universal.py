@@ -11,6 +11,7 @@ import numpy as np
 from elk_stress.behaviour import Behaviour
 from elk_stress.bits import Bits, BitsBatch, Kind
 from elk_stress.detection import proportion_interval
+from elk_stress.event_bits import event_bits, joint_bits
 from elk_stress.events import (
     failures_of_linear,
     item_event,
@@ -21,9 +22,10 @@ from elk_stress.events import (
 )
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import LimitState, both
-from elk_stress.per_item import SCALES, Situation, item_bits, joint_bits, score_gradients
+from elk_stress.per_item import SCALES
 from elk_stress.result import Curve, ThreatResult
 from elk_stress.scene import Scene
+from elk_stress.situation import Situation, score_gradients
 from elk_stress.survival import bits_of_margin, grid_of
 
 __all__ = ["half_advantage", "mean_shifts", "stress_universal", "universal_event", "universal_joint_event"]
@@ -59,7 +61,7 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
         np.unique(np.concatenate([[tau], np.arange(n) / n])) if threat.metric == "recall" else np.linspace(0.5, 1, 21)
     )
     levels = np.unique(np.concatenate([[tau], levels[levels < clean]]))
-    every = item_bits(universal_event(scene, place, levels), max_bits=max_bits, n_particles=n_particles, seed=seed)
+    every = event_bits(universal_event(scene, place, levels), max_bits=max_bits, n_particles=n_particles, seed=seed)
     at_tau = int(np.searchsorted(levels, tau))
     bits = every[at_tau]
     epsilon: float | None = None
@@ -179,7 +181,7 @@ def _kept(
         ends = (np.array([x]) for x in (bits.value, bits.low, bits.high))
         found = BitsBatch.build(next(ends), next(ends), next(ends), bits.kind, bits.method)
         options: dict[str, Any] = {"max_bits": max_bits, "n_particles": 1000, "seed": seed}
-        return joint_bits(joint, found, place.probe, prior, **options)[0], item_bits(kept, **options)[0], "ok"
+        return joint_bits(joint, found, place.probe, prior, **options)[0], event_bits(kept, **options)[0], "ok"
     moves = prior.sample(n, np.random.SeedSequence([seed, 0x0C0F]))
     b_kept = _count(mean_shifts(scene, behaviour, moves) <= epsilon)
     if math.isinf(bits.value):
@@ -187,7 +189,7 @@ def _kept(
     if failed.linear is not None:
         draws = failures_of_linear(failed, n, np.random.default_rng(np.random.SeedSequence([seed, 0xFA12])))[0]
     else:
-        again = item_bits(failed, max_bits=max_bits, n_particles=max(1000, n), seed=seed, keep_failures=n)
+        again = event_bits(failed, max_bits=max_bits, n_particles=max(1000, n), seed=seed, keep_failures=n)
         draws = np.asarray(again.diagnostics["failures"])[0]
         draws = draws[np.isfinite(draws).all(axis=1)]
     share = _count(mean_shifts(scene, behaviour, np.asarray(prior.move(draws))) <= epsilon)

@@ -13,10 +13,10 @@ from elk_stress import registry
 from elk_stress.bits import Kind
 from elk_stress.comparison import holm
 from elk_stress.engine import Scene, compare, compare_all, prepare_scene, stress, stress_activations
-from elk_stress.per_item import situation
 from elk_stress.probe import FittedProbe, Traits, direction
 from elk_stress.result import StressResult
 from elk_stress.scene import fit_probe
+from elk_stress.situation import situation
 from elk_stress.survival import half_life
 from elk_stress.testbeds.linear import Linear
 from elk_stress.threat import Threat, default_threats, parse_threat

@@ -1,0 +1,246 @@
+"""One probe under one threat before anything moves: its threshold, what it catches, and the bootstrap of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from elk_stress.detection import (
+    auroc,
+    check_negatives,
+    conformal_threshold,
+    proportion_interval,
+    weighted_conformal_thresholds,
+)
+from elk_stress.events import linear_weight
+from elk_stress.flags import Flag
+from elk_stress.limit_state import LimitState
+from elk_stress.priors import EllipticalPrior
+from elk_stress.probe import FittedProbe
+from elk_stress.result import Detection
+from elk_stress.scene import Scene
+from elk_stress.survival import bits_of_margin
+from elk_stress.threat import Threat
+
+__all__ = ["Situation", "context_variances", "score_gradients", "situation"]
+
+# prior draws per negative where the prior is sampled
+_DRAWS = 32
+
+
+@dataclass(frozen=True)
+class Situation:
+    """One probe under one threat before anything moves.
+
+    Attributes:
+        margin: ``(positives,)`` score minus threshold at the origin.
+        deviation: ``(positives,)`` the prior's standard deviation of the score (linearized if need be).
+        caught: indices into the test positives.
+        margins: ``(replicates, positives)`` resampled margins.
+        deviation_factor: ``(replicates,)`` resampled standard deviation over the original.
+        flags: of the threshold.
+    """
+
+    probe: FittedProbe
+    threat: Threat
+    prior: EllipticalPrior
+    detection: Detection
+    margin: np.ndarray
+    deviation: np.ndarray
+    caught: np.ndarray
+    margins: np.ndarray
+    deviation_factor: np.ndarray
+    flags: tuple[Flag, ...]
+
+
+def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> Situation:
+    """Threshold under the prior, what is caught, and the bootstrap of both.
+
+    Raises:
+        ValueError: fewer calibration negatives than the false-positive rate resolves.
+    """
+    flags = check_negatives(len(scene.negatives), fpr)
+    prior = scene.prior(threat)
+    negatives, draws = _negative_scores(scene, probe, threat, prior)
+    shared = draws is None
+    threshold = conformal_threshold(negatives, fpr, shared=shared)
+    origins, positives = scene.test_origins, scene.positives
+    scores = np.asarray(probe.score(origins), dtype=float)
+    margin = scores[positives] - threshold
+    gradient = score_gradients(probe, origins[positives])
+    deviation = prior.standard_deviation(gradient)
+    if gradient.ndim == 1:
+        along = np.asarray(probe.score(scene.test[positives]), dtype=float)
+    else:
+        along = np.einsum("icd,id->ic", scene.test[positives], gradient.astype(np.float32)).astype(float)
+    contexts = scene.resamples.contexts
+    n_contexts = contexts.shape[1]
+    drawn = contexts if draws is None else np.ones((len(contexts), draws))
+    thresholds = weighted_conformal_thresholds(negatives, fpr, scene.resamples.negatives, drawn, shared=shared)
+    # the deviation of a resample's contexts from all of them moves every origin
+    astray = contexts / n_contexts - 1 / n_contexts
+    shifted = astray @ along.T if n_contexts > 1 else np.zeros((len(contexts), 1))
+    if not shared and n_contexts > 1:
+        # drawn scores stand around origins that moved too
+        thresholds = thresholds + astray @ np.asarray(probe.score(scene.negatives), dtype=float).mean(axis=0)
+    margins = margin[None, :] + shifted - (thresholds - threshold)[:, None]
+    caught = np.flatnonzero(margin > 0)
+    return Situation(
+        probe,
+        threat,
+        prior,
+        _detection(scene, probe, threat, prior, threshold, fpr, scores, margin),
+        margin,
+        np.broadcast_to(deviation, margin.shape),
+        caught,
+        margins,
+        _deviation_factor(scene, threat, prior, gradient),
+        flags,
+    )
+
+
+def _negative_scores(
+    scene: Scene, probe: FittedProbe, threat: Threat, prior: EllipticalPrior
+) -> tuple[np.ndarray, int | None]:
+    """Scores of calibration negatives under the prior: real contexts for natural thoughts, else prior draws."""
+    if threat.prior == "natural" and scene.given_prior is None and scene.negatives.shape[1] > 1:
+        return np.asarray(probe.score(scene.negatives), dtype=float), None
+    origins = scene.negatives.mean(axis=1)
+    weight = linear_weight(probe)
+    sequence = np.random.SeedSequence([scene.seed, 0x7123])
+    rng = np.random.default_rng(sequence)
+    if weight is not None:
+        # the projection of a draw, without drawing its other coordinates
+        z = rng.standard_normal((len(origins), _DRAWS, 2))
+        scale = prior.tail.scale(z[..., 1], np) if prior.tail.extra else 1.0
+        spread = float(prior.standard_deviation(weight)) * np.asarray(scale) * z[..., 0]
+        return np.asarray(probe.score(origins), dtype=float)[:, None] + spread, _DRAWS
+    moves = prior.sample(len(origins) * _DRAWS, sequence).reshape(len(origins), _DRAWS, -1)
+    return np.asarray(probe.score((origins[:, None, :] + moves).astype(np.float32)), dtype=float), _DRAWS
+
+
+def _detection(
+    scene: Scene,
+    probe: FittedProbe,
+    threat: Threat,
+    prior: EllipticalPrior,
+    threshold: float,
+    fpr: float,
+    scores: np.ndarray,
+    margin: np.ndarray,
+) -> Detection:
+    labels, weights = scene.items.labels, scene.resamples.test
+    negatives = np.flatnonzero(labels == 0)
+    if threat.prior == "natural" and scene.given_prior is None and scene.test.shape[1] > 1:
+        # on contexts that the threshold never saw, where there are any, resampled together with the items
+        fresh = scene.test if scene.observed is None else scene.observed
+        alarms = (np.asarray(probe.score(fresh[negatives]), dtype=float) > threshold).astype(float)
+        m = alarms.shape[1]
+        counts = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xFA])).multinomial(
+            m, np.full(m, 1 / m), size=len(weights)
+        )
+        shares = ((weights[:, negatives] @ alarms) * counts).sum(axis=1) / m
+    else:
+        spread = prior.standard_deviation(score_gradients(probe, scene.test_origins[negatives]))
+        alarms = 2.0 ** -bits_of_margin(prior.tail, threshold - scores[negatives], spread)
+        shares = weights[:, negatives] @ alarms
+    shares = shares / np.maximum(weights[:, negatives].sum(axis=1), 1e-12)
+    caught = int((margin > 0).sum())
+    area = auroc(scores, labels)
+    v_pos, v_neg = _auroc_components(scores, labels)
+    positive = weights[:, labels == 1]
+    negative = weights[:, labels == 0]
+    areas = (
+        positive @ v_pos / np.maximum(positive.sum(axis=1), 1e-12)
+        + negative @ v_neg / np.maximum(negative.sum(axis=1), 1e-12)
+        - area
+    )
+    return Detection(
+        threshold=threshold,
+        fpr=fpr,
+        fpr_measured=float(alarms.mean()),
+        fpr_interval=_quantiles(shares),
+        recall=caught / len(margin),
+        recall_interval=proportion_interval(caught, len(margin)),
+        auroc=area,
+        auroc_interval=tuple(np.clip(_quantiles(areas), 0.0, 1.0).tolist()),
+        n_positives=len(margin),
+        n_caught=caught,
+        n_negatives=len(scene.negatives),
+    )
+
+
+def _auroc_components(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each positive's share of negatives below it, each negative's share of positives above it (DeLong 1988)."""
+    from scipy.stats import rankdata
+
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    joint = rankdata(scores)
+    above = (joint[labels == 1] - rankdata(positive)) / len(negative)
+    below = 1 - (joint[labels == 0] - rankdata(negative)) / len(positive)
+    return above, below
+
+
+def score_gradients(probe: FittedProbe, x: np.ndarray) -> np.ndarray:
+    """Gradient of the score in activations: ``(d,)`` for a linear probe, else ``(n, d)``."""
+    weight = linear_weight(probe)
+    if weight is not None:
+        return weight
+    state = LimitState(
+        function=lambda data, v: probe.score(data["x"][:, None, :] + v),
+        dim=x.shape[1],
+        n_problems=len(x),
+        backend="jax",
+        dtype="float32",
+        data={"x": np.asarray(x, dtype=np.float32)},
+    )
+    _, slope = state.value_and_gradient(np.arange(len(x)), np.zeros((len(x), 1, x.shape[1])))
+    return np.asarray(slope[:, 0])
+
+
+def _deviation_factor(scene: Scene, threat: Threat, prior: EllipticalPrior, gradient: np.ndarray) -> np.ndarray:
+    """Drawn over original standard deviation of the score under the prior: what is not known about it.
+
+    A sample variance over c contexts stands on ``c - 1`` degrees of freedom, and how far a covariance is shrunk is a
+    choice. Each replicate draws both: the variance along the probe between no shrinkage and twice the estimated
+    intensity, its between-context part divided by a chi-square over its degrees of freedom.
+    """
+    replicates, c = scene.resamples.contexts.shape
+    if threat.prior != "natural" or scene.given_prior is not None or c < 3:
+        return np.ones(replicates)
+    weight = gradient if gradient.ndim == 1 else gradient.mean(axis=0)
+    variance = float(prior.standard_deviation(weight)) ** 2
+    if variance == 0:
+        return np.ones(replicates)
+    common, own = context_variances(scene, weight)
+    # from the scene's seed: every probe meets the same choices, so that comparisons stay paired
+    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xDF]))
+    choice = rng.uniform(0.0, 2.0, replicates)
+    size = float(weight @ weight)
+
+    def part(notes: Any, sample: float, factor: np.ndarray | float) -> np.ndarray:
+        intensity = np.minimum(choice * notes["oas_intensity"], 1.0)
+        return np.asarray((1 - intensity) * sample * factor + intensity * notes["variance"] * size)
+
+    drawn = part(prior.notes["between"], common, (c - 1) / rng.chisquare(c - 1, replicates))
+    n = len(scene.plain_train)
+    if threat.scope == "item" and n > 1:
+        drawn = drawn + (1 - 1 / n) * part(prior.notes["interaction"], own, 1.0)
+    return np.asarray(np.sqrt(np.maximum(drawn / variance, 1e-4)))
+
+
+def context_variances(scene: Scene, weight: np.ndarray) -> tuple[float, float]:
+    """Sample variances of the score over contexts: of the context means, and of what is particular to an item."""
+    rows = np.asarray(scene.train[scene.plain_train] @ weight.astype(np.float32), dtype=float)
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    means = rows.mean(axis=0)
+    n, c = rows.shape
+    own = float(((rows - means) ** 2).sum()) / (max(n - 1, 1) * (c - 1))
+    return float((means**2).sum()) / (c - 1), own
+
+
+def _quantiles(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
