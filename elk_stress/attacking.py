@@ -23,6 +23,7 @@ __all__ = ["Arena", "applies", "arena", "compare_attacks", "run_attack"]
 
 # the quadratic form is a local, sampled approximation of a real model's shift: aim well inside what is allowed
 _SLACK = 0.5
+_HAIR = 0.998
 # proposals per problem whose behaviour is checked by a true forward pass, best first
 _VERIFIED = 8
 _BENIGN_DRAWS = 64
@@ -70,19 +71,21 @@ def arena(scene: Scene, place: Situation, epsilon: float | None) -> Arena:
     """Build the events of a threat for its attacks."""
     items = scene.positives[place.caught]
     exact = scene.behaviour is None or scene.behaviour.exact
-    aimed = 0.0 if epsilon is None else epsilon if exact else _SLACK * epsilon
+    aimed = 0.0 if epsilon is None else (_HAIR if exact else _SLACK) * epsilon
+    # joint events are searched in single precision, judged in double: a hair beyond the boundary is beyond it in both
+    slack = (1 - _HAIR) * float(np.median(place.margin[place.caught])) if len(items) else 0.0
     if place.threat.scope == "universal":
         failed = universal_event(scene, place, np.array([half_advantage(place)]))
         searched = failed
         if place.threat.kept and epsilon is not None and place.detection.n_caught:
-            searched, _ = universal_joint_event(scene, place, aimed)
+            searched, _ = universal_joint_event(scene, place, aimed, slack=slack)
     else:
         failed = item_event(place.probe, place.prior, scene.test_origins[items], place.detection.threshold)
         searched = failed
         if place.threat.kept and epsilon is not None and len(items):
             assert scene.behaviour is not None
             opened = item_event(
-                place.probe, place.prior, scene.test_origins[items], place.detection.threshold, closed=False
+                place.probe, place.prior, scene.test_origins[items], place.detection.threshold - slack, closed=False
             )
             searched = both(opened, kept_event(place.prior, scene.behaviour.factors(items), aimed))
     pool = None

@@ -348,4 +348,8 @@ def _tails(scene: Scene, probe: FittedProbe) -> Mapping[str, Any]:
     fitted = scene.fit_tails_along(directions)
     if fitted is None:
         return {"note": "too few contexts to fit tails"}
-    return fitted.to_json()
+    shared = scene.tail_fit
+    assert shared is not None
+    # the threats' tail is one for all probes; what fits best with the probe's own direction included stands beside it
+    record = dict(fitted.to_json())
+    return {**record, "best_elliptical": shared.best_elliptical.name, "best_with_probe": record["best_elliptical"]}

@@ -128,11 +128,13 @@ def mean_shifts(scene: Scene, behaviour: Behaviour, moves: np.ndarray) -> np.nda
     return np.asarray(behaviour.shift(chosen, shared).mean(axis=0))
 
 
-def universal_joint_event(scene: Scene, place: Situation, epsilon: float) -> tuple[LimitState, LimitState]:
+def universal_joint_event(
+    scene: Scene, place: Situation, epsilon: float, *, slack: float = 0.0
+) -> tuple[LimitState, LimitState]:
     """Half advantage lost *and* the mean quadratic shift kept, and the latter alone: one problem each.
 
     The mean of the items' quadratic forms is that of their stacked factors. Recall under a linear probe is decided by
-    one positive, whose own event is the universal one.
+    one positive, whose own event is the universal one; with ``slack`` it must fall that far below the threshold.
     """
     behaviour = scene.behaviour
     assert behaviour is not None
@@ -143,7 +145,7 @@ def universal_joint_event(scene: Scene, place: Situation, epsilon: float) -> tup
     i = _deciding(place, tau)
     origin = scene.test_origins[scene.positives[i]][None]
     if place.threat.metric == "recall" and place.probe.traits.linear:
-        failing = item_event(place.probe, place.prior, origin, place.detection.threshold, closed=False)
+        failing = item_event(place.probe, place.prior, origin, place.detection.threshold - slack, closed=False)
     else:
         failing = universal_event(scene, place, np.array([tau]))
     if failing.backend != kept.backend:
