@@ -127,7 +127,7 @@ def belief(run: RunResult) -> list[str]:
     if total:
         lines.append(
             f"- The prior's prediction of best-of-n, made from other items and contexts, could fail: its interval (of "
-            f"any tail) meets the observed one, to half an item, at {inside} of {total} points."
+            f"any tail) meets the observed one, to half an item, at {inside} of {total} points.{_check(run.results)}"
         )
     lines.append(
         "- Intervals are 95%, over entities, contexts and calibration negatives together; thresholds hold under the "
@@ -142,6 +142,13 @@ def _control_words(name: str, row: Mapping[str, Bits] | str) -> str:
     if isinstance(row, str):
         return f"`{name}`: {row}"
     return f"`{name}` {next((words.bits_text(b) for b in row.values()), '-')}"
+
+
+def _check(results: Sequence[StressResult]) -> str:
+    p = [max(c.p_values.values()) for r in results for c in r.best_of_n if c.p_values]
+    if not p:
+        return ""
+    return f" Checked curve by curve against simulated ones, p is {min(p):.2f} at the least ({len(p)} curves)."
 
 
 def _coverage(results: Sequence[StressResult]) -> tuple[int, int]:

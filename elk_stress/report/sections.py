@@ -268,17 +268,18 @@ def best_of_n(results: Sequence[StressResult]) -> list[str]:
                 ]
                 o = curves.observed
                 seen = f"{o.value[i]:.0%} [{o.low[i]:.0%}, {o.high[i]:.0%}]"
-                body.append(
-                    [f"`{result.probe}`", "kept" if curves.kept else "free", f"{n:.0f}", "; ".join(predicted), seen]
-                )
+                p = f"{max(curves.p_values.values()):.2f}" if curves.p_values else "-"
+                kind = "kept" if curves.kept else "free"
+                body.append([f"`{result.probe}`", kind, f"{n:.0f}", "; ".join(predicted), seen, p])
     if not body:
         return ["Not observed: it takes a testbed with real contexts."]
     lines = [
         "Share of caught items that the best of n contexts breaks. The prediction uses training items and contexts A, "
-        "the observation test items and contexts B, at the same epsilon.",
+        "the observation test items and contexts B, at the same epsilon. p: the share of whole curves simulated from the "
+        "prediction (of the better tail) that lie at least as far out as the observed one.",
         "",
     ]
-    return lines + table(["probe", "behaviour", "n", "predicted", "observed"], body)
+    return lines + table(["probe", "behaviour", "n", "predicted", "observed", "p"], body)
 
 
 def comparisons(rows: Sequence[Comparison]) -> list[str]:
