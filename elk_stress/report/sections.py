@@ -275,8 +275,8 @@ def best_of_n(results: Sequence[StressResult]) -> list[str]:
         return ["Not observed: it takes a testbed with real contexts."]
     lines = [
         "Share of caught items that the best of n contexts breaks. The prediction uses training items and contexts A, "
-        "the observation test items and contexts B, at the same epsilon. p: the share of whole curves simulated from the "
-        "prediction (of the better tail) that lie at least as far out as the observed one.",
+        "the observation test items and contexts B, at the same epsilon. p: the share of whole curves simulated from "
+        "the prediction (of the better tail) that lie at least as far out as the observed one.",
         "",
     ]
     return lines + table(["probe", "behaviour", "n", "predicted", "observed", "p"], body)

@@ -49,6 +49,7 @@ FLAG_CODES: Mapping[str, str] = {
     "leak": "LK",
     "wide_interval": "WI",
     "catches_nothing": "CN",
+    "shared_contexts": "SC",
     "uncalibrated": "UC",
     "prediction_failed": "PF",
     "control_failed": "CF",
