@@ -24,7 +24,7 @@ from elk_stress.estimators.best_of_n import holds
 from elk_stress.flags import Flag, flag
 from elk_stress.result import BestOfNCurves, Curve
 from elk_stress.scene import Scene
-from elk_stress.situation import Situation, context_variances, score_gradients
+from elk_stress.situation import Situation, context_scores, score_gradients
 from elk_stress.survival import bits_of_margin
 from elk_stress.threat import Threat
 
@@ -98,8 +98,8 @@ def _replicates(
     gradient = score_gradients(place.probe, scene.test_origins[scene.positives])
     weight = gradient if gradient.ndim == 1 else gradient.mean(axis=0)
     universal = float(scene.prior(Threat(scope="universal")).standard_deviation(weight)) ** 2
-    common, own = context_variances(scene, weight)
-    common = max(common - own / len(scene.plain_train), universal)
+    means, own = context_scores(scene, weight)
+    common = max(float(means @ means) / max(c - 1, 1) - own / len(scene.plain_train), universal)
     own = max(own, float(scene.prior(Threat()).standard_deviation(weight)) ** 2 - universal)
     # in units of the score; of a probe or an event that is not linear, the margin that costs as many bits
     margin = tail.quantile_of_bits(np.minimum(bits.value, _NEVER)) * place.deviation[caught]

@@ -24,7 +24,7 @@ from elk_stress.scene import Scene
 from elk_stress.survival import bits_of_margin
 from elk_stress.threat import Threat
 
-__all__ = ["Situation", "context_variances", "score_gradients", "situation"]
+__all__ = ["Situation", "context_scores", "score_gradients", "situation"]
 
 # prior draws per negative where the prior is sampled
 _DRAWS = 32
@@ -204,8 +204,9 @@ def _deviation_factor(scene: Scene, threat: Threat, prior: EllipticalPrior, grad
     """Drawn over original standard deviation of the score under the prior: what is not known about it.
 
     A sample variance over c contexts stands on ``c - 1`` degrees of freedom, and how far a covariance is shrunk is a
-    choice. Each replicate draws both: the variance along the probe between no shrinkage and twice the estimated
-    intensity, its between-context part divided by a chi-square over its degrees of freedom.
+    choice. Each replicate draws both: no shrinkage, the estimated intensity or twice it; and for the between-context
+    part ``(c-1) s' W^-1 s / s's``, s the scores' context means and W a Wishart matrix that all probes of a scene share.
+    Each probe's factor is then ``(c-1) / chi2_{c-1}``, and two probes' factors are as alike as their scores.
     """
     replicates, c = scene.resamples.contexts.shape
     if threat.prior != "natural" or scene.given_prior is not None or c < 3:
@@ -214,31 +215,36 @@ def _deviation_factor(scene: Scene, threat: Threat, prior: EllipticalPrior, grad
     variance = float(prior.standard_deviation(weight)) ** 2
     if variance == 0:
         return np.ones(replicates)
-    common, own = context_variances(scene, weight)
+    means, own = context_scores(scene, weight)
+    common = float(means @ means) / (c - 1)
     # from the scene's seed: every probe meets the same choices, so that comparisons stay paired
     rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xDF]))
-    choice = rng.uniform(0.0, 2.0, replicates)
+    choice = rng.choice([0.0, 1.0, 2.0], replicates)
+    draws = rng.standard_normal((replicates, c, 2 * c - 2))
+    wishart = draws @ draws.transpose(0, 2, 1)
+    turned = np.linalg.solve(wishart, np.broadcast_to(means[:, None], (replicates, c, 1)))[..., 0] @ means
+    spread = (c - 1) * turned / float(means @ means) if means.any() else np.ones(replicates)
     size = float(weight @ weight)
 
     def part(notes: Any, sample: float, factor: np.ndarray | float) -> np.ndarray:
         intensity = np.minimum(choice * notes["oas_intensity"], 1.0)
         return np.asarray((1 - intensity) * sample * factor + intensity * notes["variance"] * size)
 
-    drawn = part(prior.notes["between"], common, (c - 1) / rng.chisquare(c - 1, replicates))
+    drawn = part(prior.notes["between"], common, spread)
     n = len(scene.plain_train)
     if threat.scope == "item" and n > 1:
         drawn = drawn + (1 - 1 / n) * part(prior.notes["interaction"], own, 1.0)
     return np.asarray(np.sqrt(np.maximum(drawn / variance, 1e-4)))
 
 
-def context_variances(scene: Scene, weight: np.ndarray) -> tuple[float, float]:
-    """Sample variances of the score over contexts: of the context means, and of what is particular to an item."""
+def context_scores(scene: Scene, weight: np.ndarray) -> tuple[np.ndarray, float]:
+    """Centred context means of the score, ``(contexts,)``, and the sample variance of what is particular to an item."""
     rows = np.asarray(scene.train[scene.plain_train] @ weight.astype(np.float32), dtype=float)
     rows = rows - rows.mean(axis=1, keepdims=True)
     means = rows.mean(axis=0)
     n, c = rows.shape
     own = float(((rows - means) ** 2).sum()) / (max(n - 1, 1) * (c - 1))
-    return float((means**2).sum()) / (c - 1), own
+    return means - means.mean(), own
 
 
 def _quantiles(values: np.ndarray) -> tuple[float, float]:
