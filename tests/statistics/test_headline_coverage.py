@@ -183,8 +183,8 @@ def equally_strong(pair: str, seed: int, scope: str) -> tuple[Scene, np.ndarray,
 @pytest.mark.parametrize("scope", list(THREATS))
 @pytest.mark.parametrize("pair", ["truth and incidental", "two mixtures"])
 def test_two_equally_strong_probes_are_rarely_told_apart(pair, scope):
-    """At a nominal 5%, 4% of 50 pairs of mixtures are told apart, and 14% and 15% (item, universal) of 100 pairs of truth
-    and incidental.
+    """At a nominal 5%, 4% of 50 pairs of mixtures are told apart, and 14% and 15% (item, universal) of 100 pairs of
+    truth and incidental.
 
     Shrinkage biases the truth's bits down and not the incidental's, which no resampling shows. It was 73% before
     replicates drew shrinkage and a Wishart matrix. False alarm of the bar: 1e-4.
