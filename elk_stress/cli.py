@@ -185,7 +185,10 @@ def _run(options: argparse.Namespace) -> int:
     _show(result, out, options)
     if code == DONE and not result.results:
         return FAILED if set(result.failures) - set(result.refused) else USAGE
-    return FLAGGED if code == DONE and options.strict and result.red else code
+    if code == DONE and options.strict and result.red:
+        print("red flags were raised: with --strict the exit code is 3", file=sys.stderr)
+        return FLAGGED
+    return code
 
 
 def _show(result: RunResult, out: Path, options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ a probe for catching little).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -39,6 +40,15 @@ class Comparison:
     p: float
     holm: float
     better: str | None
+
+    def __str__(self) -> str:
+        verdict = f"{self.better} keeps more" if self.better else "undecided"
+        return (
+            f"{self.threat}: {self.a} - {self.b}: headline {self.headline:+.1f} "
+            f"[{self.headline_interval[0]:+.1f}, {self.headline_interval[1]:+.1f}] bits, bits kept per positive "
+            f"{self.kept:+.1f} [{self.kept_interval[0]:+.1f}, {self.kept_interval[1]:+.1f}], "
+            f"Holm p {self.holm:.3g}: {verdict}"
+        )
 
 
 def compare(a: StressResult, b: StressResult) -> tuple[Comparison, ...]:
@@ -107,7 +117,9 @@ def _pair(name_a: str, name_b: str, a: StressResult, b: StressResult) -> list[Co
         below, above = int((kept <= 0).sum()), int((kept >= 0).sum())
         p = min(1.0, 2 * (min(below, above) + 1) / (n + 1))
         (h_low, k_low), (h_high, k_high) = np.quantile(difference, [0.025, 0.975], axis=0)
-        ends = float(np.median(difference[:, 0])), float(np.median(kept))
+        shown = [min(r.threats[threat].headline.value, r.config.get("max_bits", math.inf)) for r in (a, b)]
+        ends = shown[0] - shown[1], float(np.median(kept))
+        h_low, h_high = min(h_low, ends[0]), max(h_high, ends[0])
         rows.append(
             Comparison(
                 name_a,

@@ -342,14 +342,12 @@ def _control_flags(controls: Mapping[str, Mapping[str, Bits] | str]) -> tuple[Fl
 
 
 def _tails(scene: Scene, probe: FittedProbe) -> Mapping[str, Any]:
-    directions = {}
-    if probe.traits.linear and np.any(probe.parameters["weight"]):
-        directions["probe"] = np.asarray(probe.parameters["weight"], dtype=float)[None, :]
-    fitted = scene.fit_tails_along(directions)
-    if fitted is None:
-        return {"note": "too few contexts to fit tails"}
     shared = scene.tail_fit
-    assert shared is not None
-    # the threats' tail is one for all probes; what fits best with the probe's own direction included stands beside it
-    record = dict(fitted.to_json())
-    return {**record, "best_elliptical": shared.best_elliptical.name, "best_with_probe": record["best_elliptical"]}
+    if shared is None:
+        return {"note": "too few contexts to fit tails"}
+    record = dict(shared.to_json())
+    if probe.traits.linear and np.any(probe.parameters["weight"]):
+        weight = np.asarray(probe.parameters["weight"], dtype=float)
+        own = scene.fit_tails_along({"probe": weight[None, :]})
+        record["groups"] = {**record["groups"], **own.to_json()["groups"]}
+    return record

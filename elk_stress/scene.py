@@ -156,27 +156,22 @@ class Scene:
 
     @cached_property
     def tail_fit(self) -> TailFit | None:
-        """Tails fitted along random, principal and class-mean directions; ``None`` without contexts to fit on."""
-        return self.fit_tails_along({})
-
-    def fit_tails_along(self, directions: dict[str, np.ndarray]) -> TailFit | None:
-        """Tails fitted along given directions besides random and principal ones, on training items x contexts A."""
+        """Tails fitted along random, principal and class-mean directions; ``None`` with too few contexts."""
         if self.train.shape[1] < 3:
             return None
-        train, labels = self.train[self.plain_train], self.training.labels[self.plain_train]
+        means, labels = self.train[self.plain_train].mean(axis=1), self.training.labels[self.plain_train]
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, 0x7A11]))
-        prior = self.prior(Threat())
-        means = train.mean(axis=1)
-        return fit_tails(
-            train,
-            prior,
+        return self.fit_tails_along(
             {
-                "random": rng.standard_normal((16, train.shape[-1])),
-                "principal": prior.factor.T[:8],
+                "random": rng.standard_normal((16, means.shape[-1])),
+                "principal": self.prior(Threat()).factor.T[:8],
                 "class means": (means[labels == 1].mean(axis=0) - means[labels == 0].mean(axis=0))[None, :],
-                **directions,
-            },
+            }
         )
+
+    def fit_tails_along(self, directions: dict[str, np.ndarray]) -> TailFit:
+        """Tails fitted along groups of directions ``(k, d)``, on training items under the prior's contexts."""
+        return fit_tails(self.train[self.plain_train], self.prior(Threat()), directions)
 
     @cached_property
     def flags(self) -> tuple[Flag, ...]:

@@ -144,7 +144,9 @@ def _detection(
         shares = ((weights[:, negatives] @ alarms) * counts).sum(axis=1) / m
     else:
         spread = prior.standard_deviation(score_gradients(probe, scene.test_origins[negatives]))
-        alarms = 2.0 ** -bits_of_margin(prior.tail, threshold - scores[negatives], spread)
+        above = threshold - scores[negatives]
+        # a score that the prior cannot move raises an alarm or not: strictly above the threshold, as for a catch
+        alarms = np.where(spread > 0, 2.0 ** -bits_of_margin(prior.tail, above, spread), (above < 0).astype(float))
         shares = weights[:, negatives] @ alarms
     shares = shares / np.maximum(weights[:, negatives].sum(axis=1), 1e-12)
     caught = int((margin > 0).sum())
@@ -161,7 +163,7 @@ def _detection(
         threshold=threshold,
         fpr=fpr,
         fpr_measured=float(alarms.mean()),
-        fpr_interval=_quantiles(shares),
+        fpr_interval=_with_counting(_quantiles(shares), float(alarms.mean()), len(negatives)),
         recall=caught / len(margin),
         recall_interval=proportion_interval(caught, len(margin)),
         auroc=area,
@@ -245,6 +247,12 @@ def context_scores(scene: Scene, weight: np.ndarray) -> tuple[np.ndarray, float]
     n, c = rows.shape
     own = float(((rows - means) ** 2).sum()) / (max(n - 1, 1) * (c - 1))
     return means - means.mean(), own
+
+
+def _with_counting(interval: tuple[float, float], share: float, n: int) -> tuple[float, float]:
+    """The interval widened to that of counting n items: a bootstrap of "none of n" has no width."""
+    low, high = proportion_interval(share * n, n)
+    return min(interval[0], low), max(interval[1], high)
 
 
 def _quantiles(values: np.ndarray) -> tuple[float, float]:

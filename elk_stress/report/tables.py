@@ -135,7 +135,8 @@ def _legend(results: Sequence[StressResult]) -> Text:
     audit = " The line below a probe's name says what the audit found after the break." if _audited(results) else ""
     return Text(
         "Per item: half-life, the bits at which half of the catches are lost; universal: B at half advantage; with a "
-        f"95% interval. Recall at {detection.fpr:.0%} false positives. Free: behaviour may change; kept: it may not. "
+        f"95% interval. Recall at {detection.fpr:.0%} false positives under the first threat; each prior has its own "
+        f"threshold. Free: behaviour may change; kept: it may not. "
         f'">=": at least; "d": a distance, not bits.{audit} Columns answer different questions and are never ranked; '
         "neither are rows without a paired comparison.",
         style="dim",

@@ -236,7 +236,12 @@ class Statements:
         automatic = "best grouped cross-validated AUROC of a logistic probe, train side only"
         return {
             "testbed": self.name,
-            **{name: None if value is None else str(value) for name, value in self._options.items()},
+            **{
+                name: None if value is None else str(value)
+                for name, value in self._options.items()
+                # the user's own items are neither generated nor sized here
+                if self._options["data"] is None or name not in ("size", "relation", "positive")
+            },
             "n_items": {split: len(items) for split, items in self._splits.items()},
             "n_positive": {split: int(items.labels.sum()) for split, items in self._splits.items()},
             "n_contexts": {which: len(listed) for which, listed in self._contexts.items()},
