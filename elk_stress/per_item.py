@@ -36,10 +36,12 @@ from elk_stress.survival import (
     replicate_bits,
 )
 
-__all__ = ["SCALES", "stress_items"]
+__all__ = ["SCALES", "TAILS", "stress_items"]
 
 SCALES = (0.5, 0.71, 1.0, 1.41, 2.0)
 EPSILONS = (1.0, 10.0)
+# under which every free headline is shown, whichever fits best
+TAILS = (Gaussian(), Logistic(), StudentT(5.0))
 
 
 def stress_items(scene: Scene, place: Situation, *, max_bits: float, n_particles: int, seed: int) -> ThreatResult:
@@ -209,8 +211,7 @@ def _other_tails(place: Situation, bits: BitsBatch, max_bits: float) -> dict[str
     margin, deviation = place.margin[place.caught], place.deviation[place.caught]
     excess = excess_bits(bits.value, bits_of_margin(place.prior.tail, margin, deviation), max_bits)
     return {
-        tail.name: half_life(np.clip(bits_of_margin(tail, margin, deviation) + excess, 0.0, max_bits))
-        for tail in (Gaussian(), Logistic(), StudentT(5.0))
+        tail.name: half_life(np.clip(bits_of_margin(tail, margin, deviation) + excess, 0.0, max_bits)) for tail in TAILS
     }
 
 

@@ -188,7 +188,7 @@ class ThreatResult:
         b_kept, b_given_kept: median over items, where behaviour is constrained.
         epsilon: nats.
         scale: headline value at multiples of the prior's scale.
-        tails: headline value under other tails of the same covariance (item scope).
+        tails: headline value under other tails of the same covariance.
         shrink: headline value at half and double shrinkage (natural prior).
         epsilons: headline value at multiples of epsilon.
         bare_threshold: headline value with the (uncalibrated) threshold set at bare items, or ``None``.

@@ -22,7 +22,7 @@ from elk_stress.events import (
 )
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import LimitState, both
-from elk_stress.per_item import SCALES
+from elk_stress.per_item import SCALES, TAILS
 from elk_stress.result import Curve, ThreatResult
 from elk_stress.scene import Scene
 from elk_stress.situation import Situation, score_gradients
@@ -112,6 +112,7 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
         b_given_kept=None if b_kept is None else _difference(headline, b_kept),
         epsilon=epsilon,
         scale={} if threat.kept or worthless else {f"{c:g}": _at_scale(scene, place, tau, c, max_bits) for c in SCALES},
+        tails={} if threat.kept or worthless else _other_tails(place, tau, max_bits),
         replicates=np.stack([replicates, np.minimum(replicates, max_bits)], axis=1),
         flags=flags,
         status=status,
@@ -266,6 +267,15 @@ def _curve(
     low, high = np.quantile(rows, [0.025, 0.975], axis=0)
     censored = max_bits if (every.value + extra >= max_bits).any() else math.inf
     return Curve(grid, reached, np.minimum(low, reached), np.maximum(high, reached), reached, reached, censored)
+
+
+def _other_tails(place: Situation, tau: float, max_bits: float) -> dict[str, float]:
+    """B at half advantage under other tails of the same covariance: closed forms of the deciding positive."""
+    if place.threat.metric == "auroc":
+        return {}
+    i = _deciding(place, tau)
+    margin, deviation = place.margin[i], place.deviation[i]
+    return {t.name: float(np.clip(bits_of_margin(t, margin, deviation), 0.0, max_bits)) for t in TAILS}
 
 
 def _at_scale(scene: Scene, place: Situation, tau: float, c: float, max_bits: float) -> float:

@@ -100,6 +100,10 @@ def test_two_tails_and_scales_are_in_every_free_result(results: dict[str, Stress
     assert gaussian.scale["1"] == pytest.approx(gaussian.headline.value)
     assert gaussian.shrink["1"] == pytest.approx(gaussian.headline.value)
     assert set(gaussian.shrink) == {"0.5", "1", "2"}
+    for row in rows.values():
+        assert len(row.tails) == 3
+        if row.threat.tail == "gaussian":
+            assert row.tails["gaussian"] == pytest.approx(row.headline.value)
 
 
 def test_attacks_agree_with_the_bits(results: dict[str, StressResult]) -> None:
