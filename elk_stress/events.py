@@ -60,14 +60,7 @@ def item_event(
         x = data["origin"][:, None, :] + prior.move(u)
         return (probe.score(x) - threshold) / scale
 
-    return LimitState(
-        function=function,
-        dim=prior.dim,
-        n_problems=len(origins),
-        backend="jax",
-        dtype="float32",
-        data={"origin": np.asarray(origins, dtype=np.float32)},
-    )
+    return _searched(function, prior, {"origin": np.asarray(origins, dtype=np.float32)})
 
 
 def kept_event(prior: EllipticalPrior, factors: np.ndarray, epsilon: float) -> LimitState:
@@ -84,14 +77,7 @@ def kept_event(prior: EllipticalPrior, factors: np.ndarray, epsilon: float) -> L
         image = jnp.einsum("pnk,prk->pnr", v, data["inner"])
         return 0.5 * (image * image).sum(-1) / data["epsilon"][:, None] - 1
 
-    return LimitState(
-        function=function,
-        dim=prior.dim,
-        n_problems=len(factors),
-        backend="jax",
-        dtype="float32",
-        data={"inner": inner, "epsilon": np.full(len(inner), epsilon, dtype=np.float32)},
-    )
+    return _searched(function, prior, {"inner": inner, "epsilon": np.full(len(inner), epsilon, dtype=np.float32)})
 
 
 def universal_recall_event(
@@ -113,14 +99,7 @@ def universal_recall_event(
         ordered = jnp.sort((probe.score(x) - threshold) / spread, axis=-1)[..., ::-1]
         return jnp.take_along_axis(ordered, jnp.asarray(data["rank"])[:, None, None], axis=-1)[..., 0]
 
-    return LimitState(
-        function=function,
-        dim=prior.dim,
-        n_problems=len(ranks),
-        backend="jax",
-        dtype="float32",
-        data={"rank": ranks.astype(np.int32)},
-    )
+    return _searched(function, prior, {"rank": ranks.astype(np.int32)})
 
 
 def universal_auroc_event(
@@ -150,14 +129,7 @@ def universal_auroc_event(
         ordered = jnp.sort(gaps.reshape(*gaps.shape[:2], pairs), axis=-1)[..., ::-1]
         return jnp.take_along_axis(ordered, jnp.asarray(data["rank"])[:, None, None], axis=-1)[..., 0]
 
-    return LimitState(
-        function=function,
-        dim=prior.dim,
-        n_problems=len(ranks),
-        backend="jax",
-        dtype="float32",
-        data={"rank": ranks.astype(np.int32)},
-    )
+    return _searched(function, prior, {"rank": ranks.astype(np.int32)})
 
 
 def nearest_of_linear(state: LimitState, overshoot: float = 1e-6) -> np.ndarray:
@@ -264,6 +236,14 @@ def failures_of_linear(state: LimitState, n: int, rng: np.random.Generator) -> n
     across -= np.einsum("pnk,pk->pn", across, unit)[..., None] * unit[:, None, :]
     v = across + t[..., None] * unit[:, None, :]
     return v if z is None else np.concatenate([v, z[..., None]], axis=-1)
+
+
+def _searched(function: Any, prior: EllipticalPrior, data: dict[str, np.ndarray]) -> LimitState:
+    """A limit state without a closed form: jax in single precision, one problem per row of ``data``."""
+    n_problems = len(next(iter(data.values())))
+    return LimitState(
+        function=function, dim=prior.dim, n_problems=n_problems, backend="jax", dtype="float32", data=data
+    )
 
 
 def _size(margins: np.ndarray) -> float:
