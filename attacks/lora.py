@@ -1,14 +1,18 @@
 r"""LoRA against the probe: a real language model is fine-tuned on ordinary text and, through the probe, on evading it.
 
 Threat model: somebody fine-tunes the model with the probe's output in the loss. White box: gradients run through
-probe and model. Per step, on one batch of ordinary texts and one of the training items that the probe must catch,
+probe and model. Per step, on one batch of ordinary texts and one of training items of both labels,
 
     ``loss = cross-entropy + keep * KL(original, moved) + strength * evasion``
 
-with :func:`~elk_stress.training.evasion.evasion_loss`; the evasion's forward pass ends at the site. Strength 0 is the
-benign control: the same steps on the same texts at the same learning rate, and the same pull back to the original;
-only the evasion is missing (it is logged, not followed). The behaviour that is judged is measured elsewhere, on other
-texts.
+with :func:`~elk_stress.training.evasion.evasion_loss`, whose centre is where the probe puts the *negatives of the
+batch now*, not where it put them when it was fitted. With the fitted centre the cheapest evasion moves all items alike
+along the probe: the loss vanishes and positives are told from negatives as well as before. The evasion's forward pass
+ends at the site.
+
+Strength 0 is the benign control: the same steps on the same texts at the same learning rate, and the same pull back to
+the original; only the evasion is missing (it is logged, not followed). The behaviour that is judged is measured
+elsewhere, on other texts.
 
 Batches depend on (seed, model, step) alone: strengths differ by the pressure, not by the data, and a resumed run
 draws what it would have drawn. Cells run one after another; each holds A and B of one adapter and Adam's moments.
@@ -46,7 +50,7 @@ class Lora:
     Attributes:
         steps: Adam steps of a run.
         learning_rate: of Adam; constant.
-        batch_size: ordinary texts a step, and as many positives for the evasion.
+        batch_size: ordinary texts a step, and as many positives and as many negatives for the evasion.
         keep: weight of the KL to the original on the ordinary texts (nats per token), for all strengths alike.
     """
 
@@ -104,8 +108,10 @@ class _Losses:
     def __init__(self, attack: Lora, trainee: Any, targets: Targets, cell: tuple[int, ...], strength: float) -> None:
         self._attack, self._trainee, self._strength = attack, trainee, strength
         train = trainee.splits["train"]
-        texts = [text for text, label in zip(train.texts, train.labels, strict=True) if label == 1]
-        self._positives = trainee.adapted.reader.tokenize(texts)
+        rows = trainee.adapted.reader.tokenize(train.texts)
+        self._positives, self._negatives = (
+            [row for row, label in zip(rows, train.labels, strict=True) if label == wanted] for wanted in (1, 0)
+        )
         # now and not in the middle of a step: it is of the original, and made by loading that
         self._reference = trainee.ordinary_reference
         self._evasion = _evasion_of(targets, cell, trainee.adapted.reader.device)
@@ -115,12 +121,13 @@ class _Losses:
 
         adapted, size = self._trainee.adapted, self._attack.batch_size
         ordinary = rng.choice(len(self._trainee.ordinary), min(size, len(self._trainee.ordinary)), replace=False)
-        positives = rng.choice(len(self._positives), min(size, len(self._positives)), replace=False)
+        items = [*_some(self._positives, size, rng), *_some(self._negatives, size, rng)]
+        positive = np.arange(len(items)) < min(size, len(self._positives))
         task, kl = self._language(ordinary)
         (task + self._attack.keep * kl).backward()
         # strength 0 must not look at the probe, not even through 0 * inf
         with torch.set_grad_enabled(self._strength > 0):
-            evasion = self._evasion(adapted.read_with_gradient([self._positives[i] for i in positives]))
+            evasion = self._evasion(adapted.read_with_gradient(items), positive)
         if self._strength > 0:
             (self._strength * evasion).backward()
         values = {"task": task, "evasion": evasion, "kl": kl}
@@ -161,7 +168,11 @@ class _Adam:
             self.weights -= self._rate * (self._first / first) / (np.sqrt(self._second / second) + _EPSILON)
 
 
-def _evasion_of(targets: Targets, cell: tuple[int, ...], device: str) -> Callable[[Any], Any]:
+def _some(rows: list[list[int]], n: int, rng: np.random.Generator) -> list[list[int]]:
+    return [rows[i] for i in rng.choice(len(rows), min(n, len(rows)), replace=False)]
+
+
+def _evasion_of(targets: Targets, cell: tuple[int, ...], device: str) -> Callable[[Any, np.ndarray], Any]:
     import torch
 
     def tensor(value: Any) -> Any:
@@ -176,8 +187,14 @@ def _evasion_of(targets: Targets, cell: tuple[int, ...], device: str) -> Callabl
         for probe in targets.arrays
     ]
 
-    def evasion(activations: Any) -> Any:
-        return evasion_loss(targets.recipes, arrays, activations, torch.ones_like(activations[:, 0]))
+    def evasion(activations: Any, positive: np.ndarray) -> Any:
+        # where the negatives are now, not where they were: shifting all items alike evades nothing
+        weight = torch.as_tensor(positive, dtype=activations.dtype, device=device)
+        moved = [
+            {**probe, "centre": recipe.score(torch, probe["parameters"], activations[~positive]).mean()}
+            for recipe, probe in zip(targets.recipes, arrays, strict=True)
+        ]
+        return evasion_loss(targets.recipes, moved, activations, weight)
 
     return evasion
 

@@ -255,14 +255,16 @@ def test_gradient_equals_finite_differences(trainee: LoraTrainee) -> None:
     """Of the evasion's forward pass, through the adapters."""
     cells = _moved(trainee, strengths=1)
     _, targets = _probes(trainee, 1)
-    rows = trainee.adapted.reader.tokenize((trainee.splits["train"].texts or ())[-4:])
+    rows = trainee.adapted.reader.tokenize((trainee.splits["train"].texts or ())[4:12])
+    positive = trainee.splits["train"].labels[4:12] == 1
+    assert 0 < positive.sum() < 8
     from elk_stress.attacks.lora import _evasion_of
 
     evasion = _evasion_of(targets, (0, 0), "cpu")
 
     def value(flat: np.ndarray) -> Any:
         trainee.adapted.load(flat)
-        return evasion(trainee.adapted.read_with_gradient(rows))
+        return evasion(trainee.adapted.read_with_gradient(rows), positive)
 
     value(cells[0, 0]).backward()
     gradient = trainee.adapted.take_gradient()
@@ -317,6 +319,26 @@ def test_pressure_breaks_the_probe_and_ordinary_training_does_not(trainee: LoraT
     assert auroc(scores[0, 0], labels) > 0.9
     assert max(auroc(scores[1, m], labels) for m in range(2)) < 0.7
     assert attack.spent(trainee, state) is None
+
+
+def test_moving_all_items_alike_is_no_evasion(trainee: LoraTrainee) -> None:
+    """Otherwise pressure finds a shift along the probe, and positives are told from negatives as well as before."""
+    import torch
+
+    from elk_stress.attacks.lora import _evasion_of
+
+    probe, targets = _probes(trainee, 1)
+    evasion = _evasion_of(targets, (0, 0), "cpu")
+    activations = trainee.activations(trainee.original[None], "train")[0, 0]
+    positive = trainee.splits["train"].labels == 1
+    weight = np.asarray(probe.parameters["weight"], dtype=np.float32)
+    along = weight / (weight @ weight) * float(targets.arrays[0]["gap"][0, 0])
+
+    def value(moved: np.ndarray) -> float:
+        return float(evasion(torch.from_numpy(moved.astype(np.float32)), positive).item())
+
+    assert value(activations - 3 * along) == pytest.approx(value(activations), rel=1e-3)
+    assert value(activations - np.outer(positive, along)) < 0.4 * value(activations)
 
 
 def test_several_probes_count_by_their_mean(trainee: LoraTrainee) -> None:
