@@ -21,6 +21,7 @@ the data cannot exclude one either, it is *undecided*; when the clean gain itsel
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -33,10 +34,10 @@ from elk_stress.result import Audit, AuditStage
 from elk_stress.scene import Scene, fit_probe
 from elk_stress.threat import Threat
 
-__all__ = ["audit"]
+__all__ = ["CANDIDATES", "audit", "examine"]
 
 _VERDICTS = {"raw": "still works", "recalibrated": "miscalibrated", "refitted": "moved", "strongest": "hidden"}
-_CANDIDATES = ("logistic", "lda", "mass_mean")
+CANDIDATES = ("logistic", "lda", "mass_mean")
 # coordinates of moves searched at once (64 MB)
 _ELEMENTS = 1 << 23
 # (item, context) rows of a split that are attacked at most
@@ -56,7 +57,36 @@ def audit(scene: Scene, probe: FittedProbe, *, seed: int = 0) -> Audit:
     clean = {name: rows[chosen[name]] for name, rows in every.items()}
     attacked = {name: _attack(probe, prior, rows, target, seed) for name, rows in clean.items()}
 
-    weights = _balanced(scene.resamples.test[:, chosen["test"]], labels["test"])
+    moved_scene = _with_train(scene, attacked["train"], chosen["train"])
+    tried = {name: _refit(moved_scene, name) for name in CANDIDATES}
+    refits = {name: fitted for name, fitted in tried.items() if fitted is not None}
+    same = _refit(moved_scene, probe)
+    weights = scene.resamples.test[:, chosen["test"]]
+    return examine(probe, same, refits, clean, attacked, labels, weights, threat.name)
+
+
+def examine(
+    probe: FittedProbe,
+    same: FittedProbe | None,
+    refits: Mapping[str, FittedProbe],
+    clean: Mapping[str, np.ndarray],
+    attacked: Mapping[str, np.ndarray],
+    labels: Mapping[str, np.ndarray],
+    resamples: np.ndarray,
+    threat: str,
+) -> Audit:
+    """The stages and their verdict, however the rows came to be attacked.
+
+    Args:
+        probe: the probe before the attack.
+        same: its recipe fitted on attacked training rows; ``None`` if it cannot be.
+        refits: other recipes fitted there; the strongest is chosen on attacked calibration rows.
+        clean, attacked: ``calibration`` and ``test`` rows ``(n, contexts, dim)``.
+        labels: of both splits.
+        resamples: ``(replicates, n)`` bootstrap multiplicities of the test items.
+        threat: named in the result.
+    """
+    weights = _balanced(resamples, labels["test"])
 
     def losses(fitted: FittedProbe, fit_on: np.ndarray, judge_on: np.ndarray) -> np.ndarray:
         slope, intercept = _platt(_scores(fitted, fit_on), labels["calibration"])
@@ -75,20 +105,17 @@ def audit(scene: Scene, probe: FittedProbe, *, seed: int = 0) -> Audit:
         "raw": losses(probe, clean["calibration"], attacked["test"]),
         "recalibrated": losses(probe, attacked["calibration"], attacked["test"]),
     }
-    moved_scene = _with_train(scene, attacked["train"], chosen["train"])
-    tried = {name: _refit(moved_scene, name) for name in _CANDIDATES}
-    refits = {name: fitted for name, fitted in tried.items() if fitted is not None}
-    same = _refit(moved_scene, probe)
+    candidates = dict(refits)
     if same is not None:
         found["refitted"] = losses(same, attacked["calibration"], attacked["test"])
-        refits[probe.name] = same
+        candidates[probe.name] = same
     strongest = "none"
-    if refits:
+    if candidates:
         quality = {
-            name: _calibration_loss(f, attacked["calibration"], labels["calibration"]) for name, f in refits.items()
+            name: _calibration_loss(f, attacked["calibration"], labels["calibration"]) for name, f in candidates.items()
         }
         strongest = min(quality, key=quality.__getitem__)
-        found["strongest"] = losses(refits[strongest], attacked["calibration"], attacked["test"])
+        found["strongest"] = losses(candidates[strongest], attacked["calibration"], attacked["test"])
 
     stages = {name: stage(name, loss) for name, loss in found.items()}
     verdict = "gone"
@@ -105,7 +132,7 @@ def audit(scene: Scene, probe: FittedProbe, *, seed: int = 0) -> Audit:
             verdict = _VERDICTS[passed[0]]
         elif open_:
             verdict = "undecided"
-    return Audit(verdict, stages.pop("clean"), tuple(stages.values()), strongest, threat.name)
+    return Audit(verdict, stages.pop("clean"), tuple(stages.values()), strongest, threat)
 
 
 def _attack(probe: FittedProbe, prior: EllipticalPrior, rows: np.ndarray, target: float, seed: int) -> np.ndarray:

@@ -56,6 +56,10 @@ CATALOGUE: dict[str, FlagEntry] = {
         "most moves that break the probe also break behaviour",
         "read B_given_kept, not B_joint: breaking the model must never look like robustness",
     ),
+    "diverged": FlagEntry(
+        "training ended in numbers that are not finite",
+        "these cells are reported and never counted as broken or held; lower the learning rate or the strength",
+    ),
     "benign_broke_it": FlagEntry(
         "the benign control of equal size broke the probe too",
         "call the probe brittle, not attacked",

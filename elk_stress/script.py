@@ -1,11 +1,14 @@
-"""Attack files as scripts: ``python attacks/gradient.py ...`` is ``elk-stress run --attacks gradient ...``."""
+"""Attack files as scripts: ``python attacks/gradient.py ...`` is ``elk-stress run --attacks gradient ...``.
+
+One that moves weights, ``python attacks/finetune.py ...``, is ``elk-stress train --attack finetune ...``.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-__all__ = ["run_attack"]
+__all__ = ["run_attack", "run_training_attack"]
 
 
 def run_attack(name: str, arguments: Sequence[str] | None = None) -> int:
@@ -15,3 +18,11 @@ def run_attack(name: str, arguments: Sequence[str] | None = None) -> int:
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     return int(main(["run", "--attacks", name, *given]) or 0)
+
+
+def run_training_attack(name: str, arguments: Sequence[str] | None = None) -> int:
+    """Like :func:`run_attack` for an attack that moves weights: ``elk-stress train --attack NAME ...``."""
+    from elk_stress.cli import main
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return int(main(["train", "--attack", name, *given]) or 0)

@@ -33,7 +33,7 @@ from elk_stress.estimators.mixture import Mixture, affordable, blocks
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import LimitState, Meter
 
-__all__ = ["EvidenceBound"]
+__all__ = ["EvidenceBound", "bound_of", "level_of"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class EvidenceBound:
         n_pilot = max(1, round(self.pilot * n)) if n >= 2 else 0
         pilot = self._ratios(meter, centres, n_pilot, rng)
         fresh = self._ratios(meter, centres, n - n_pilot if n_pilot else 0, rng)
-        bound = _bound(fresh, _threshold(pilot, self.confidence), self.confidence)
+        bound = bound_of(fresh, level_of(pilot, self.confidence), self.confidence)
         jensen, success, error = _jensen(fresh)
         flags: tuple[tuple[Flag, ...], ...] = ()
         if n < self.n_particles:
@@ -118,8 +118,8 @@ class EvidenceBound:
         return out
 
 
-def _threshold(pilot: np.ndarray, confidence: float) -> np.ndarray:
-    """The t that gives the lowest bound on the pilot draws (infinite where none failed)."""
+def level_of(pilot: np.ndarray, confidence: float) -> np.ndarray:
+    """``(p,)`` the t that gives the lowest bound on pilot draws' L ``(p, n)`` (``inf`` where none failed)."""
     p, n = pilot.shape
     if n == 0:
         return np.full(p, np.inf)
@@ -130,7 +130,8 @@ def _threshold(pilot: np.ndarray, confidence: float) -> np.ndarray:
     return np.asarray(ordered[np.arange(p), best])
 
 
-def _bound(fresh: np.ndarray, t: np.ndarray, confidence: float) -> np.ndarray:
+def bound_of(fresh: np.ndarray, t: np.ndarray, confidence: float) -> np.ndarray:
+    """``(p,)`` rigorous bound from fresh draws' L ``(p, n)`` (``inf``: did not fail) at levels t fixed beforehand."""
     n = fresh.shape[1]
     count = (np.isfinite(fresh) & (fresh <= t[:, None])).sum(axis=1)
     some = (count > 0) & np.isfinite(t)

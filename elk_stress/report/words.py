@@ -45,6 +45,7 @@ FLAG_CODES: Mapping[str, str] = {
     "fpr_unresolved": "FP",
     "behaviour_broken": "BB",
     "benign_broke_it": "BN",
+    "diverged": "DV",
     "brittle": "BR",
     "leak": "LK",
     "wide_interval": "WI",

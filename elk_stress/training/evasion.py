@@ -1,0 +1,95 @@
+r"""The evasion loss: how much of the gap between positives and negatives a probe still shows.
+
+With ``z = (score - centre) / gap`` (0 at the mean negative, 1 at the mean positive, when the probe was fitted), the
+loss over positives x is
+
+``evasion = mean_x softplus(4 z) / 4``,
+
+about 1 for an untouched probe, 0.17 when positives score like negatives, and with slope beyond that, since an
+evader does not stop at chance. It saturates, so that strength decides what is paid for, not how far scores run away.
+Several probes count by their mean. One definition for jax and torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from elk_stress.arrays import namespace
+from elk_stress.probe import FittedProbe, Probe, direction
+from elk_stress.training.protocols import Targets
+
+__all__ = ["SHARPNESS", "evasion_loss", "plain_recipe", "targets_from"]
+
+SHARPNESS = 4.0
+
+
+def evasion_loss(recipes: Sequence[Probe], arrays: Sequence[Mapping[str, Any]], activations: Any, positive: Any) -> Any:
+    """Scalar evasion of one cell.
+
+    Args:
+        recipes: the probes' recipes.
+        arrays: one cell's ``parameters``, ``centre`` and ``gap`` per probe, in the namespace of ``activations``.
+        activations: ``(n, dim)``.
+        positive: ``(n,)`` weights: 1 for what the probe must catch, else 0; not all 0.
+    """
+    xp = namespace(activations)
+    total = 0.0
+    for recipe, cell in zip(recipes, arrays, strict=True):
+        score = recipe.score(xp, cell["parameters"], activations)
+        z = SHARPNESS * (score - cell["centre"]) / cell["gap"]
+        each = xp.logaddexp(xp.zeros_like(z), z) / SHARPNESS
+        total = total + (each * positive).sum() / positive.sum()
+    return total / len(recipes)
+
+
+def targets_from(
+    probes: Sequence[Sequence[Sequence[FittedProbe]]], activations: np.ndarray, labels: np.ndarray
+) -> Targets:
+    """Targets from fitted probes.
+
+    Args:
+        probes: ``probes[k][l][s]``: probe k for strength l, model s; the same recipe over all cells.
+        activations: ``(strengths, models, n, dim)`` on which they were fitted.
+        labels: ``(n,)``.
+    """
+    recipes, arrays = [], []
+    for cells in probes:
+        shown = [
+            [_shown(p, a, labels) for p, a in zip(row, acts, strict=True)]
+            for row, acts in zip(cells, activations, strict=True)
+        ]
+        recipe, _ = plain_recipe(cells[0][0])
+        names = plain_recipe(cells[0][0])[1].keys()
+        recipes.append(recipe)
+        arrays.append(
+            {
+                "parameters": {
+                    name: np.stack(
+                        [np.stack([np.asarray(plain_recipe(p)[1][name], np.float32) for p in row]) for row in cells]
+                    )
+                    for name in names
+                },
+                "centre": np.array([[c for c, _ in row] for row in shown], dtype=np.float32),
+                "gap": np.array([[g for _, g in row] for row in shown], dtype=np.float32),
+            }
+        )
+    return Targets(tuple(recipes), tuple(arrays))
+
+
+def plain_recipe(probe: FittedProbe) -> tuple[Probe, Mapping[str, np.ndarray]]:
+    """Recipe and parameters; every linear probe becomes a bare direction, so that one compiled program serves all."""
+    if probe.traits.linear:
+        weight, bias = probe.parameters["weight"], probe.parameters["bias"]
+        bare = direction(np.asarray(weight, np.float32), float(bias))
+        return bare.probe, bare.parameters
+    return probe.probe, probe.parameters
+
+
+def _shown(probe: FittedProbe, activations: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Mean score of negatives, and how far positives lie above; never less than a tenth of the scores' spread."""
+    scores = np.asarray(probe.score(activations), dtype=float)
+    low, high = scores[labels == 0].mean(), scores[labels == 1].mean()
+    return float(low), float(max(high - low, 0.1 * scores.std(), 1e-6))

@@ -1,0 +1,196 @@
+"""What a training-pressure run found; plain frozen data that serialize themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from elk_stress.bits import Bits, BitsBatch
+from elk_stress.flags import Flag
+from elk_stress.result import Audit, Curve, plain
+from elk_stress.training.measure import Measured
+from elk_stress.training.overoptimization import Overoptimization
+
+__all__ = ["AuditPoint", "Benign", "PressureResult", "WeightBits", "median_bits", "over_models"]
+
+
+@dataclass(frozen=True)
+class Benign:
+    """The control of equal size: the same steps, examples and learning rate, no probe in the loss.
+
+    Attributes:
+        auroc: ``(models,)`` of the attacked probe at its end, under q's noise.
+        spent: ``(models,)`` bits; shift: ``(models,)`` nats.
+        broke: share of models in which it cost the probe half of its advantage.
+    """
+
+    auroc: np.ndarray
+    spent: np.ndarray
+    shift: np.ndarray
+    broke: float
+
+
+@dataclass(frozen=True)
+class AuditPoint:
+    """The audit at one place of the pressure curve.
+
+    Attributes:
+        bits: spent at most.
+        audits: one per model.
+        verdict: the commonest verdict; verdicts: verdict -> models.
+        gains: stage -> mean gain over the rock in nats (``clean`` and the stages of the audit).
+    """
+
+    bits: float
+    audits: tuple[Audit, ...]
+    verdict: str
+    verdicts: Mapping[str, int]
+    gains: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class WeightBits:
+    """Bits of a weight change: B at half advantage with behaviour kept, a property of probe, testbed and threat.
+
+    Attributes:
+        headline: median over models with a 95% interval over models.
+        models: per model (``None`` where only bounds are known).
+        bounds: rigorous upper bounds per model, at the engine's own centre.
+        scale: multiple of the prior's scale -> median over models.
+    """
+
+    headline: Bits
+    models: BitsBatch | None
+    bounds: np.ndarray
+    scale: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PressureResult:
+    """One probe under one training attack and one defender mode.
+
+    Attributes:
+        testbed, site, probe, attack, mode: what was run; ``against``: all probes that the attack trained against.
+        strengths, steps: of the cells, and of the checkpoints.
+        clean: ``(models,)`` AUROC of the probe before; tau: half advantage.
+        measured: arrays ``(checkpoints, strengths, models)``.
+        log: ``task`` and ``evasion``, means since the last checkpoint, ``(checkpoints, strengths, models)``.
+        curves: panel name (the attacked probe first, then held-out probes, then ``refit``) -> AUROC at b bits, the
+            attacker's best cell with behaviour kept, mean and 95% interval over models; ``curves_free``: behaviour not
+            kept.
+        spent: ``(models,)`` bits that the attack had spent when the probe had lost half of its advantage (behaviour
+            kept); ``inf`` where it never did.
+        reached: bits spent at most; beyond, the curve and ``spent`` are censored.
+        headline: median of ``spent`` over models.
+        bits: the threat's B, where measured. efficiency: ``(models,)`` best known B / spent.
+        upper_bound: ``(models,)`` rigorous bound on B from where this attack broke through.
+        benign: the control; ``None`` where the attack has none.
+        audits: along the curve. moved_at, hidden_at, gone_at: bits at which the commonest verdict first is that.
+        overoptimization: fits to the drop of the attacked probe (proxy), of the refit and of held-out probes (gold).
+        rounds: refits that the defender lasted, ``(models,)``, in mode ``refit``.
+        diverged: ``(strengths, models)``.
+        extra: what the attack itself examined.
+        verdict: ``broken``, ``held``, ``brittle``, ``behaviour broken``, ``did not engage`` or ``diverged``.
+    """
+
+    testbed: str
+    site: str
+    probe: str
+    attack: str
+    mode: str
+    against: tuple[str, ...]
+    strengths: np.ndarray
+    steps: np.ndarray
+    clean: np.ndarray
+    tau: np.ndarray
+    epsilon: float
+    measured: Measured
+    log: Mapping[str, np.ndarray]
+    curves: Mapping[str, Curve]
+    curves_free: Mapping[str, Curve]
+    spent: np.ndarray
+    spent_free: np.ndarray
+    reached: np.ndarray
+    headline: Bits
+    bits: WeightBits | None
+    efficiency: np.ndarray
+    upper_bound: np.ndarray
+    benign: Benign | None
+    audits: tuple[AuditPoint, ...]
+    moved_at: float
+    hidden_at: float
+    gone_at: float
+    overoptimization: tuple[Overoptimization, ...]
+    rounds: np.ndarray | None
+    diverged: np.ndarray
+    extra: Mapping[str, Any]
+    verdict: str
+    flags: tuple[Flag, ...]
+    config: Mapping[str, Any]
+    versions: Mapping[str, str]
+    seed: int
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """``probe/attack/mode``."""
+        return f"{self.probe}/{self.attack}/{self.mode}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary with everything in it."""
+        record = plain(self)
+        assert isinstance(record, dict)
+        return record
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.probe} on {self.testbed} at {self.site}, {self.attack} ({self.mode}): {self.verdict}",
+            f"  AUROC {self.clean.mean():.2f}; half of its advantage was lost after {self.headline} bits spent",
+        ]
+        if self.bits is not None:
+            lines.append(f"  bits needed: {self.bits.headline}")
+        if self.benign is not None:
+            lines.append(f"  benign control: AUROC {np.nanmean(self.benign.auroc):.2f}")
+        lines += [f"  after {a.bits:.0f} bits: {a.verdict}" for a in self.audits[-1:]]
+        lines += [f"  flag: {f}" for f in self.flags]
+        return "\n".join(lines)
+
+
+def over_models(values: np.ndarray, axis: int = -1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and its 95% Student-t interval over models; NaN models are left out, one model has no interval."""
+    from scipy.special import stdtrit
+
+    n = np.isfinite(values).sum(axis=axis)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.nansum(values, axis=axis) / n
+        spread = np.sqrt(np.nansum((values - np.expand_dims(mean, axis)) ** 2, axis=axis) / (n - 1) / n)
+        half = np.where(n > 1, stdtrit(np.maximum(n - 1, 1), 0.975) * spread, np.inf)
+    return mean, mean - half, mean + half
+
+
+def median_bits(values: np.ndarray, reached: np.ndarray, method: str) -> Bits:
+    """Median over models with the distribution-free interval of order statistics; ``inf``: beyond ``reached``.
+
+    The interval from the j-th smallest to the j-th largest of n values covers the median of their distribution with
+    probability ``1 - 2 P[Binomial(n, 1/2) < j]``; j is the largest with at least 95%. Below 6 models none has: then the
+    interval is all that is known, from the smallest to the largest widened to 0 and infinity.
+    """
+    from scipy.stats import binom
+
+    from elk_stress.bits import Kind
+
+    ordered = np.sort(values)
+    n = len(ordered)
+    value = float(np.median(ordered)) if n % 2 or np.isfinite(ordered[n // 2]) else math.inf
+    j = 0
+    while j < n // 2 and 1 - 2 * binom.cdf(j, n, 0.5) >= 0.95:
+        j += 1
+    low, high = (float(ordered[j - 1]), float(ordered[n - j])) if j else (0.0, math.inf)
+    least = float(np.min(reached))
+    if not math.isfinite(value):
+        return Bits(least, min(low, least), math.inf, Kind.CENSORED, method)
+    return Bits(value, min(low, value), max(high, value), Kind.ESTIMATE, method)
