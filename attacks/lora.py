@@ -55,9 +55,9 @@ class Lora:
     """
 
     steps: int = 120
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     batch_size: int = 8
-    keep: float = 1.0
+    keep: float = 10.0
 
     name: ClassVar[str] = "lora"
     access: ClassVar[Literal["none", "score", "weights"]] = "weights"

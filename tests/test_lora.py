@@ -238,6 +238,9 @@ def test_gradient_reaches_only_the_adapters() -> None:
 
 def test_the_model_it_was_made_from_is_left_alone() -> None:
     model = _model()
+    # a second copy of a real model would be gigabytes
+    copies = {p.data_ptr() for name, p in _trainee(model).adapted.reader.model.named_parameters() if "lora" not in name}
+    assert copies == {p.data_ptr() for p in model.model.parameters()}
     texts = ["the cat is red in paris.", "the dog is not in lima"]
     weights = {name: p.clone() for name, p in model.model.named_parameters()}
     before = model.read(texts, model.sites)
@@ -291,6 +294,31 @@ def test_benign_control_moves_and_ignores_the_targets(trainee: LoraTrainee) -> N
     assert np.array_equal(log["task"][0, 0], log["task"][0, 1])
     assert np.array_equal(log["evasion"][0, 0], log["evasion"][0, 1])
     assert not np.array_equal(log["task"][0, :, 0], log["task"][0, :, 1])
+
+
+def test_the_task_is_next_token_cross_entropy(trainee: LoraTrainee) -> None:
+    """A batch that holds every text, against transformers' own loss."""
+    import torch
+
+    _, targets = _probes(trainee, 1)
+    attack = Lora(batch_size=1000)
+    _, log = attack.advance(trainee, attack.start(trainee, np.array([0.0]), 0), targets, 1)
+    model, total, count = tiny_models.causal(), 0.0, 0
+    with torch.no_grad():
+        for row in trainee.ordinary_rows:
+            ids = torch.tensor([row])
+            total += float(model(ids, labels=ids).loss) * (len(row) - 1)
+            count += len(row) - 1
+    np.testing.assert_allclose(log["task"][0, 0], total / count, rtol=1e-5)
+    np.testing.assert_allclose(log["kl"][0, 0], 0, atol=1e-6)
+
+
+def test_every_step_draws_anew(trainee: LoraTrainee) -> None:
+    _, targets = _probes(trainee, 1)
+    attack = Lora(learning_rate=0.0, batch_size=4)
+    _, log = attack.advance(trainee, attack.start(trainee, np.array([1.0]), 0), targets, 6)
+    for name in ("task", "evasion"):
+        assert len(np.unique(log[name][:, 0, 0])) == 6
 
 
 def test_ordinary_training_learns_the_ordinary_text(trainee: LoraTrainee) -> None:
