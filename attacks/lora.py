@@ -5,10 +5,7 @@ probe and model. Per step, on one batch of ordinary texts and one of training it
 
     ``loss = cross-entropy + keep * KL(original, moved) + strength * evasion``
 
-with :func:`~elk_stress.training.evasion.evasion_loss`, whose centre is where the probe puts the *negatives of the
-batch now*, not where it put them when it was fitted. With the fitted centre the cheapest evasion moves all items alike
-along the probe: the loss vanishes and positives are told from negatives as well as before. The evasion's forward pass
-ends at the site.
+with :func:`~elk_stress.training.evasion.evasion_loss`. The evasion's forward pass ends at the site.
 
 Strength 0 is the benign control: the same steps on the same texts at the same learning rate, and the same pull back to
 the original; only the evasion is missing (it is logged, not followed). The behaviour that is judged is measured
@@ -181,20 +178,14 @@ def _evasion_of(targets: Targets, cell: tuple[int, ...], device: str) -> Callabl
     arrays = [
         {
             "parameters": {name: tensor(value) for name, value in probe["parameters"].items()},
-            "centre": tensor(probe["centre"]),
             "gap": tensor(probe["gap"]),
         }
         for probe in targets.arrays
     ]
 
     def evasion(activations: Any, positive: np.ndarray) -> Any:
-        # where the negatives are now, not where they were: shifting all items alike evades nothing
         weight = torch.as_tensor(positive, dtype=activations.dtype, device=device)
-        moved = [
-            {**probe, "centre": recipe.score(torch, probe["parameters"], activations[~positive]).mean()}
-            for recipe, probe in zip(targets.recipes, arrays, strict=True)
-        ]
-        return evasion_loss(targets.recipes, moved, activations, weight)
+        return evasion_loss(targets.recipes, arrays, activations, weight)
 
     return evasion
 

@@ -281,7 +281,7 @@ def test_benign_control_moves_and_ignores_the_targets(trainee: LoraTrainee) -> N
     _, targets = _probes(trainee, 2)
     broken = copy.deepcopy(targets)
     for array in broken.arrays:
-        array["centre"][0] = np.nan
+        array["gap"][0] = np.nan
         array["parameters"]["weight"][0] = np.inf
     start = _SHORT.start(trainee, np.array([0.0, 2.0]), 0)
     state, log = _SHORT.advance(trainee, start, targets, 4)
