@@ -32,6 +32,7 @@ METHODS: dict[str, str] = {
     "best_of_n": "elk_stress.estimators.best_of_n:BestOfN",
     "design_point": "elk_stress.estimators.design_point:DesignPoint",
     "importance": "elk_stress.estimators.importance:Importance",
+    "annealed": "elk_stress.estimators.annealed:Annealed",
     "line_sampling": "elk_stress.estimators.line_sampling:LineSampling",
     "subset_simulation": "elk_stress.estimators.subset_simulation:SubsetSimulation",
     "evidence_bound": "elk_stress.estimators.evidence_bound:EvidenceBound",
