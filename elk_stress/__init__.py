@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from elk_stress.flags import Flag as Flag
     from elk_stress.probe import FittedProbe as FittedProbe
     from elk_stress.probe import direction as direction
+    from elk_stress.training.comparison import compare_pressure as compare_pressure
+    from elk_stress.training.pressure import stress_training as stress_training
+    from elk_stress.training.results import PressureResult as PressureResult
 
 __version__ = "0.1.0"
 
@@ -35,6 +38,9 @@ _HOME = {
     "compare": "elk_stress.engine",
     "stress": "elk_stress.engine",
     "stress_activations": "elk_stress.engine",
+    "PressureResult": "elk_stress.training.results",
+    "compare_pressure": "elk_stress.training.comparison",
+    "stress_training": "elk_stress.training.pressure",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

@@ -48,6 +48,16 @@ examples:
   elk-stress probes --json
       what is registered, yours included
 """
+_TRAIN_EXAMPLES = """\
+examples:
+  elk-stress train --testbed superposition --probes mass_mean,lda,logistic
+      fine-tuning against three probes of a small learned model; minutes
+  elk-stress train --testbed vault --probes logistic --attack reinforce --modes frozen,refit
+      the probe's score as a reward only; a defender that refits
+  elk-stress train --testbed statements --attack lora --probes lda --strengths 1 --steps 60
+      a LoRA adapter on a small language model
+  a killed run goes on where it stopped when the same command is given with the same --out
+"""
 _LISTS = {"probes": "probes that can be stressed", "attacks": "attacks", "testbeds": "testbeds"}
 
 
@@ -64,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
         options = _parser().parse_args(arguments)
-        return _run(options) if options.command == "run" else _list(options)
+        commands = {"run": _run, "train": _train}
+        return commands.get(options.command, _list)(options)
     except _BadInput as error:
         print(f"elk-stress: {error}", file=sys.stderr)
         return USAGE
@@ -91,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"elk-stress {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_run(commands.add_parser("run", help="stress probes on a testbed", epilog=_EXAMPLES, formatter_class=raw))
+    _add_train(
+        commands.add_parser("train", help="train a model against probes", epilog=_TRAIN_EXAMPLES, formatter_class=raw)
+    )
     for name, what in _LISTS.items():
         listing = commands.add_parser(name, help=f"list the {what}")
         listing.add_argument("--json", action="store_true", help="as one JSON object, name -> description")
@@ -131,6 +145,106 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     output.add_argument("--strict", action="store_true", help="exit with 3 if red flags were raised")
     output.add_argument("--no-progress", action="store_true", help="no progress bars")
     output.add_argument("--traceback", action="store_true", help="show where an error came from")
+
+
+def _add_train(train: argparse.ArgumentParser) -> None:
+    what = train.add_argument_group("what")
+    what.add_argument("--testbed", default="superposition", metavar="NAME", help="default: superposition")
+    what.add_argument(
+        "--probes", default="mass_mean,lda,logistic", metavar="A,B", help="names; organisms also know oracle and paper"
+    )
+    what.add_argument("--attack", default="finetune", metavar="NAME", help="one that moves weights (default: finetune)")
+    what.add_argument("--modes", default="frozen", metavar="A,B", help="frozen, refit, ensemble (default: frozen)")
+    what.add_argument("--against", default="", metavar="A,B", help="also trained against, in mode ensemble")
+    what.add_argument("--size", choices=("demo", "full"), help="how much data a language-model testbed reads")
+    how = train.add_argument_group("how")
+    how.add_argument("--strengths", metavar="X,Y", help="weights of the evasion; 0, the benign control, is added")
+    how.add_argument("--steps", type=_natural, metavar="N", help="default: the attack's own")
+    how.add_argument("--checkpoints", type=_natural, default=10, metavar="N", help="measurements (default: 10)")
+    how.add_argument("--models", type=_natural, metavar="N", help="models (seeds) trained side by side")
+    how.add_argument("--source", choices=("prior", "finetunes"), help="candidates of select_best")
+    how.add_argument("--epsilon", type=_positive, default=0.03, metavar="NATS", help="behaviour kept (default: 0.03)")
+    how.add_argument("--no-bits", action="store_true", help="leave out B, the bits needed")
+    how.add_argument("--seed", type=_natural, default=0, help="all randomness (default: 0)")
+    output = train.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<testbed>-<attack>-<date-time>")
+    output.add_argument("--json", action="store_true", help="print the complete result instead of tables")
+    output.add_argument("--strict", action="store_true", help="exit with 3 if red flags were raised")
+    output.add_argument("--no-progress", action="store_true", help="no progress bars")
+    output.add_argument("--traceback", action="store_true", help="show where an error came from")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from elk_stress import registry
+
+    _names("testbeds", options.testbed)
+    _names("attacks", options.attack)
+    probes = list(dict.fromkeys(name.strip() for name in options.probes.split(",") if name.strip()))
+    for name in probes:
+        if name not in ("oracle", "paper"):
+            _names("probes", name)
+    against = [name.strip() for name in options.against.split(",") if name.strip()]
+    try:
+        strengths = None if options.strengths is None else [float(x) for x in options.strengths.split(",")]
+    except ValueError:
+        raise _BadInput(
+            f"--strengths are numbers with commas between, e.g. 0.1,1,10; got {options.strengths!r}"
+        ) from None
+    out = options.out or Path("runs") / "-".join(
+        [options.testbed, options.attack, datetime.now().strftime("%Y%m%d-%H%M%S")]
+    )
+    from elk_stress.subjects.threads import configure_threads
+
+    configure_threads()
+    from elk_stress.subjects.models import ModelUnavailable
+    from elk_stress.training.suite import TrainingInterrupted, train
+
+    code = DONE
+    try:
+        takes = registry.options("testbeds", options.testbed)
+        given = {"n_models": options.models, "seed": options.seed, "size": options.size}
+        testbed = registry.load(
+            "testbeds", options.testbed, **{k: v for k, v in given.items() if v is not None and k in takes}
+        )
+        source = {} if options.source is None else {"source": options.source}
+        with _progress(options) as progress:
+            result = train(
+                testbed,
+                probes,
+                out=out,
+                attack=registry.load("attacks", options.attack, **source),
+                modes=[mode.strip() for mode in options.modes.split(",")],
+                against=against,
+                strengths=strengths,
+                steps=options.steps,
+                checkpoints=options.checkpoints,
+                epsilon=options.epsilon,
+                bits=not options.no_bits,
+                seed=options.seed,
+                progress=progress,
+            )
+    except TrainingInterrupted as interrupted:
+        result, code = interrupted.result, INTERRUPTED
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, ModelUnavailable) as error:
+        if options.traceback or isinstance(error, IndexError) or type(error) is KeyError:
+            raise
+        raise _BadInput(_one_line(error)) from error
+    if options.json:
+        json.dump(result.to_json(), sys.stdout, allow_nan=False)
+        print()
+    else:
+        from rich.console import Console
+
+        from elk_stress.report import pressure
+
+        console = Console()
+        pressure.show(console if console.is_terminal else Console(width=140), result)
+    for name, reason in result.failures.items():
+        print(f"elk-stress: {name} failed: {reason}", file=sys.stderr)
+    print(f"written to {out}", file=sys.stderr if options.json else sys.stdout)
+    if code == DONE and not result.results:
+        return FAILED
+    return FLAGGED if code == DONE and options.strict and result.red else code
 
 
 def _run(options: argparse.Namespace) -> int:

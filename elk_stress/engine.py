@@ -223,9 +223,19 @@ def _threats(threats: Sequence[Threat | str] | None, epsilon: float | None) -> t
 
 
 def _attacks(attacks: Sequence[str | Attack] | str) -> tuple[Attack, ...]:
-    if isinstance(attacks, str):
-        attacks = registry.names("attacks") if attacks == "all" else [attacks]
-    return tuple(registry.load("attacks", a) if isinstance(a, str) else a for a in attacks)
+    if attacks == "all":
+        found = (registry.load("attacks", name) for name in registry.names("attacks"))
+        # those that move weights have a loop of their own (elk_stress.stress_training)
+        return tuple(a for a in found if "weights" not in a.scopes)
+    given = [attacks] if isinstance(attacks, str) else attacks
+    made = tuple(registry.load("attacks", a) if isinstance(a, str) else a for a in given)
+    for attack in made:
+        if "weights" in attack.scopes:
+            raise ValueError(
+                f"attack {attack.name!r} trains the model's weights; use elk_stress.stress_training, or "
+                f"`elk-stress train --attack {attack.name}`"
+            )
+    return made
 
 
 def _one(scene: Scene, place: Situation, max_bits: float, n_particles: int, seed: int) -> ThreatResult:

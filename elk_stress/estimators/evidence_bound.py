@@ -35,6 +35,9 @@ from elk_stress.limit_state import LimitState, Meter
 
 __all__ = ["EvidenceBound", "bound_of", "level_of"]
 
+# the chance that no fresh draw lies below the level of so many pilot draws, as many fresh as pilot: about exp(-6)
+_PILOT_FAILURES = 6
+
 
 @dataclass(frozen=True)
 class EvidenceBound:
@@ -119,14 +122,20 @@ class EvidenceBound:
 
 
 def level_of(pilot: np.ndarray, confidence: float) -> np.ndarray:
-    """``(p,)`` the t that gives the lowest bound on pilot draws' L ``(p, n)`` (``inf`` where none failed)."""
+    """``(p,)`` the t that gives the lowest bound on pilot draws' L ``(p, n)`` (``inf`` where none failed).
+
+    At least a few failing pilot draws lie at or below it: a level that one lucky draw sets is met by no fresh one, and
+    the bound would be infinite.
+    """
     p, n = pilot.shape
     if n == 0:
         return np.full(p, np.inf)
     ordered = np.sort(pilot, axis=1)
     low = _lower_limit(np.arange(1, n + 1), n, confidence)
+    least = np.minimum(_PILOT_FAILURES, np.isfinite(ordered).sum(axis=1))
+    allowed = np.isfinite(ordered) & (np.arange(1, n + 1)[None, :] >= least[:, None])
     with np.errstate(invalid="ignore"):
-        best = np.argmin(np.where(np.isfinite(ordered), ordered - np.log2(low)[None, :], np.inf), axis=1)
+        best = np.argmin(np.where(allowed, ordered - np.log2(low)[None, :], np.inf), axis=1)
     return np.asarray(ordered[np.arange(p), best])
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from elk_stress.run import RunResult
 
-__all__ = ["NEEDED_BYTES", "UnusableFolder", "check_folder", "write_folder", "write_result"]
+__all__ = ["NEEDED_BYTES", "UnusableFolder", "check_folder", "replace_file", "write_folder", "write_result"]
 
 NEEDED_BYTES = 64 * 2**20
 """Free space demanded before the long work: a full run's result.json is about 10 MB, figures and report 1 MB."""
@@ -41,7 +41,7 @@ def check_folder(folder: Path, needed: int = NEEDED_BYTES) -> Path:
     except OSError as error:
         raise UnusableFolder(f"the output folder {folder} cannot be made: {error.strerror}; {way_out}") from None
     try:
-        _replace(folder / "writable", lambda path: path.write_bytes(b"\0" * 65536))
+        replace_file(folder / "writable", lambda path: path.write_bytes(b"\0" * 65536))
         (folder / "writable").unlink()
     except OSError as error:
         raise UnusableFolder(f"the output folder {folder} cannot be written: {error.strerror}; {way_out}") from None
@@ -58,7 +58,7 @@ def write_result(run: RunResult, folder: Path) -> Path:
     """``result.json`` alone, atomically: after every finished probe."""
     path = folder / "result.json"
     text = json.dumps(run.to_json(), allow_nan=False, separators=(",", ":"))
-    _replace(path, lambda part: part.write_text(text + "\n"))
+    replace_file(path, lambda part: part.write_text(text + "\n"))
     return path
 
 
@@ -76,16 +76,17 @@ def write_folder(run: RunResult, folder: Path) -> list[Path]:
                 # a figure of an earlier run must not stand beside this run's numbers
                 (folder / name).unlink(missing_ok=True)
                 continue
-            _replace(folder / name, lambda part, figure=figure: plots.save(figure, part))  # type: ignore[misc]
+            replace_file(folder / name, lambda part, figure=figure: plots.save(figure, part))  # type: ignore[misc]
             written.append(folder / name)
     from elk_stress.report.markdown import report
 
     text = report(run, [path.name for path in written])
-    _replace(folder / "report.md", lambda part: part.write_text(text))
+    replace_file(folder / "report.md", lambda part: part.write_text(text))
     return [*written, folder / "report.md"]
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, sync it and rename it into place."""
     part = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         write(part)

@@ -31,11 +31,11 @@ from elk_stress.report import words
 from elk_stress.result import BestOfNCurves, Curve, StressResult, ThreatResult
 from elk_stress.threat import Threat
 
-__all__ = ["best_of_n", "save", "survival"]
+__all__ = ["COLOURS", "LINES", "best_of_n", "blank", "save", "survival"]
 
 # Okabe-Ito, ordered so that neighbours differ in lightness
-_COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#8C8C00")
-_LINES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)), (0, (3, 3)))
+COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#8C8C00")
+LINES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)), (0, (3, 3)))
 _MARKERS = "osD^vPX*"
 _TAILS: Mapping[str, Any] = {"gaussian": "-", "logistic": (0, (5, 1.6)), "student_t": (0, (1.2, 1.2))}
 
@@ -44,7 +44,7 @@ def survival(results: Sequence[StressResult]) -> Figure:
     """recall(b) of every probe, a panel per threat; universal threats show their metric at b bits."""
     threats = words.columns(results)
     kept = [False, True] if any(t.threat.kept for r in results for t in r.threats.values()) else [False]
-    figure = _figure(3.1 * max(2, len(threats)) + 0.6, 2.75 * len(kept) + 1.25)
+    figure = blank(3.1 * max(2, len(threats)) + 0.6, 2.75 * len(kept) + 1.25)
     axes = figure.subplots(len(kept), len(threats), sharey=True, squeeze=False)
     for i, is_kept in enumerate(kept):
         for j, free in enumerate(threats):
@@ -77,7 +77,7 @@ def best_of_n(results: Sequence[StressResult]) -> Figure | None:
     curves = [c for _, r in having for b in r.best_of_n for c in (b.observed, *b.predicted.values())]
     # one scale for all panels; small shares are worth seeing
     top = min(1.0, max(0.1, 1.1 * max(float(c.high.max()) for c in curves)))
-    figure = _figure(2.5 * max(2, len(having)) + 1.2, 2.5 * len(kept) + 1.35)
+    figure = blank(2.5 * max(2, len(having)) + 1.2, 2.5 * len(kept) + 1.35)
     axes = figure.subplots(len(kept), len(having), sharey=True, sharex=True, squeeze=False)
     for i, is_kept in enumerate(kept):
         for j, (k, result) in enumerate(having):
@@ -86,7 +86,7 @@ def best_of_n(results: Sequence[StressResult]) -> Figure | None:
             if found is None:
                 axis.text(0.5, 0.5, "not observed", ha="center", va="center", transform=axis.transAxes, color="0.4")
             else:
-                _best_of_n_panel(axis, found, _COLOURS[k % len(_COLOURS)])
+                _best_of_n_panel(axis, found, COLOURS[k % len(COLOURS)])
             if i == 0:
                 axis.set_title(result.probe, fontsize=10)
             if i == len(kept) - 1:
@@ -118,11 +118,11 @@ def _survival_panel(axis: Any, shown: Sequence[ThreatResult | None]) -> None:
     for k, threat in enumerate(shown):
         if threat is None or len(threat.curve.x) == 0:
             continue
-        curve, colour = threat.curve, _COLOURS[k % len(_COLOURS)]
+        curve, colour = threat.curve, COLOURS[k % len(COLOURS)]
         known = _known(curve)
         x = curve.x[known]
         axis.fill_between(x, curve.low[known], curve.high[known], color=colour, alpha=0.16, lw=0)
-        axis.plot(x, curve.value[known], color=colour, ls=_LINES[k % len(_LINES)], lw=1.7)
+        axis.plot(x, curve.value[known], color=colour, ls=LINES[k % len(LINES)], lw=1.7)
         for bound in (curve.worst[known], curve.best[known]):
             if not np.allclose(bound, curve.value[known], atol=1e-9):
                 axis.plot(x, bound, color=colour, ls=":", lw=0.8)
@@ -181,9 +181,7 @@ def _mark(axis: Any, x: np.ndarray, y: np.ndarray, k: int, n: int) -> None:
     if len(x) > 1:
         step = max(1, len(x) // 9)
         at = np.arange((k * step) // max(1, n), len(x), step)
-        axis.plot(
-            x[at], y[at], ls="none", marker=_MARKERS[k % len(_MARKERS)], ms=4.5, color=_COLOURS[k % len(_COLOURS)]
-        )
+        axis.plot(x[at], y[at], ls="none", marker=_MARKERS[k % len(_MARKERS)], ms=4.5, color=COLOURS[k % len(COLOURS)])
 
 
 def _explained(results: Sequence[StressResult]) -> list[Any]:
@@ -217,12 +215,12 @@ def _tail_line(tail: str) -> Any:
 
 def _handle(name: str, k: int) -> Line2D:
     return Line2D(
-        [], [], color=_COLOURS[k % len(_COLOURS)], ls=_LINES[k % len(_LINES)], marker=_MARKERS[k % len(_MARKERS)],
+        [], [], color=COLOURS[k % len(COLOURS)], ls=LINES[k % len(LINES)], marker=_MARKERS[k % len(_MARKERS)],
         ms=4.5, lw=1.7, label=name,
     )  # fmt: skip
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure

@@ -23,7 +23,10 @@ from elk_stress.training.measure import auroc_of, fit_cells, scores_of
 from elk_stress.training.overoptimization import Overoptimization, fit_overoptimization
 from elk_stress.training.results import AuditPoint, Benign, PressureResult, WeightBits, median_bits, over_models
 
-__all__ = ["account"]
+__all__ = ["NO_SIGNAL", "account"]
+
+NO_SIGNAL = 0.55
+"""Clean AUROC below which a probe has no advantage worth measuring."""
 
 _GRID = 25
 _RESAMPLES = 200
@@ -53,6 +56,9 @@ def account(
     flags: list[Flag] = [] if raised is None else [raised]
     benign = _benign(run)
     verdict = _verdict(engaged, diverged[pressed], benign, spent, spent_free)
+    if float(run.clean.mean()) < NO_SIGNAL:
+        verdict = "no signal"
+        flags.append(flag("catches_nothing", f"clean AUROC {run.clean.mean():.2f}: there is no advantage to lose"))
     if benign is not None and benign.broke >= 0.5:
         flags.append(flag("benign_broke_it", f"in {benign.broke:.0%} of the models"))
     if diverged.any():

@@ -1,12 +1,14 @@
 r"""The evasion loss: how much of the gap between positives and negatives a probe still shows.
 
-With ``z = (score - centre) / gap`` (0 at the mean negative, 1 at the mean positive, when the probe was fitted), the
-loss over positives x is
+With ``z = (score - mean score of the negatives in the batch) / gap``, gap the distance between the class means when the
+probe was fitted, the loss over positives x is
 
 ``evasion = mean_x softplus(4 z) / 4``,
 
 about 1 for an untouched probe, 0.17 when positives score like negatives, and with slope beyond that, since an
 evader does not stop at chance. It saturates, so that strength decides what is paid for, not how far scores run away.
+Negatives are taken as they are *now*: against where they were, the cheapest evasion moves all items alike, and the
+probe would tell positives from negatives as well as before.
 Several probes count by their mean. One definition for jax and torch.
 """
 
@@ -31,15 +33,17 @@ def evasion_loss(recipes: Sequence[Probe], arrays: Sequence[Mapping[str, Any]], 
 
     Args:
         recipes: the probes' recipes.
-        arrays: one cell's ``parameters``, ``centre`` and ``gap`` per probe, in the namespace of ``activations``.
+        arrays: one cell's ``parameters`` and ``gap`` per probe, in the namespace of ``activations``.
         activations: ``(n, dim)``.
-        positive: ``(n,)`` weights: 1 for what the probe must catch, else 0; not all 0.
+        positive: ``(n,)`` weights: 1 for what the probe must catch, else 0; both must occur.
     """
     xp = namespace(activations)
+    negative = 1 - positive
     total = 0.0
     for recipe, cell in zip(recipes, arrays, strict=True):
         score = recipe.score(xp, cell["parameters"], activations)
-        z = SHARPNESS * (score - cell["centre"]) / cell["gap"]
+        centre = (score * negative).sum() / negative.sum()
+        z = SHARPNESS * (score - centre) / cell["gap"]
         each = xp.logaddexp(xp.zeros_like(z), z) / SHARPNESS
         total = total + (each * positive).sum() / positive.sum()
     return total / len(recipes)

@@ -1,7 +1,7 @@
 r"""What the engine measures at a checkpoint, for every cell: where the weights went and what every probe makes of it.
 
 Under q's noise: for each of the same few draws z_j of the prior's noise, ``theta + sigma z_j`` is read and scored, so
-the AUROC that is reported is that of the attacker's *distribution* q, whose divergence from the prior is what is counted.
+the AUROC that is reported is that of the attacker's *distribution* q, whose divergence from the prior is counted.
 
 Shapes: cells are ``(strengths, models)``. Units: bits for ``spent``, nats for ``shift``.
 """

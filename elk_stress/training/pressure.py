@@ -2,8 +2,8 @@ r"""Training pressure on one probe: the weights move against it, and the engine 
 
 The attack advances the weights of all cells, strengths x models; the defender may refit; the engine measures under q's
 noise at every checkpoint, keeps the state on disk, and at the end reads the pressure curve: for b bits, the lowest
-AUROC among the cells that spent at most b and kept behaviour. The cell is chosen on calibration items and reported on test
-items, so that the choice is no luck.
+AUROC among the cells that spent at most b and kept behaviour. The cell is chosen on calibration items and reported on
+test items, so that the choice is no luck.
 
 Defender modes: ``frozen`` (the probe never changes), ``refit`` (refitted on the attacked activations at every
 checkpoint; the attack goes on against the new one), ``ensemble`` (the attack trains against several probes at once, and
@@ -33,7 +33,7 @@ from elk_stress.training.results import PressureResult, WeightBits
 from elk_stress.training.weights import DEFAULT_EPSILON, OrganismTrainee
 from elk_stress.versions import versions
 
-__all__ = ["DEFAULT_STRENGTHS", "MODES", "Mode", "as_trainee", "stress_training"]
+__all__ = ["DEFAULT_STRENGTHS", "MODES", "Defence", "Mode", "as_trainee", "defence_of", "stress_training"]
 
 Mode = Literal["frozen", "refit", "ensemble"]
 MODES: tuple[Mode, ...] = ("frozen", "refit", "ensemble")
@@ -106,7 +106,7 @@ def stress_training(
         raise ValueError(f"strengths are non-negative and at least one is positive, got {list(strengths or ())}")
     schedule = _schedule(recipe.steps if steps is None else steps, checkpoints)
 
-    defence = _defence(trainee, probe, against, held_out, seed)
+    defence = defence_of(trainee, probe, against, held_out, seed)
     run = _Run(trainee, recipe, mode, defence, cells, schedule, draws, seed)
     run.train(Checkpoints(None if out is None else Path(out), run.settings()), progress)
     return account(run, bits=bits, audit_points=audit_points, started=started, versions=versions())
@@ -151,7 +151,8 @@ class Defence:
     clean: Mapping[str, np.ndarray]
 
 
-def _defence(trainee: Trainee, probe: Any, against: Sequence[str], held_out: Sequence[str], seed: int) -> Defence:
+def defence_of(trainee: Trainee, probe: Any, against: Sequence[str], held_out: Sequence[str], seed: int) -> Defence:
+    """Fit or look up the probes of a run on the original weights' activations."""
     original = trainee.original[None]
     clean = {name: trainee.activations(original, name)[0] for name in ("train", "calibration", "test")}
 

@@ -38,7 +38,7 @@ class WeightSearch:
         slack: share of epsilon that the mean draw may use.
     """
 
-    rounds: int = 8
+    rounds: int = 16
     steps: int = 50
     learning_rate: float = 0.1
     n_pairs: int = 2

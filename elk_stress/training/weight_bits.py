@@ -1,12 +1,14 @@
 r"""Bits of a weight change: how likely is it that noise on the weights alone costs the probe half of its advantage?
 
 Event, one problem per model: with ``theta = theta_0 + sigma u`` the AUROC on the fixed test items is at most tau,
-halfway between the clean one and 1/2, *and* the mean behaviour shift is at most epsilon. The AUROC counts pairs and is a step
-function; what guides searches and levels is its smooth version ``mean Phi((s_p - s_n) / h)``, h a tenth of the current
-spread of the scores (so that shrinking all scores gains nothing). The sign is always that of the real one.
+halfway between the clean one and 1/2, *and* the mean behaviour shift is at most epsilon. The AUROC counts pairs and is
+a step function; what guides searches and levels is the probit of its smooth version ``mean Phi((s_p - s_n) / h)``, h a
+tenth of the current spread of the scores (so that shrinking all scores gains nothing). Where that saturates, near a
+perfect probe, the probit of Gaussian scores, ``d' / sqrt 2``, takes over. The sign is always the real AUROC's.
 
-``B`` per model comes from importance sampling at design points on the boundary
-(:class:`~elk_stress.estimators.auto.Auto`), checked by splitting where the weights are few.
+``B`` per model comes from importance sampling at a centre on the boundary; where other weights blur that boundary, the
+weights of the draws degenerate and annealed importance sampling takes over. An evidence bound at the same centre is
+rigorous whatever happens.
 
 Shapes: problems are models; u ``(models, n, n_parameters)``. Guarantee: as of the estimator.
 """
@@ -14,26 +16,33 @@ Shapes: problems are models; u ``(models, n, n_parameters)``. Guarantee: as of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from scipy.special import ndtri
 
-from elk_stress.bits import BitsBatch
+from elk_stress.bits import BitsBatch, Kind
 from elk_stress.detection import auroc
+from elk_stress.estimators.annealed import Annealed
+from elk_stress.estimators.evidence_bound import EvidenceBound
+from elk_stress.estimators.importance import Importance
+from elk_stress.flags import flag
 from elk_stress.limit_state import LimitState
 from elk_stress.probe import FittedProbe
 from elk_stress.training.evasion import plain_recipe
+from elk_stress.training.results import WeightBits, median_bits
+from elk_stress.training.search import WeightSearch
 from elk_stress.training.weights import OrganismTrainee
 
-__all__ = ["clean_auroc", "half_advantage", "weight_bits", "weights_event"]
+__all__ = ["WeightsEvent", "clean_auroc", "half_advantage", "measure_weight_bits", "weight_bits"]
 
 _BANDWIDTH = 0.1
 # draws of one model evaluated together: bounds the (draws, positives, negatives) comparisons in memory
 _TOGETHER = 16
-# beyond so many weights splitting is too slow to check with
-_SPLITTING_WEIGHTS = 400
+# effective failing draws below which importance sampling is not believed
+_LEAST_EFFECTIVE = 30.0
 
 
 def clean_auroc(trainee: OrganismTrainee, probes: Sequence[FittedProbe]) -> np.ndarray:
@@ -48,77 +57,89 @@ def half_advantage(clean: np.ndarray) -> np.ndarray:
     return 0.5 * (np.asarray(clean) + 0.5)
 
 
-def weights_event(
-    trainee: OrganismTrainee,
-    probes: Sequence[FittedProbe],
-    tau: np.ndarray,
-    *,
-    kept: bool = True,
-    parts_only: bool = False,
-) -> Any:
-    """The limit state: AUROC at most ``tau`` (and behaviour kept), one problem per model.
+@dataclass(frozen=True)
+class WeightsEvent:
+    """AUROC at most ``tau`` (and behaviour kept), one problem per model.
 
-    Args:
+    Attributes:
         trainee: the models and the prior.
         probes: one per model, all of one recipe.
         tau: ``(models,)``.
         kept: whether the mean shift must be at most epsilon.
     """
-    import jax
-    import jax.numpy as jnp
 
-    organism, unravel = trainee.organism, trainee.unravel
-    recipe, _ = plain_recipe(probes[0])
-    parameters = [plain_recipe(p)[1] for p in probes]
-    labels = trainee.splits["test"].labels
-    positives, negatives = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
-    items, behaviour = dict(organism.probe_inputs("test")), dict(trainee.behaviour_inputs())
-    clean = clean_auroc(trainee, probes)
-    epsilon = trainee.epsilon
-    data = {
-        "theta": trainee.original,
-        "sigma": trainee.sigma,
-        "tau": np.asarray(tau, dtype=np.float32),
-        "goal": ndtri(tau).astype(np.float32),
-        "unit": np.maximum(ndtri(np.clip(clean, 0.0, 0.9999)) - ndtri(tau), 1e-2).astype(np.float32),
-        **{f"probe_{n}": np.stack([np.asarray(p[n], np.float32) for p in parameters]) for n in parameters[0]},
-    }
+    trainee: OrganismTrainee
+    probes: Sequence[FittedProbe]
+    tau: np.ndarray
+    kept: bool = True
 
-    def parts(row: Any, u: Any) -> tuple[Any, Any]:
-        weights = unravel(row["theta"] + row["sigma"] * u)
-        activations = organism.encode(weights, items)[0]
-        own = {n.removeprefix("probe_"): a for n, a in row.items() if n.startswith("probe_")}
-        scores = recipe.score(jnp, own, activations)
-        difference = scores[positives][:, None] - scores[negatives][None, :]
-        real = ((difference > 0) + 0.5 * (difference == 0)).mean()
-        margin = (_smooth(difference, scores[positives], scores[negatives]) - row["goal"]) / row["unit"]
-        fails = jnp.where(real <= row["tau"], jnp.minimum(margin, -1e-6), jnp.maximum(margin, 1e-6))
-        reference = organism.outputs(unravel(row["theta"]), behaviour)
-        shift = organism.divergence(reference, organism.outputs(weights, behaviour)).mean()
-        return fails, jnp.nan_to_num(shift / epsilon, nan=1e6, posinf=1e6)
+    @cached_property
+    def data(self) -> dict[str, np.ndarray]:
+        """What differs between models, one row each."""
+        parameters = [plain_recipe(p)[1] for p in self.probes]
+        clean = ndtri(np.clip(clean_auroc(self.trainee, self.probes), 0.0, 0.9999))
+        return {
+            "theta": self.trainee.original,
+            "sigma": self.trainee.sigma,
+            "tau": np.asarray(self.tau, dtype=np.float32),
+            "goal": ndtri(self.tau).astype(np.float32),
+            "unit": np.maximum(clean - ndtri(self.tau), 1e-2).astype(np.float32),
+            **{f"probe_{n}": np.stack([np.asarray(p[n], np.float32) for p in parameters]) for n in parameters[0]},
+        }
 
-    def value(row: Any, u: Any) -> Any:
-        fails, shift = parts(row, u)
-        return jnp.maximum(fails, shift - 1.0) if kept else fails
+    @cached_property
+    def parts(self) -> Any:
+        """``(row, u) -> (margin, shift / epsilon)`` of one model at one point, in jax; margin <= 0 exactly when the
+        real AUROC is at most tau."""
+        import jax.numpy as jnp
 
-    if parts_only:
+        organism, unravel, epsilon = self.trainee.organism, self.trainee.unravel, self.trainee.epsilon
+        recipe, _ = plain_recipe(self.probes[0])
+        labels = self.trainee.splits["test"].labels
+        positives, negatives = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
+        items, behaviour = dict(organism.probe_inputs("test")), dict(self.trainee.behaviour_inputs())
+
+        def parts(row: Any, u: Any) -> tuple[Any, Any]:
+            weights = unravel(row["theta"] + row["sigma"] * u)
+            activations = organism.encode(weights, items)[0]
+            own = {n.removeprefix("probe_"): a for n, a in row.items() if n.startswith("probe_")}
+            scores = recipe.score(jnp, own, activations)
+            high, low = jnp.sort(scores[positives]), jnp.sort(scores[negatives])
+            below = jnp.searchsorted(low, high, side="left") + jnp.searchsorted(low, high, side="right")
+            real = below.mean() / (2 * low.shape[0])
+            margin = (_smooth(high, low) - row["goal"]) / row["unit"]
+            fails = jnp.where(real <= row["tau"], jnp.minimum(margin, -1e-6), jnp.maximum(margin, 1e-6))
+            reference = organism.outputs(unravel(row["theta"]), behaviour)
+            shift = organism.divergence(reference, organism.outputs(weights, behaviour)).mean()
+            return fails, jnp.nan_to_num(shift / epsilon, nan=1e6, posinf=1e6)
+
         return parts
 
-    def function(rows: Any, u: Any) -> Any:
-        def model(pair: Any) -> Any:
-            row, points = pair
-            return jax.lax.map(lambda point: value(row, point), points, batch_size=_TOGETHER)
+    @cached_property
+    def limit_state(self) -> LimitState:
+        """The event as estimators take it."""
+        import jax
+        import jax.numpy as jnp
 
-        return jax.lax.map(model, (rows, u))
+        def value(row: Any, u: Any) -> Any:
+            fails, shift = self.parts(row, u)
+            return jnp.maximum(fails, shift - 1.0) if self.kept else fails
 
-    return LimitState(
-        function=function,
-        dim=trainee.n_parameters,
-        n_problems=trainee.n_models,
-        backend="jax",
-        dtype="float32",
-        data=data,
-    )
+        def function(rows: Any, u: Any) -> Any:
+            def model(pair: Any) -> Any:
+                row, points = pair
+                return jax.lax.map(lambda point: value(row, point), points, batch_size=_TOGETHER)
+
+            return jax.lax.map(model, (rows, u))
+
+        return LimitState(
+            function=function,
+            dim=self.trainee.n_parameters,
+            n_problems=self.trainee.n_models,
+            backend="jax",
+            dtype="float32",
+            data=self.data,
+        )
 
 
 def weight_bits(
@@ -126,47 +147,109 @@ def weight_bits(
     probes: Sequence[FittedProbe],
     *,
     kept: bool = True,
-    starts: np.ndarray | None = None,
-    n_particles: int = 1024,
-    max_bits: float = 1000.0,
+    centres: np.ndarray | None = None,
+    n_particles: int = 4096,
     seed: int = 0,
-) -> BitsBatch:
-    """B at half advantage per model.
+) -> tuple[BitsBatch, np.ndarray, np.ndarray]:
+    """B at half advantage per model, at the centres that :class:`~elk_stress.training.search.WeightSearch` finds.
+
+    Importance sampling first; where its effective sample is too small to carry an estimate, annealed importance
+    sampling from the same centre. An estimate above the rigorous bound is flagged.
 
     Args:
         trainee, probes: one fitted probe per model.
         kept: whether behaviour must be kept.
-        starts: ``(models, m, n_parameters)`` moves worth starting a search from, e.g. where attacks ended.
+        centres: ``(models, n_parameters)`` to use instead of searching.
         n_particles: importance draws per model.
-        max_bits: censored beyond.
         seed: of searches and draws.
-    """
-    from elk_stress.estimators import estimate_batch
 
+    Returns:
+        Bits, rigorous upper bounds ``(models,)`` and the centres ``(models, n_parameters)``.
+    """
     tau = half_advantage(clean_auroc(trainee, probes))
-    state = weights_event(trainee, probes, tau, kept=kept)
-    if starts is not None:
-        state = replace(state, starts=starts)
-    few = trainee.n_parameters <= _SPLITTING_WEIGHTS
-    return estimate_batch(
-        state,
-        method="auto",
-        n_particles=n_particles,
-        max_bits=max_bits,
-        check_fraction=None if few else 0.0,
-        n_starts=2,
-        seed=seed,
+    event = WeightsEvent(trainee, probes, tau, kept=kept)
+    state = event.limit_state
+    if centres is None:
+        centres = WeightSearch()(event.parts, dict(event.data), trainee.n_parameters, seed)[0]
+    aimed = centres[:, None]
+    found = Importance(n_particles=n_particles)(state, seed=seed + 1, centres=aimed)
+    bound = EvidenceBound(n_particles=1024)(state, seed=seed + 2, centres=aimed)
+    poor = np.flatnonzero(found.diagnostics["effective"] < _LEAST_EFFECTIVE)
+    if len(poor):
+        again = Annealed()(state.select(poor), seed=seed + 3, centres=aimed[poor])
+        found = _replaced(found, again, poor)
+    above = [
+        (flag("bounds_violated", f"{found[m]} above the bound {bound.value[m]:.1f}"),)
+        if found.kind[m] is Kind.ESTIMATE and found.low[m] > bound.value[m]
+        else ()
+        for m in range(len(found))
+    ]
+    return found.with_flags(above), bound.value, centres
+
+
+def measure_weight_bits(
+    trainee: OrganismTrainee,
+    probes: Sequence[FittedProbe],
+    *,
+    kept: bool = True,
+    scales: Sequence[float] = (0.5, 2.0),
+    n_particles: int = 4096,
+    seed: int = 0,
+) -> WeightBits:
+    """B with its interval over models, its rigorous bounds, and B against the prior's scale.
+
+    Args:
+        trainee, probes, kept, n_particles, seed: as in :func:`weight_bits`.
+        scales: multiples of the calibrated scale at which B is measured too.
+    """
+    found, bounds, _ = weight_bits(trainee, probes, kept=kept, n_particles=n_particles, seed=seed)
+    curve = {"1": float(np.median(found.value))}
+    for factor in scales:
+        other = replace(trainee, scale_factor=factor * trainee.scale_factor, _compiled={})
+        # calibrated once: the scale is a multiple of the same one
+        other.__dict__["calibration"] = trainee.calibration
+        scaled, _, _ = weight_bits(other, probes, kept=kept, n_particles=n_particles, seed=seed)
+        curve[f"{factor:g}"] = float(np.median(scaled.value))
+    usable = np.array([k in (Kind.ESTIMATE, Kind.EXACT) for k in found.kind])
+    values = np.where(usable, found.value, np.inf)
+    headline = median_bits(values, np.where(usable, np.inf, found.value), found.method)
+    flags = tuple(dict.fromkeys(f for row in found.flags for f in row))
+    return WeightBits(
+        replace(headline, flags=flags), found, bounds, dict(sorted(curve.items(), key=lambda c: float(c[0])))
     )
 
 
-def _smooth(difference: Any, positive: Any, negative: Any) -> Any:
-    """Probit of a smooth AUROC of ``(positives, negatives)`` score differences; informative at any distance."""
+def _replaced(found: BitsBatch, again: BitsBatch, where: np.ndarray) -> BitsBatch:
+    """``found`` with the problems ``where`` taken from ``again``, at the price of both."""
+    value, low, high = (np.array(getattr(found, name)) for name in ("value", "low", "high"))
+    for name, column in (("value", value), ("low", low), ("high", high)):
+        column[where] = getattr(again, name)
+    kind, status, flags = list(found.kind), list(found.status), list(found.flags)
+    evaluations = found.evaluations.copy()
+    evaluations[where] += again.evaluations
+    for row, model in enumerate(where):
+        kind[model], status[model], flags[model] = again.kind[row], again.status[row], again.flags[row]
+    annealed = np.zeros(len(found), dtype=bool)
+    annealed[where] = True
+    return BitsBatch.build(
+        value, low, high, kind, "importance, annealed where starved", evaluations=evaluations, status=status,
+        flags=flags, diagnostics={"effective": found.diagnostics["effective"], "annealed": annealed},
+    )  # fmt: skip
+
+
+def _smooth(high: Any, low: Any) -> Any:
+    """Probit of a smooth AUROC of sorted positives' and negatives' scores; informative at any distance.
+
+    Pairs of every few quantiles stand for all pairs: this guides, and does not decide.
+    """
     import jax.numpy as jnp
     from jax.scipy.special import ndtr, ndtri
 
-    within = jnp.sqrt(0.5 * (positive.var() + negative.var()))
-    spread = jnp.maximum(jnp.sqrt(within**2 + 0.25 * (positive.mean() - negative.mean()) ** 2), 1e-12)
-    pairs = ndtr(difference / (_BANDWIDTH * spread)).mean()
-    gaussian = (positive.mean() - negative.mean()) / (jnp.sqrt(2.0) * jnp.maximum(within, 1e-12))
+    within = jnp.sqrt(0.5 * (high.var() + low.var()))
+    gap = high.mean() - low.mean()
+    spread = jnp.maximum(jnp.sqrt(within**2 + 0.25 * gap**2), 1e-12)
+    some = [part[part.shape[0] % step // 2 :: step] for part in (high, low) for step in [max(1, part.shape[0] // 64)]]
+    pairs = ndtr((some[0][:, None] - some[1][None, :]) / (_BANDWIDTH * spread)).mean()
+    gaussian = gap / (jnp.sqrt(2.0) * jnp.maximum(within, 1e-12))
     share = jnp.clip((0.98 - pairs) / 0.08, 0.0, 1.0)
     return share * ndtri(jnp.clip(pairs, 1e-4, 0.99)) + (1.0 - share) * gaussian

@@ -1,0 +1,181 @@
+"""A table of training pressure: several probes, one testbed, one attack, one folder. Nothing finished is ever lost.
+
+B, a property of probe and threat, is measured once per probe; then each attack and mode is run against it. After every
+finished row ``result.json`` is replaced atomically; a row that fails is recorded and the others go on; Ctrl-C writes
+what is finished. Checkpoints of every row lie beside, so that the same command goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from elk_stress import registry
+from elk_stress.report.folder import check_folder, replace_file
+from elk_stress.result import plain
+from elk_stress.training.account import NO_SIGNAL
+from elk_stress.training.comparison import PressureComparison, compare_pressure
+from elk_stress.training.pressure import Mode, as_trainee, defence_of, stress_training
+from elk_stress.training.protocols import Trainee
+from elk_stress.training.results import PressureResult, WeightBits
+from elk_stress.training.weight_bits import measure_weight_bits
+from elk_stress.training.weights import DEFAULT_EPSILON, OrganismTrainee
+
+__all__ = ["TrainingInterrupted", "TrainingRun", "train"]
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Everything of one run; serializes completely.
+
+    Attributes:
+        results: one per finished row.
+        comparisons: paired over models, Holm-adjusted.
+        failures: row -> what went wrong.
+        description: what the trainee says of itself.
+        status: ``partial`` while rows remain, ``interrupted`` after Ctrl-C, else ``ok``.
+    """
+
+    testbed: str
+    results: tuple[PressureResult, ...] = ()
+    comparisons: tuple[PressureComparison, ...] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)
+    description: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    seconds: float = 0.0
+    status: Literal["ok", "partial", "interrupted"] = "partial"
+
+    @property
+    def red(self) -> bool:
+        """Whether any red flag was raised or any row failed."""
+        return bool(self.failures) or any(f.red for r in self.results for f in r.flags)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary with everything in it."""
+        record = plain(self)
+        assert isinstance(record, dict)
+        return record
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; ``result`` holds what was finished, which is also written."""
+
+    def __init__(self, result: TrainingRun) -> None:
+        super().__init__("the run was interrupted; what was finished is written, and the same command resumes it")
+        self.result = result
+
+
+def train(
+    testbed: Any,
+    probes: Sequence[str],
+    *,
+    out: str | Path,
+    attack: Any = "finetune",
+    modes: Sequence[Mode] = ("frozen",),
+    epsilon: float = DEFAULT_EPSILON,
+    bits: bool = True,
+    seed: int = 0,
+    progress: Any = None,
+    **options: Any,
+) -> TrainingRun:
+    """Press several probes and write the folder ``out``.
+
+    Args:
+        testbed: an organism, a language-model testbed or a trainee.
+        probes: registered names, or ``oracle`` and ``paper`` of an organism.
+        out: folder for ``result.json``, ``report.md``, ``pressure.png`` and ``checkpoints/``.
+        attack: registered name or object.
+        modes: defender modes, one row each.
+        epsilon: nats.
+        bits: whether to measure B (organisms only).
+        seed: all randomness.
+        progress: a ``rich.progress.Progress``.
+        options: further arguments of :func:`~elk_stress.training.pressure.stress_training`.
+
+    Raises:
+        UnusableFolder: the folder cannot be written; before any work.
+        TrainingInterrupted: Ctrl-C, after what was finished has been written.
+    """
+    folder = check_folder(Path(out))
+    started = time.monotonic()
+    recipe = registry.load("attacks", attack) if isinstance(attack, str) else attack
+    trainee = as_trainee(testbed, recipe, epsilon=epsilon, seed=seed)
+    settings = {"attack": recipe.name, "modes": list(modes), "probes": list(probes), "bits": bits, **options}
+    state = TrainingRun(trainee.name, description=dict(trainee.describe()), config=plain(settings), seed=seed)
+    try:
+        for probe in probes:
+            needed: WeightBits | None = None
+            for mode in modes:
+                row = f"{probe}-{recipe.name}-{mode}"
+                try:
+                    if bits and needed is None and isinstance(trainee, OrganismTrainee):
+                        needed = _bits(trainee, probe, seed, progress)
+                    result = stress_training(
+                        trainee,
+                        probe,
+                        attack=recipe,
+                        mode=mode,
+                        bits=needed,
+                        seed=seed,
+                        out=folder / "checkpoints" / row,
+                        progress=progress,
+                        **{k: v for k, v in options.items() if k != "against" or mode == "ensemble"},
+                    )
+                    state = replace(state, results=(*state.results, result))
+                except Exception as error:
+                    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                    state = replace(state, failures={**state.failures, row: text})
+                state = replace(state, seconds=time.monotonic() - started)
+                _write_json(state, folder)
+        state = replace(state, comparisons=compare_pressure(state.results), status="ok")
+    except KeyboardInterrupt:
+        state = replace(state, status="interrupted", seconds=time.monotonic() - started)
+        _write(state, folder)
+        raise TrainingInterrupted(state) from None
+    _write(state, folder)
+    return state
+
+
+def _bits(trainee: OrganismTrainee, probe: str, seed: int, progress: Any) -> WeightBits | None:
+    defence = defence_of(trainee, probe, (), (), seed)
+    if not np.isfinite(defence.clean["test"]).all() or _no_advantage(trainee, defence):
+        return None
+    task = None if progress is None else progress.add_task(f"bits of {probe}", total=None)
+    found = measure_weight_bits(trainee, list(defence.panel[defence.name]), seed=seed)
+    if task is not None:
+        progress.update(task, total=1, completed=1)
+    return found
+
+
+def _no_advantage(trainee: Trainee, defence: Any) -> bool:
+    """A probe at chance has nothing to lose, so no bits."""
+    from elk_stress.training.measure import auroc_of, scores_of
+
+    scores = scores_of(defence.panel[defence.name], defence.clean["test"][None])
+    return (
+        not math.isfinite(value := float(np.mean(auroc_of(scores, trainee.splits["test"].labels)))) or value < NO_SIGNAL
+    )
+
+
+def _write_json(state: TrainingRun, folder: Path) -> None:
+    import json
+
+    text = json.dumps(state.to_json(), allow_nan=False, separators=(",", ":"))
+    replace_file(folder / "result.json", lambda part: part.write_text(text + "\n"))
+
+
+def _write(state: TrainingRun, folder: Path) -> None:
+    _write_json(state, folder)
+    from elk_stress.report import pressure
+    from elk_stress.report.plots import save
+
+    if state.results:
+        replace_file(folder / "pressure.png", lambda part: save(pressure.figure(state.results), part))
+    replace_file(folder / "report.md", lambda part: part.write_text(pressure.report(state)))
