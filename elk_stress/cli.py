@@ -161,6 +161,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     how.add_argument("--strengths", metavar="X,Y", help="weights of the evasion; 0, the benign control, is added")
     how.add_argument("--steps", type=_natural, metavar="N", help="default: the attack's own")
     how.add_argument("--checkpoints", type=_natural, default=10, metavar="N", help="measurements (default: 10)")
+    how.add_argument("--draws", type=_natural, default=4, metavar="N", help="noise draws per measurement (default: 4)")
     how.add_argument("--models", type=_natural, metavar="N", help="models (seeds) trained side by side")
     how.add_argument("--source", choices=("prior", "finetunes"), help="candidates of select_best")
     how.add_argument("--epsilon", type=_positive, default=0.03, metavar="NATS", help="behaviour kept (default: 0.03)")
@@ -218,6 +219,7 @@ def _train(options: argparse.Namespace) -> int:
                 strengths=strengths,
                 steps=options.steps,
                 checkpoints=options.checkpoints,
+                draws=options.draws,
                 epsilon=options.epsilon,
                 bits=not options.no_bits,
                 seed=options.seed,

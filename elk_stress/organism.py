@@ -262,7 +262,11 @@ class Organism(abc.ABC):
         """The items of a split as inputs; the same every time."""
         if split not in self._inputs:
             size = {"train": self.n_train, "calibration": self.n_calibration, "test": self.n_test}[split]
-            self._inputs[split] = self.examples(self.key("items", split), size, split)
+            import jax
+
+            # compiled as one: operation by operation jax would compile each of them
+            made = jax.jit(lambda key: dict(self.examples(key, size, split)))(self.key("items", split))
+            self._inputs[split] = jax.tree.map(np.asarray, made)
         return self._inputs[split]
 
     def activations(self, split: SplitName, contexts: ContextSet = "prior") -> np.ndarray:
@@ -396,12 +400,13 @@ class _Reader(dict[tuple[SplitName, ContextSet], np.ndarray]):
         inputs = dict(organism.probe_inputs(split))
         weights = organism.one_model(organism.model)
         encode = jax.jit(lambda weights, inputs: organism.encode(weights, inputs)[0])
+        elsewhere = jax.jit(lambda weights, key, inputs: organism.encode(weights, organism.neutral(key, inputs))[0])
         if contexts == "bare":
             rows = [encode(weights, inputs)]
         else:
             # one key per context, shared by all splits: context c is the same circumstance for every item
             keys = [organism.key("context", contexts, str(c)) for c in range(organism.n_contexts)]
-            rows = [encode(weights, organism.neutral(key, inputs)) for key in keys]
+            rows = [elsewhere(weights, key, inputs) for key in keys]
         self[asked] = np.stack([np.asarray(row, dtype=np.float32) for row in rows], axis=1)
         return self[asked]
 

@@ -89,8 +89,8 @@ def show(console: Console, run: TrainingRun) -> None:
 _LEGEND = (
     "Bits needed: B at half advantage under the weight prior, a property of the probe; bits spent: what the attack had "
     "spent when the probe had lost half of its advantage; medians over models with 95% intervals; >=: at least. "
-    "Efficiency: best known B / bits spent. B per point: of clean AUROC above chance. Benign: the same steps without the "
-    "probe. Refit: the probe fitted anew on the attacked model, at the end of the pressure curve. Left: what the audit "
+    "Efficiency: best known B / bits spent. B per point: of clean AUROC above chance. Benign: the same steps without "
+    "the probe. Refit: the probe fitted anew on the attacked model, at the end of the pressure curve. Left: what the audit "
     "found there."
 )
 
@@ -243,7 +243,7 @@ def _forms(results: Sequence[PressureResult]) -> list[str]:
         "drop of",
         "R2 of d(a - b d)",
         "R2 of d(a - b log d)",
-        "models that the first predicts better",
+        "models won by the first",
         "better",
     ]
     return [*table(head, body), "", "R2 is cross-validated over models: each model is predicted from the others."]

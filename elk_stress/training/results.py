@@ -94,7 +94,8 @@ class PressureResult:
         rounds: refits that the defender lasted, ``(models,)``, in mode ``refit``.
         diverged: ``(strengths, models)``.
         extra: what the attack itself examined.
-        verdict: ``broken``, ``held``, ``brittle``, ``behaviour broken``, ``did not engage``, ``diverged`` or ``no signal``.
+        verdict: ``broken``, ``held``, ``brittle``, ``behaviour broken``, ``did not engage``, ``diverged`` or
+            ``no signal``.
     """
 
     testbed: str

@@ -205,7 +205,11 @@ class OrganismTrainee:
 
     def behaviour_inputs(self) -> Inputs:
         """Fresh examples on which behaviour is judged."""
-        return self.organism.batch(self.organism.key("behaviour", str(self.seed)), _BEHAVIOUR_INPUTS)
+        import jax
+
+        made = jax.jit(lambda key: dict(self.organism.batch(key, _BEHAVIOUR_INPUTS)))
+        drawn = made(self.organism.key("behaviour", str(self.seed)))
+        return {name: np.asarray(value) for name, value in drawn.items()}
 
     def activations(self, weights: np.ndarray, split: SplitName, noise: int | None = None) -> np.ndarray:
         """``(strengths, models, n_items, dim)`` float32."""
