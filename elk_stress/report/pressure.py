@@ -90,7 +90,8 @@ _LEGEND = (
     "Bits needed: B at half advantage under the weight prior, a property of the probe; bits spent: what the attack had "
     "spent when the probe had lost half of its advantage; medians over models with 95% intervals; >=: at least. "
     "Efficiency: best known B / bits spent. B per point: of clean AUROC above chance. Benign: the same steps without "
-    "the probe. Refit: the probe fitted anew on the attacked model, at the end of the pressure curve. Left: what the audit "
+    "the probe. Refit: the probe fitted anew on the attacked model, at the end of the pressure curve. "
+    "Left: what the audit "
     "found there."
 )
 
@@ -151,12 +152,11 @@ def figure(results: Sequence[PressureResult]) -> Figure:
     for line in axes:
         line[0].set_ylabel("AUROC")
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="lower center", ncols=min(5, len(labels)), fontsize=8, frameon=False)
+    made.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8, frameon=False)
     made.suptitle(
         f"{results[0].testbed}: {results[0].attack}; behaviour kept; dotted: bits needed; grey: half advantage",
         fontsize=9.5,
     )
-    made.tight_layout(rect=(0, 0.08, 1, 1))
     return made
 
 
@@ -256,8 +256,9 @@ def _scales(results: Sequence[PressureResult]) -> list[str]:
             seen.setdefault(result.probe, result)
     if not seen:
         return []
-    scales = list(next(iter(seen.values())).bits.scale)  # type: ignore[union-attr]
-    body = [[name, *(_number(r.bits.scale[s], 0) for s in scales)] for name, r in seen.items()]  # type: ignore[union-attr]
+    curves = {name: r.bits.scale for name, r in seen.items() if r.bits is not None}
+    scales = list(next(iter(curves.values())))
+    body = [[name, *(_number(curve[s], 0) for s in scales)] for name, curve in curves.items()]
     return table(["probe", *(f"{s} x scale" for s in scales)], body)
 
 
