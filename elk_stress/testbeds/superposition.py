@@ -40,6 +40,7 @@ class Superposition(Organism):
         n_features, width: features and the fewer dimensions that they share.
         sparsity: chance that a feature is present.
         scales: feature scales drawn log-normal (``unequal``) or ``equal``.
+        paper_scale: scale of the correlate that ``paper`` reads, beside the truth's 1.
         n_correlates: features that go along with the truth in the probes' training split only.
         correlation: chance that a correlate copies the truth where it goes along with it.
         noise: standard deviation of the output, in units of a feature: what a nat of behaviour means.
@@ -49,6 +50,7 @@ class Superposition(Organism):
     width: int = 16
     sparsity: float = 0.06
     scales: Literal["unequal", "equal"] = "unequal"
+    paper_scale: float = 0.7
     n_correlates: int = 2
     correlation: float = 0.8
     noise: float = 1.0
@@ -69,7 +71,7 @@ class Superposition(Organism):
         scales = drawn if self.scales == "unequal" else np.ones(self.n_features)
         scales[_TRUTH] = 1.0
         if self.scales == "unequal":
-            scales[_PAPER] = 0.5
+            scales[_PAPER] = self.paper_scale
         return np.asarray(scales, dtype=np.float32)
 
     def initial(self, key: Any) -> Weights:

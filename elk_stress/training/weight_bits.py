@@ -121,8 +121,11 @@ class WeightsEvent:
         import jax
         import jax.numpy as jnp
 
+        # made here and not while tracing: it draws its inputs
+        parts = self.parts
+
         def value(row: Any, u: Any) -> Any:
-            fails, shift = self.parts(row, u)
+            fails, shift = parts(row, u)
             return jnp.maximum(fails, shift - 1.0) if self.kept else fails
 
         def function(rows: Any, u: Any) -> Any:
