@@ -12,7 +12,7 @@ from scipy.special import log_ndtr
 
 from elk_stress.bits import Kind
 from elk_stress.estimators.design_point import DesignPoint
-from elk_stress.estimators.evidence_bound import EvidenceBound
+from elk_stress.estimators.evidence_bound import EvidenceBound, bound_of, level_of
 from elk_stress.limit_state import LimitState, from_function
 
 
@@ -73,3 +73,43 @@ def test_jensen_form_is_an_estimate_of_a_looser_bound():
     assert bits.kind is Kind.ESTIMATE
     assert bits.value == pytest.approx(exact, abs=2 * (bits.high - bits.value))
     assert bits.high - bits.low < 0.3
+
+
+def _half_space_ratios(beta: float, problems: int, n: int, seed: int) -> np.ndarray:
+    """L in bits at draws of N(beta, 1) that fail, ``u >= beta``; ``inf`` at the others."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed))
+    z = rng.standard_normal((problems, n))
+    return np.where(z >= 0, (beta**2 / 2 + beta * z) / math.log(2), math.inf)
+
+
+@pytest.mark.parametrize("n", [16, 48, 256])
+@pytest.mark.parametrize("beta", [0.5, 3.0, 20.0])
+def test_a_level_from_few_pilot_draws_is_rigorous_and_nearly_always_finite(n, beta):
+    pilot, fresh = (_half_space_ratios(beta, 2000, n, seed) for seed in (0, 1))
+    level = level_of(pilot, 0.95)
+    bound = bound_of(fresh, level, 0.95)
+    assert (bound < -log_ndtr(-beta) / math.log(2)).sum() <= 147
+    # a level at the sixth failing draw is missed by as many fresh ones with a chance of 2^-6
+    assert np.isinf(bound).mean() < 0.03
+
+
+def test_a_level_never_rests_on_one_lucky_draw():
+    """One failing draw far below the others would give the lowest bound on the pilot, and none on fresh draws."""
+    pilot = np.full((1, 20), math.inf)
+    pilot[0, :8] = [1.0, 100.0, 101.0, 102.0, 103.0, 104.0, 105.0, 106.0]
+    assert level_of(pilot, 0.95)[0] >= 103.0
+    # with fewer failures than that, all of them
+    pilot[0, 3:8] = math.inf
+    assert level_of(pilot, 0.95)[0] == 101.0
+    assert level_of(np.full((1, 20), math.inf), 0.95)[0] == math.inf
+    assert level_of(np.empty((1, 0)), 0.95)[0] == math.inf
+
+
+def test_the_level_is_the_best_of_those_allowed():
+    """On many draws of a half-space: where t minimizes t - log2 q(E, L <= t)."""
+    beta = 7.0
+    t = level_of(_half_space_ratios(beta, 1, 200_000, 3), 0.95)[0]
+    z = np.linspace(1e-3, 3, 30_000)
+    value = (beta**2 / 2 + beta * z) / math.log(2) - np.log2(stats.norm.cdf(z) - 0.5)
+    best = (beta**2 / 2 + beta * z[value.argmin()]) / math.log(2)
+    assert t == pytest.approx(best, abs=0.6)
