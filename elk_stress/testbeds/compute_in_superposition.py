@@ -66,7 +66,7 @@ class ComputeInSuperposition(Organism):
     sparsity: float = 0.02
     n_correlates: int = 2
     correlation: float = 0.8
-    noise: float = 0.25
+    noise: float = 1.0
     learning_rate: float = 1e-2
 
     name: ClassVar[str] = "compute_in_superposition"

@@ -5,9 +5,10 @@ on the boundary, and in thousands of dimensions that is not where the centre its
 
 ``minimize ||c||^2 / 2  subject to  E_z[margin(c + z)] <= 0,  E_z[shift(c + z)] <= 0.8 epsilon``
 
-by an augmented Lagrangian: Adam on c with fresh antithetic noise z in every step, multipliers raised between rounds. A
-few runs of the attacks' own (white box, in u-space): this is the strongest way to spend few bits that we know, and what
-fine-tuning is compared with (attack efficiency).
+by an augmented Lagrangian: Adam on c with fresh antithetic noise z in every step, multipliers raised between rounds.
+The linearized distance ``beta = margin / ||grad margin||`` at the origin sets the scales: at a flat boundary the
+multiplier of a margin that is 1 at the origin is ``beta^2``. White box, in u-space, this is the strongest way to spend
+few bits that we know; fine-tuning is compared with it (attack efficiency).
 
 Shapes: ``(models, n_parameters)``. Guarantee: none needed; importance sampling is unbiased for any centre, and the
 evidence bound rigorous.
@@ -25,6 +26,8 @@ import numpy as np
 
 __all__ = ["WeightSearch"]
 
+_REACH_PAIRS = 4
+
 
 @dataclass(frozen=True)
 class WeightSearch:
@@ -32,17 +35,15 @@ class WeightSearch:
 
     Attributes:
         rounds, steps: multiplier updates, and Adam steps between them.
-        learning_rate: of Adam, per coordinate of u; decays to a tenth.
+        learning_rate: of Adam, relative to the size of a coordinate at the linearized boundary; decays to a twentieth.
         n_pairs: antithetic pairs of noise per step.
-        penalty: initial weight of the constraints, in units of ``||c||^2``.
         slack: share of epsilon that the mean draw may use.
     """
 
-    rounds: int = 16
+    rounds: int = 24
     steps: int = 50
-    learning_rate: float = 0.1
+    learning_rate: float = 0.15
     n_pairs: int = 2
-    penalty: float = 100.0
     slack: float = 0.8
 
     def __call__(self, parts: Any, data: dict[str, Any], dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,6 +65,18 @@ class WeightSearch:
 
         total = self.rounds * self.steps
         adam = optax.adam(optax.cosine_decay_schedule(self.learning_rate, total, 0.05))
+        # the boundary is curved: the linearization is a scale, not an answer
+        nearest, farthest = 3.0, 300.0
+
+        def reach(row: Any, key: Any) -> Any:
+            """Linearized distance to the boundary of the margin, from the average draw at the origin."""
+            half = jax.random.normal(key, (_REACH_PAIRS, dim))
+
+            def margin(c: Any) -> Any:
+                return jax.lax.map(lambda z: parts(row, c + z)[0], jnp.concatenate([half, -half])).mean()
+
+            level, slope = jax.value_and_grad(margin)(jnp.zeros(dim))
+            return jnp.clip(level / jnp.maximum(jnp.linalg.norm(slope), 1e-12), nearest, farthest)
 
         def constraints(c: Any, row: Any, key: Any) -> Any:
             half = jax.random.normal(key, (self.n_pairs, dim))
@@ -71,6 +84,9 @@ class WeightSearch:
             return jnp.stack([margin.mean(), jnp.minimum(shift.mean(), 1e3) - self.slack])
 
         def one(row: Any, key: Any) -> Any:
+            beta = reach(row, jax.random.fold_in(key, total))
+            unit = beta / dim**0.5
+
             def lagrangian(c: Any, multiplier: Any, penalty: Any, key: Any) -> Any:
                 g = constraints(c, row, key)
                 pressed = jax.nn.relu(g + multiplier / penalty)
@@ -80,17 +96,19 @@ class WeightSearch:
                 c, state, multiplier, penalty = carry
                 slope, g = jax.grad(lagrangian, has_aux=True)(c, multiplier, penalty, jax.random.fold_in(key, i))
                 slope = jnp.nan_to_num(slope)
+                # Adam ignores the size of slopes, so steps are in units of a coordinate at the boundary
                 update, state = adam.update(slope, state, c)
+                update = unit * update
                 return (optax.apply_updates(c, update), state, multiplier, penalty), g
 
             def turn(carry: Any, r: Any) -> Any:
                 carry, seen = jax.lax.scan(step, carry, r * self.steps + jnp.arange(self.steps))
                 c, state, multiplier, penalty = carry
                 g = seen[-self.steps // 2 :].mean(axis=0)
-                return (c, state, jax.nn.relu(multiplier + penalty * g), penalty * 1.5), g
+                return (c, state, jax.nn.relu(multiplier + penalty * g), penalty * 1.25), g
 
             start = jnp.zeros(dim)
-            carry = (start, adam.init(start), jnp.zeros(2), jnp.asarray(self.penalty))
+            carry = (start, adam.init(start), jnp.array([0.5, 0.0]) * beta**2, 0.5 * beta**2)
             (c, _, _, _), seen = jax.lax.scan(turn, carry, jnp.arange(self.rounds))
             return c, seen[-1]
 

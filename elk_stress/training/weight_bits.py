@@ -43,6 +43,11 @@ _BANDWIDTH = 0.1
 _TOGETHER = 16
 # effective failing draws below which importance sampling is not believed
 _LEAST_EFFECTIVE = 30.0
+# beyond so many weights each evaluation is too slow for the tens of thousands that annealing takes
+_MOST_ANNEALED = 10_000
+# where the pilot looks for the boundary along a centre's ray, and with how many draws
+_FACTORS = (0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.35, 1.5)
+_PILOT_DRAWS = 32
 
 
 def clean_auroc(trainee: OrganismTrainee, probes: Sequence[FittedProbe]) -> np.ndarray:
@@ -150,8 +155,9 @@ def weight_bits(
     probes: Sequence[FittedProbe],
     *,
     kept: bool = True,
-    centres: np.ndarray | None = None,
-    n_particles: int = 4096,
+    models: Sequence[int] | None = None,
+    search: WeightSearch | None = None,
+    n_particles: int = 2048,
     seed: int = 0,
 ) -> tuple[BitsBatch, np.ndarray, np.ndarray]:
     """B at half advantage per model, at the centres that :class:`~elk_stress.training.search.WeightSearch` finds.
@@ -162,24 +168,27 @@ def weight_bits(
     Args:
         trainee, probes: one fitted probe per model.
         kept: whether behaviour must be kept.
-        centres: ``(models, n_parameters)`` to use instead of searching.
+        models: which; all by default.
+        search: how centres are found.
         n_particles: importance draws per model.
         seed: of searches and draws.
 
     Returns:
         Bits, rigorous upper bounds ``(models,)`` and the centres ``(models, n_parameters)``.
     """
+    chosen = np.arange(trainee.n_models) if models is None else np.asarray(models)
     tau = half_advantage(clean_auroc(trainee, probes))
     event = WeightsEvent(trainee, probes, tau, kept=kept)
-    state = event.limit_state
-    if centres is None:
-        centres = WeightSearch()(event.parts, dict(event.data), trainee.n_parameters, seed)[0]
+    state = event.limit_state.select(chosen)
+    rows = {name: row[chosen] for name, row in event.data.items()}
+    centres = (search or WeightSearch())(event.parts, rows, trainee.n_parameters, seed)[0]
+    centres = _onto_boundary(state, centres, seed)
     aimed = centres[:, None]
     found = Importance(n_particles=n_particles)(state, seed=seed + 1, centres=aimed)
     bound = EvidenceBound(n_particles=1024)(state, seed=seed + 2, centres=aimed)
-    poor = np.flatnonzero(found.diagnostics["effective"] < _LEAST_EFFECTIVE)
-    if len(poor):
-        again = Annealed()(state.select(poor), seed=seed + 3, centres=aimed[poor])
+    poor = np.flatnonzero((found.diagnostics["effective"] < _LEAST_EFFECTIVE) & np.isfinite(bound.value))
+    if len(poor) and trainee.n_parameters <= _MOST_ANNEALED:
+        again = Annealed(n_runs=2, n_particles=48)(state.select(poor), seed=seed + 3, centres=aimed[poor])
         found = _replaced(found, again, poor)
     above = [
         (flag("bounds_violated", f"{found[m]} above the bound {bound.value[m]:.1f}"),)
@@ -196,30 +205,51 @@ def measure_weight_bits(
     *,
     kept: bool = True,
     scales: Sequence[float] = (0.5, 2.0),
-    n_particles: int = 4096,
+    scale_models: int = 2,
     seed: int = 0,
 ) -> WeightBits:
     """B with its interval over models, its rigorous bounds, and B against the prior's scale.
 
     Args:
-        trainee, probes, kept, n_particles, seed: as in :func:`weight_bits`.
-        scales: multiples of the calibrated scale at which B is measured too.
+        trainee, probes, kept, seed: as in :func:`weight_bits`.
+        scales: multiples of the calibrated scale at which B is measured too, on the first ``scale_models`` models.
     """
-    found, bounds, _ = weight_bits(trainee, probes, kept=kept, n_particles=n_particles, seed=seed)
-    curve = {"1": float(np.median(found.value))}
+    found, bounds, _ = weight_bits(trainee, probes, kept=kept, seed=seed)
+    first = range(min(scale_models, trainee.n_models))
+    curve = {1.0: float(np.median(_best(found, bounds)[list(first)]))}
     for factor in scales:
         other = replace(trainee, scale_factor=factor * trainee.scale_factor, _compiled={})
         # calibrated once: the scale is a multiple of the same one
         other.__dict__["calibration"] = trainee.calibration
-        scaled, _, _ = weight_bits(other, probes, kept=kept, n_particles=n_particles, seed=seed)
-        curve[f"{factor:g}"] = float(np.median(scaled.value))
-    usable = np.array([k in (Kind.ESTIMATE, Kind.EXACT) for k in found.kind])
-    values = np.where(usable, found.value, np.inf)
-    headline = median_bits(values, np.where(usable, np.inf, found.value), found.method)
+        scaled, above, _ = weight_bits(other, probes, kept=kept, models=first, seed=seed)
+        curve[factor] = float(np.median(_best(scaled, above)))
+    values = np.where([k is Kind.ESTIMATE for k in found.kind], found.value, np.inf)
+    headline = median_bits(values, np.where(np.isfinite(values), np.inf, found.value), found.method)
     flags = tuple(dict.fromkeys(f for row in found.flags for f in row))
-    return WeightBits(
-        replace(headline, flags=flags), found, bounds, dict(sorted(curve.items(), key=lambda c: float(c[0])))
-    )
+    ordered = {f"{factor:g}": curve[factor] for factor in sorted(curve)}
+    return WeightBits(replace(headline, flags=flags), found, bounds, ordered)
+
+
+def _best(found: BitsBatch, bounds: np.ndarray) -> np.ndarray:
+    """The estimate, or the bound where there is none."""
+    return np.where([k is Kind.ESTIMATE for k in found.kind], found.value, bounds)
+
+
+def _onto_boundary(state: LimitState, centres: np.ndarray, seed: int) -> np.ndarray:
+    """Each centre scaled to the shortest length at which two fifths of the draws fail; as it was where none does."""
+    models = np.arange(state.n_problems)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 0xB0]))
+    noise = rng.standard_normal((1, _PILOT_DRAWS, state.dim))
+    scale = np.ones(state.n_problems)
+    open_ = np.ones(state.n_problems, dtype=bool)
+    for factor in _FACTORS:
+        if not open_.any():
+            break
+        rows = models[open_]
+        share = (state.value(rows, factor * centres[rows][:, None] + noise) <= 0).mean(axis=1)
+        reached = rows[share >= 0.4]
+        scale[reached], open_[reached] = factor, False
+    return np.asarray(centres * scale[:, None])
 
 
 def _replaced(found: BitsBatch, again: BitsBatch, where: np.ndarray) -> BitsBatch:
