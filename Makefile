@@ -17,7 +17,7 @@ INSTALLED_BENCH := $(VENV)/.installed-bench
 OUT ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: help demo full install-test test lint fast-tests statistics bench clean
+.PHONY: help demo full pressure install-test test lint fast-tests statistics bench clean
 
 help:
 	@echo "make demo        install, fetch the model, stress six probes, write $(OUT)"
@@ -25,6 +25,7 @@ help:
 	@echo "make statistics  coverage of intervals over thousands of repeats (long)"
 	@echo "make bench       against rivals, in one run (installs them)"
 	@echo "make full        the README's tables (under an hour)"
+	@echo "make pressure    the README's tables of training pressure (hours)"
 	@echo "make lint        ruff, mypy and import-linter alone"
 	@echo "make clean       remove the environment, caches and builds (not runs/)"
 
@@ -33,6 +34,18 @@ demo: $(INSTALLED)
 
 full: $(INSTALLED)
 	$(BIN)/elk-stress run --testbed statements --preset demo --size full --out runs/full
+
+# four organisms (the transformer's bits are left to the attacks' bounds), then LoRA on the language model
+ORGANISM := mass_mean,lda,logistic,paper,oracle
+pressure: $(INSTALLED)
+	for testbed in superposition compute_in_superposition vault; do \
+		$(BIN)/elk-stress train --testbed $$testbed --probes $(ORGANISM) --out runs/pressure/$$testbed; done
+	$(BIN)/elk-stress train --testbed quirky --models 6 --probes $(ORGANISM) --no-bits --out runs/pressure/quirky
+	for probe in logistic lda mass_mean; do \
+		$(BIN)/elk-stress train --testbed statements --size full --attack lora --probes $$probe --strengths 3 \
+			--steps 60 --checkpoints 5 --draws 1 --out runs/lora/$$probe; done
+	$(BIN)/elk-stress train --testbed statements --size full --attack lora --probes logistic --modes refit \
+		--strengths 3 --steps 60 --checkpoints 5 --draws 1 --out runs/lora/refit
 
 install-test: $(INSTALLED_TEST)
 

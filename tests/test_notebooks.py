@@ -35,7 +35,8 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         import nbformat
         from nbclient import NotebookClient
 
-        monkeypatch.setenv("PYTHONWARNINGS", "default")
+        # a progress bar that would like widgets is no fault of the notebook's
+        monkeypatch.setenv("PYTHONWARNINGS", "default,ignore:IProgress not found")
         monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
         monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
         notebook = nbformat.read(path, as_version=4)
