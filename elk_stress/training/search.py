@@ -20,6 +20,7 @@ Nocedal & Wright 2006, chapter 17.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -61,58 +62,67 @@ class WeightSearch:
         """
         import jax
         import jax.numpy as jnp
-        import optax
-
-        total = self.rounds * self.steps
-        adam = optax.adam(optax.cosine_decay_schedule(self.learning_rate, total, 0.05))
-        # the boundary is curved: the linearization is a scale, not an answer
-        nearest, farthest = 3.0, 300.0
-
-        def reach(row: Any, key: Any) -> Any:
-            """Linearized distance to the boundary of the margin, from the average draw at the origin."""
-            half = jax.random.normal(key, (_REACH_PAIRS, dim))
-
-            def margin(c: Any) -> Any:
-                return jax.lax.map(lambda z: parts(row, c + z)[0], jnp.concatenate([half, -half])).mean()
-
-            level, slope = jax.value_and_grad(margin)(jnp.zeros(dim))
-            return jnp.clip(level / jnp.maximum(jnp.linalg.norm(slope), 1e-12), nearest, farthest)
-
-        def constraints(c: Any, row: Any, key: Any) -> Any:
-            half = jax.random.normal(key, (self.n_pairs, dim))
-            margin, shift = jax.lax.map(lambda z: parts(row, c + z), jnp.concatenate([half, -half]))
-            return jnp.stack([margin.mean(), jnp.minimum(shift.mean(), 1e3) - self.slack])
-
-        def one(row: Any, key: Any) -> Any:
-            beta = reach(row, jax.random.fold_in(key, total))
-            unit = beta / dim**0.5
-
-            def lagrangian(c: Any, multiplier: Any, penalty: Any, key: Any) -> Any:
-                g = constraints(c, row, key)
-                pressed = jax.nn.relu(g + multiplier / penalty)
-                return 0.5 * c @ c + 0.5 * penalty * (pressed**2).sum(), g
-
-            def step(carry: Any, i: Any) -> Any:
-                c, state, multiplier, penalty = carry
-                slope, g = jax.grad(lagrangian, has_aux=True)(c, multiplier, penalty, jax.random.fold_in(key, i))
-                slope = jnp.nan_to_num(slope)
-                # Adam ignores the size of slopes, so steps are in units of a coordinate at the boundary
-                update, state = adam.update(slope, state, c)
-                update = unit * update
-                return (optax.apply_updates(c, update), state, multiplier, penalty), g
-
-            def turn(carry: Any, r: Any) -> Any:
-                carry, seen = jax.lax.scan(step, carry, r * self.steps + jnp.arange(self.steps))
-                c, state, multiplier, penalty = carry
-                g = seen[-self.steps // 2 :].mean(axis=0)
-                return (c, state, jax.nn.relu(multiplier + penalty * g), penalty * 1.25), g
-
-            start = jnp.zeros(dim)
-            carry = (start, adam.init(start), jnp.array([0.5, 0.0]) * beta**2, 0.5 * beta**2)
-            (c, _, _, _), seen = jax.lax.scan(turn, carry, jnp.arange(self.rounds))
-            return c, seen[-1]
 
         keys = jax.random.split(jax.random.key(seed), len(data["theta"]))
         rows = {name: jnp.asarray(value) for name, value in data.items()}
-        centres, seen = jax.jit(jax.vmap(one))(rows, keys)
+        centres, seen = _program(self, parts, dim)(rows, keys)
         return np.asarray(centres, dtype=float), np.asarray(seen, dtype=float)
+
+
+@lru_cache(maxsize=8)
+def _program(search: WeightSearch, parts: Any, dim: int) -> Any:
+    """The compiled search: ``(rows, keys) -> (centres, constraints)``, models on the first axis."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    total = search.rounds * search.steps
+    adam = optax.adam(optax.cosine_decay_schedule(search.learning_rate, total, 0.05))
+    # the boundary is curved: the linearization is a scale, not an answer
+    nearest, farthest = 3.0, 300.0
+
+    def reach(row: Any, key: Any) -> Any:
+        """Linearized distance to the boundary of the margin, from the average draw at the origin."""
+        half = jax.random.normal(key, (_REACH_PAIRS, dim))
+
+        def margin(c: Any) -> Any:
+            return jax.lax.map(lambda z: parts(row, c + z)[0], jnp.concatenate([half, -half])).mean()
+
+        level, slope = jax.value_and_grad(margin)(jnp.zeros(dim))
+        return jnp.clip(level / jnp.maximum(jnp.linalg.norm(slope), 1e-12), nearest, farthest)
+
+    def constraints(c: Any, row: Any, key: Any) -> Any:
+        half = jax.random.normal(key, (search.n_pairs, dim))
+        margin, shift = jax.lax.map(lambda z: parts(row, c + z), jnp.concatenate([half, -half]))
+        return jnp.stack([margin.mean(), jnp.minimum(shift.mean(), 1e3) - search.slack])
+
+    def one(row: Any, key: Any) -> Any:
+        beta = reach(row, jax.random.fold_in(key, total))
+        unit = beta / dim**0.5
+
+        def lagrangian(c: Any, multiplier: Any, penalty: Any, key: Any) -> Any:
+            g = constraints(c, row, key)
+            pressed = jax.nn.relu(g + multiplier / penalty)
+            return 0.5 * c @ c + 0.5 * penalty * (pressed**2).sum(), g
+
+        def step(carry: Any, i: Any) -> Any:
+            c, state, multiplier, penalty = carry
+            slope, g = jax.grad(lagrangian, has_aux=True)(c, multiplier, penalty, jax.random.fold_in(key, i))
+            slope = jnp.nan_to_num(slope)
+            # Adam ignores the size of slopes, so steps are in units of a coordinate at the boundary
+            update, state = adam.update(slope, state, c)
+            update = unit * update
+            return (optax.apply_updates(c, update), state, multiplier, penalty), g
+
+        def turn(carry: Any, r: Any) -> Any:
+            carry, seen = jax.lax.scan(step, carry, r * search.steps + jnp.arange(search.steps))
+            c, state, multiplier, penalty = carry
+            g = seen[-search.steps // 2 :].mean(axis=0)
+            return (c, state, jax.nn.relu(multiplier + penalty * g), penalty * 1.25), g
+
+        start = jnp.zeros(dim)
+        carry = (start, adam.init(start), jnp.array([0.5, 0.0]) * beta**2, 0.5 * beta**2)
+        (c, _, _, _), seen = jax.lax.scan(turn, carry, jnp.arange(search.rounds))
+        return c, seen[-1]
+
+    return jax.jit(jax.vmap(one))

@@ -30,7 +30,7 @@ from elk_stress.estimators.evidence_bound import EvidenceBound
 from elk_stress.estimators.importance import Importance
 from elk_stress.flags import flag
 from elk_stress.limit_state import LimitState
-from elk_stress.probe import FittedProbe
+from elk_stress.probe import FittedProbe, Probe
 from elk_stress.training.evasion import plain_recipe
 from elk_stress.training.results import WeightBits, median_bits
 from elk_stress.training.search import WeightSearch
@@ -86,6 +86,7 @@ class WeightsEvent:
         return {
             "theta": self.trainee.original,
             "sigma": self.trainee.sigma,
+            "reference": self.trainee.reference,
             "tau": np.asarray(self.tau, dtype=np.float32),
             "goal": ndtri(self.tau).astype(np.float32),
             "unit": np.maximum(clean - ndtri(self.tau), 1e-2).astype(np.float32),
@@ -95,11 +96,14 @@ class WeightsEvent:
     @cached_property
     def parts(self) -> Any:
         """``(row, u) -> (margin, shift / epsilon)`` of one model at one point, in jax; margin <= 0 exactly when the
-        real AUROC is at most tau."""
+        real AUROC is at most tau. The same function for all probes of one recipe, which are data: compiled once."""
+        recipe, _ = plain_recipe(self.probes[0])
+        return self.trainee.remembered(("parts", recipe), lambda: self._parts(recipe))
+
+    def _parts(self, recipe: Probe) -> Any:
         import jax.numpy as jnp
 
         organism, unravel, epsilon = self.trainee.organism, self.trainee.unravel, self.trainee.epsilon
-        recipe, _ = plain_recipe(self.probes[0])
         labels = self.trainee.splits["test"].labels
         positives, negatives = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
         items, behaviour = dict(organism.probe_inputs("test")), dict(self.trainee.behaviour_inputs())
@@ -114,8 +118,7 @@ class WeightsEvent:
             real = below.mean() / (2 * low.shape[0])
             margin = (_smooth(high, low) - row["goal"]) / row["unit"]
             fails = jnp.where(real <= row["tau"], jnp.minimum(margin, -1e-6), jnp.maximum(margin, 1e-6))
-            reference = organism.outputs(unravel(row["theta"]), behaviour)
-            shift = organism.divergence(reference, organism.outputs(weights, behaviour)).mean()
+            shift = organism.divergence(row["reference"], organism.outputs(weights, behaviour)).mean()
             return fails, jnp.nan_to_num(shift / epsilon, nan=1e6, posinf=1e6)
 
         return parts
@@ -128,6 +131,7 @@ class WeightsEvent:
 
         # made here and not while tracing: it draws its inputs
         parts = self.parts
+        recipe, _ = plain_recipe(self.probes[0])
 
         def value(row: Any, u: Any) -> Any:
             fails, shift = parts(row, u)
@@ -142,6 +146,7 @@ class WeightsEvent:
 
         return LimitState(
             function=function,
+            _compiled=self.trainee.remembered(("limit state", recipe, self.kept), dict),
             dim=self.trainee.n_parameters,
             n_problems=self.trainee.n_models,
             backend="jax",
@@ -218,7 +223,7 @@ def measure_weight_bits(
     first = range(min(scale_models, trainee.n_models))
     curve = {1.0: float(np.median(_best(found, bounds)[list(first)]))}
     for factor in scales:
-        other = replace(trainee, scale_factor=factor * trainee.scale_factor, _compiled={})
+        other = replace(trainee, scale_factor=factor * trainee.scale_factor)
         # calibrated once: the scale is a multiple of the same one
         other.__dict__["calibration"] = trainee.calibration
         scaled, above, _ = weight_bits(other, probes, kept=kept, models=first, seed=seed)

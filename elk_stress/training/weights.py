@@ -198,6 +198,12 @@ class OrganismTrainee:
         scale = self.scale_factor * self.calibration.scale
         return np.asarray(self.unit_sigma * scale[:, None], dtype=np.float32)
 
+    def remembered(self, what: Any, make: Callable[[], Any]) -> Any:
+        """Something compiled for this organism, made on first use; shared by trainees that differ in scale alone."""
+        if what not in self._compiled:
+            self._compiled[what] = make()
+        return self._compiled[what]
+
     def noise(self, draw: int) -> np.ndarray:
         """``(n_parameters,)`` standard normal; the same for all cells. Negative draws belong to the calibration."""
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, 0x0153, draw & 0xFFFFFFFF]))
@@ -210,6 +216,14 @@ class OrganismTrainee:
         made = jax.jit(lambda key: dict(self.organism.batch(key, _BEHAVIOUR_INPUTS)))
         drawn = made(self.organism.key("behaviour", str(self.seed)))
         return {name: np.asarray(value) for name, value in drawn.items()}
+
+    @cached_property
+    def reference(self) -> np.ndarray:
+        """``(models, n, ...)``: the original outputs on the behaviour inputs."""
+        import jax
+
+        outputs = jax.jit(jax.vmap(self.organism.outputs, in_axes=(0, None)))
+        return np.asarray(outputs(self.organism.weights, self._behaviour))
 
     def activations(self, weights: np.ndarray, split: SplitName, noise: int | None = None) -> np.ndarray:
         """``(strengths, models, n_items, dim)`` float32."""
@@ -279,14 +293,12 @@ class OrganismTrainee:
         if "shift" not in self._compiled:
             organism = self.organism
 
-            def one(flat: Any, original: Any, inputs: Any) -> Any:
-                reference = organism.outputs(self.unravel(original), inputs)
+            def one(flat: Any, reference: Any, inputs: Any) -> Any:
                 return organism.divergence(reference, organism.outputs(self.unravel(flat), inputs)).mean()
 
             over_models = jax.vmap(one, in_axes=(0, 0, None))
             self._compiled["shift"] = jax.jit(jax.vmap(over_models, in_axes=(0, None, None)))
-        inputs = self._behaviour
-        return np.asarray(self._compiled["shift"](weights, self.original, inputs), dtype=float)
+        return np.asarray(self._compiled["shift"](weights, self.reference, self._behaviour), dtype=float)
 
     @cached_property
     def _behaviour(self) -> dict[str, Any]:
