@@ -10,7 +10,8 @@
 Each suite is a dictionary of named checks, chosen by what the object declares (a probe that learns must separate
 planted classes, one that does not must not; an attack that reads gradients must find a half-space at three standard
 deviations at about that distance). Each has controls: something planted that must be found, and something that must
-not.
+not. An attack that moves weights has a suite of its own, which also takes a trainee:
+``check_training_attack(MyAttack(), trainee)`` (:mod:`elk_stress.training.conformance`).
 """
 
 from __future__ import annotations
@@ -33,15 +34,19 @@ from elk_stress.attack import Access, Attack, Oracle, Proposal
 from elk_stress.limit_state import LimitState
 from elk_stress.probe import FittedProbe, Probe, as_fitted
 from elk_stress.testbed import ContextSet, Testbed, check_splits
+from elk_stress.training.conformance import check_training_attack as check_training_attack
+from elk_stress.training.conformance import checks_for_training_attack as checks_for_training_attack
 
 __all__ = [
     "PlantedClasses",
     "check_attack",
     "check_probe",
     "check_testbed",
+    "check_training_attack",
     "checks_for_attack",
     "checks_for_probe",
     "checks_for_testbed",
+    "checks_for_training_attack",
     "planted_classes",
 ]
 
@@ -92,7 +97,7 @@ def check_probe(probe: Probe, *, seed: int = 0) -> list[str]:
     Raises:
         AssertionError: the first check that fails, by name.
     """
-    return _run(f"probe {probe.name!r}", checks_for_probe(probe, seed=seed))
+    return run_checks(f"probe {probe.name!r}", checks_for_probe(probe, seed=seed))
 
 
 def checks_for_probe(probe: Probe, *, seed: int = 0) -> Checks:
@@ -323,7 +328,7 @@ def check_attack(attack: Attack, *, seed: int = 0) -> list[str]:
     Raises:
         AssertionError: the first check that fails, by name.
     """
-    return _run(f"attack {attack.name!r}", checks_for_attack(attack, seed=seed))
+    return run_checks(f"attack {attack.name!r}", checks_for_attack(attack, seed=seed))
 
 
 def checks_for_attack(attack: Attack, *, seed: int = 0) -> Checks:
@@ -509,7 +514,7 @@ def check_testbed(testbed: Testbed, *, n_items: int = 6, seed: int = 0) -> list[
     Raises:
         AssertionError: the first check that fails, by name.
     """
-    return _run(f"testbed {testbed.name!r}", checks_for_testbed(testbed, n_items=n_items, seed=seed))
+    return run_checks(f"testbed {testbed.name!r}", checks_for_testbed(testbed, n_items=n_items, seed=seed))
 
 
 def checks_for_testbed(testbed: Testbed, *, n_items: int = 6, seed: int = 0) -> Checks:
@@ -637,7 +642,8 @@ def checks_for_testbed(testbed: Testbed, *, n_items: int = 6, seed: int = 0) -> 
 # -- shared ------------------------------------------------------------------------------------------------------------
 
 
-def _run(what: str, checks: Checks) -> list[str]:
+def run_checks(what: str, checks: Checks) -> list[str]:
+    """Run all checks and return their names; the first that fails is named, with ``what`` it was that failed it."""
     for name, check in checks.items():
         try:
             check()
