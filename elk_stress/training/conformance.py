@@ -119,6 +119,8 @@ def checks_for_training_attack(
 
     def resumes() -> None:
         first, early = advance(start(), _HALF)
+        for name, value in _leaves(first):
+            assert np.asarray(value).dtype != object, f"no file can hold {name!r} of a state: it is no array of numbers"
         with tempfile.TemporaryDirectory() as folder:
             Checkpoints(Path(folder), {}).add({}, first)
             _, read = Checkpoints(Path(folder), {}).resume()
