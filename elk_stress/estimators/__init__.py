@@ -1,4 +1,4 @@
-"""Estimators of bits: one answer, nine methods of different reach, and ``auto``, which combines them.
+"""Estimators of bits: one answer, ten methods of different reach, and ``auto``, which combines them.
 
 Every estimator is a frozen configuration called on a :class:`~elk_stress.limit_state.LimitState`, batched over its
 problems: ``Importance(n_particles=4096)(limit_state, seed=0, centres=centres) -> BitsBatch``.

@@ -61,23 +61,22 @@ def targets_from(
     """
     recipes, arrays = [], []
     for cells in probes:
-        shown = [
-            [_shown(p, a, labels) for p, a in zip(row, acts, strict=True)]
-            for row, acts in zip(cells, activations, strict=True)
-        ]
-        recipe, _ = plain_recipe(cells[0][0])
-        names = plain_recipe(cells[0][0])[1].keys()
+        plain = [[plain_recipe(probe) for probe in row] for row in cells]
+        recipe, parameters = plain[0][0]
         recipes.append(recipe)
         arrays.append(
             {
                 "parameters": {
-                    name: np.stack(
-                        [np.stack([np.asarray(plain_recipe(p)[1][name], np.float32) for p in row]) for row in cells]
-                    )
-                    for name in names
+                    name: np.stack([np.stack([np.asarray(own[name], np.float32) for _, own in row]) for row in plain])
+                    for name in parameters
                 },
-                "centre": np.array([[c for c, _ in row] for row in shown], dtype=np.float32),
-                "gap": np.array([[g for _, g in row] for row in shown], dtype=np.float32),
+                "gap": np.array(
+                    [
+                        [_gap(probe, cell, labels) for probe, cell in zip(row, moved, strict=True)]
+                        for row, moved in zip(cells, activations, strict=True)
+                    ],
+                    dtype=np.float32,
+                ),
             }
         )
     return Targets(tuple(recipes), tuple(arrays))
@@ -92,8 +91,8 @@ def plain_recipe(probe: FittedProbe) -> tuple[Probe, Mapping[str, np.ndarray]]:
     return probe.probe, probe.parameters
 
 
-def _shown(probe: FittedProbe, activations: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Mean score of negatives, and how far positives lie above; never less than a tenth of the scores' spread."""
+def _gap(probe: FittedProbe, activations: np.ndarray, labels: np.ndarray) -> float:
+    """How far positives lie above negatives; never less than a tenth of the scores' spread."""
     scores = np.asarray(probe.score(activations), dtype=float)
-    low, high = scores[labels == 0].mean(), scores[labels == 1].mean()
-    return float(low), float(max(high - low, 0.1 * scores.std(), 1e-6))
+    gap = scores[labels == 1].mean() - scores[labels == 0].mean()
+    return float(max(gap, 0.1 * scores.std(), 1e-6))

@@ -35,17 +35,12 @@ class Targets:
 
     Attributes:
         recipes: one per probe; their ``score`` is a pure function.
-        arrays: one dictionary per probe with ``parameters`` (name -> ``(strengths, models, ...)``), ``centre`` and
-            ``gap`` ``(strengths, models)``: mean score of negatives, and of positives above it, when it was fitted.
+        arrays: one dictionary per probe with ``parameters`` (name -> ``(strengths, models, ...)``) and ``gap``
+            ``(strengths, models)``: how far positives scored above negatives when it was fitted.
     """
 
     recipes: tuple[Probe, ...]
     arrays: tuple[Mapping[str, Any], ...]
-
-    @property
-    def n_strengths(self) -> int:
-        """First axis of the cells."""
-        return int(self.arrays[0]["centre"].shape[0])
 
 
 @runtime_checkable
