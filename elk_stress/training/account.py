@@ -29,6 +29,8 @@ NO_SIGNAL = 0.55
 """Clean AUROC below which a probe has no advantage worth measuring."""
 
 _GRID = 25
+# behaviour that shifts by so many epsilons has not drifted: training has come apart
+_LOST = 1000.0
 _RESAMPLES = 200
 
 
@@ -39,7 +41,7 @@ def account(
     trainee, measured, name = run.trainee, run.measured, run.defence.name
     pressed = run.strengths > 0
     kept = np.nan_to_num(measured.shift, nan=np.inf) <= trainee.epsilon
-    diverged = ~np.isfinite(run.weights[-1]).all(axis=-1) | ~np.isfinite(measured.auroc[name][-1])
+    diverged = _diverged(run)
     whole = np.isfinite(measured.auroc[name]) & pressed[:, None]
     grid = _grid(measured.spent[:, pressed])
     path, path_free = (_path(measured, ok, grid) for ok in (whole & kept, whole))
@@ -116,6 +118,15 @@ def account(
         versions=versions,
         seed=run.seed,
         seconds=time.monotonic() - started,
+    )
+
+
+def _diverged(run: Any) -> np.ndarray:
+    """Cells that ended in numbers that are not finite, or that say something else altogether."""
+    shift = run.measured.shift[-1]
+    lost = ~(np.nan_to_num(shift, nan=np.inf) <= _LOST * run.trainee.epsilon)
+    return np.asarray(
+        lost | ~np.isfinite(run.weights[-1]).all(axis=-1) | ~np.isfinite(run.measured.auroc[run.defence.name][-1])
     )
 
 

@@ -29,11 +29,20 @@ from elk_stress.training.checkpoint import Checkpoints, digest
 from elk_stress.training.evasion import targets_from
 from elk_stress.training.measure import Measured, auroc_of, fit_cells, measure, scores_of, stack_measured
 from elk_stress.training.protocols import Targets, Trainee, TrainingAttack
-from elk_stress.training.results import PressureResult, WeightBits
+from elk_stress.training.results import PressureResult, WeightBits, over_models
 from elk_stress.training.weights import DEFAULT_EPSILON, OrganismTrainee
 from elk_stress.versions import versions
 
-__all__ = ["DEFAULT_STRENGTHS", "MODES", "Defence", "Mode", "as_trainee", "defence_of", "stress_training"]
+__all__ = [
+    "DEFAULT_STRENGTHS",
+    "MODES",
+    "Defence",
+    "Mode",
+    "as_trainee",
+    "defence_of",
+    "stress_training",
+    "training_attack",
+]
 
 Mode = Literal["frozen", "refit", "ensemble"]
 MODES: tuple[Mode, ...] = ("frozen", "refit", "ensemble")
@@ -91,13 +100,11 @@ def stress_training(
         raise ValueError(f"no defender mode is called {mode!r}; known modes: {', '.join(MODES)}")
     if (mode == "ensemble") != bool(against):
         raise ValueError("mode 'ensemble', and only it, takes further probes to train against (against=)")
-    recipe: TrainingAttack = registry.load("attacks", attack) if isinstance(attack, str) else attack
-    if not isinstance(recipe, TrainingAttack):
-        raise ValueError(f"attack {attack!r} moves activations, not weights; use elk_stress.stress for it")
+    recipe = training_attack(attack)
     trainee = as_trainee(testbed, recipe, epsilon=epsilon, seed=seed)
     if recipe.subject != trainee.subject:
         raise ValueError(
-            f"attack {recipe.name!r} trains a {recipe.subject} and {trainee.name!r} is a {trainee.subject}; "
+            f"attack {recipe.name!r} is for the subject {recipe.subject!r} and {trainee.name!r} is of the kind {trainee.subject!r}; "
             f"use {'lora' if trainee.subject == 'language_model' else 'finetune'}"
         )
     chosen = sorted({0.0, *(float(x) for x in (DEFAULT_STRENGTHS if strengths is None else strengths))})
@@ -110,6 +117,21 @@ def stress_training(
     run = _Run(trainee, recipe, mode, defence, cells, schedule, draws, seed)
     run.train(Checkpoints(None if out is None else Path(out), run.settings()), progress)
     return account(run, bits=bits, audit_points=audit_points, started=started, versions=versions())
+
+
+def training_attack(attack: str | TrainingAttack) -> TrainingAttack:
+    """The attack by name or as given.
+
+    Raises:
+        ValueError: it moves activations, not weights.
+    """
+    recipe = registry.load("attacks", attack) if isinstance(attack, str) else attack
+    if not isinstance(recipe, TrainingAttack):
+        raise ValueError(
+            f"attack {getattr(recipe, 'name', attack)!r} moves activations, not weights; use elk_stress.stress or "
+            "`elk-stress run` for it"
+        )
+    return recipe
 
 
 def as_trainee(testbed: Any, attack: TrainingAttack, *, epsilon: float, seed: int) -> Trainee:
@@ -236,6 +258,8 @@ class _Run:
             "attack": {"name": self.attack.name, **recipe},
             "mode": self.mode,
             "strengths": [float(x) for x in self.strengths],
+            "epsilon": self.trainee.epsilon,
+            "prior": digest(self.trainee.length(self.trainee.original[None] + 1)),
             "schedule": self.schedule.tolist(),
             "seed": self.seed,
         }
@@ -274,6 +298,7 @@ class _Run:
         self.state = state
         self.weights = [np.asarray(c["weights"]) for c in done]
         self.log = [{k: v for k, v in c.items() if k not in ("weights", "spent")} for c in done]
+        self.exact = done[-1].get("spent")
         rows = []
         for checkpoint, weights in zip(done, self.weights, strict=True):
             exact = checkpoint.get("spent")
@@ -327,12 +352,14 @@ class _Run:
 
     def engagement(self) -> tuple[bool, Flag | None]:
         """Whether the evasion loss of the strongest pressure fell, beyond what the benign control's did."""
-        begin = np.asarray(self.log[1]["evasion_first"], dtype=float)
-        end = np.asarray(self.log[-1]["evasion"], dtype=float)
+        begin = over_models(np.asarray(self.log[1]["evasion_first"], dtype=float), axis=1)[0]
+        end = over_models(np.asarray(self.log[-1]["evasion"], dtype=float), axis=1)[0]
         with np.errstate(invalid="ignore"):
-            fall = 1 - np.nanmean(end, axis=1) / np.nanmean(begin, axis=1)
-        pressed = fall[self.strengths > 0]
-        best = float(np.nanmax(pressed)) if np.isfinite(pressed).any() else math.nan
-        if best >= 0.1:
+            falls = (1 - end / begin)[self.strengths > 0]
+        best = float(falls[np.isfinite(falls)].max(initial=-np.inf))
+        # a choice among candidates engages by choosing, however little there is to gain
+        needed = 0.1 if self.exact is None else 0.0
+        if best > needed:
             return True, None
-        return False, flag("did_not_engage", f"evasion fell by {best:.0%} at best")
+        seen = f"evasion fell by {best:.0%} at best" if np.isfinite(best) else "no evasion loss was finite"
+        return False, flag("did_not_engage", seen)

@@ -2,7 +2,7 @@ r"""The one compiled program of attacks that follow a gradient on organisms: sca
 
 ``loss = task + strength * evasion``; the attack says how it comes by the evasion's gradient (through the probe, or from
 rewards alone), everything else is shared: examples, Adam, the log, and the benign cell. Compiled once per (attack,
-probe recipes, number of steps) and trainee; a second call never recompiles.
+probe recipes) and trainee, whatever the number of steps; a second call never recompiles.
 
 The examples of step i are drawn from a key that depends on (seed, i, model) and not on the strength: all strengths see
 the same data in the same order, so that they differ by the pressure alone, and a resumed run draws what it would have.
@@ -20,6 +20,9 @@ from elk_stress.training.evasion import evasion_loss
 from elk_stress.training.protocols import Log, State
 
 __all__ = ["advance", "backpropagated", "evade_positives", "fresh_state"]
+
+# steps of one call of the compiled program
+_TOGETHER = 20
 
 Objective = Callable[[Any, Any, Sequence[Probe], Any, Any, int], Callable[[Any], Any]]
 """``(organism, unravel, recipes, arrays, key, n) -> (flat weights -> evasion)`` on ``n`` fresh items."""
@@ -84,30 +87,32 @@ def advance(
     if steps == 0:
         empty = np.zeros((0, *state["weights"].shape[:2]), dtype=np.float32)
         return dict(state), {"task": empty, "evasion": empty}
-    names = ("program", attack, tuple(recipes), steps)
-    if names not in trainee._compiled:
-        trainee._compiled[names] = _program(attack, trainee, tuple(recipes), steps, slope, objective)
-    weights, first, second, log = trainee._compiled[names](
-        state["weights"],
-        state["first"],
-        state["second"],
-        state["strengths"],
-        np.arange(trainee.n_models),
-        trainee.sigma,
-        list(arrays),
-        state["step"],
-        state["seed"],
+    program = trainee.remembered(
+        ("program", attack, tuple(recipes)), lambda: _program(attack, trainee, tuple(recipes), slope, objective)
     )
-    moved = {"weights": weights, "first": first, "second": second}
-    return (
-        {**state, **{k: np.asarray(v) for k, v in moved.items()}, "step": np.asarray(state["step"] + np.int32(steps))},
-        {k: np.moveaxis(np.asarray(v), -1, 0) for k, v in log.items()},
-    )
+    end = np.int32(state["step"] + steps)
+    logs: list[Any] = []
+    while state["step"] < end:
+        weights, first, second, log = program(
+            state["weights"],
+            state["first"],
+            state["second"],
+            state["strengths"],
+            np.arange(trainee.n_models),
+            trainee.sigma,
+            list(arrays),
+            state["step"],
+            end,
+            state["seed"],
+        )
+        done = min(_TOGETHER, int(end - state["step"]))
+        moved = {"weights": np.asarray(weights), "first": np.asarray(first), "second": np.asarray(second)}
+        state = {**state, **moved, "step": np.asarray(state["step"] + np.int32(done))}
+        logs.append({name: np.moveaxis(np.asarray(rows), -1, 0)[:done] for name, rows in log.items()})
+    return state, {name: np.concatenate([log[name] for log in logs]) for name in logs[0]}
 
 
-def _program(
-    attack: Any, trainee: Any, recipes: tuple[Probe, ...], steps: int, slope: Slope, objective: Objective
-) -> Any:
+def _program(attack: Any, trainee: Any, recipes: tuple[Probe, ...], slope: Slope, objective: Objective) -> Any:
     import jax
     import jax.numpy as jnp
     import optax
@@ -116,8 +121,9 @@ def _program(
     organism, unravel = trainee.organism, trainee.unravel
 
     def one(
-        weights: Any, first: Any, second: Any, strength: Any, model: Any, sigma: Any, arrays: Any, begin: Any, seed: Any
-    ) -> Any:
+        weights: Any, first: Any, second: Any, strength: Any, model: Any, sigma: Any, arrays: Any, begin: Any, end: Any,
+        seed: Any,
+    ) -> Any:  # fmt: skip
         base = jax.random.fold_in(jax.random.key(seed), model)
 
         def step(carry: Any, i: Any) -> Any:
@@ -135,10 +141,13 @@ def _program(
             total = task_slope + jnp.where(strength > 0, strength * evasion_slope, 0.0)
             inner = optax.ScaleByAdamState(count=begin + i, mu=first, nu=second)
             update, (inner, *_) = adam.update(total, (inner, optax.EmptyState()), weights)
-            return (optax.apply_updates(weights, update), inner.mu, inner.nu), (task_value, evasion_value)
+            stepped = (optax.apply_updates(weights, update), inner.mu, inner.nu)
+            # steps beyond the end are computed and dropped, so that one program serves every number of steps
+            kept = jax.tree.map(lambda new, old: jnp.where(begin + i < end, new, old), stepped, carry)
+            return kept, (task_value, evasion_value)
 
-        carry, (task_log, evasion_log) = jax.lax.scan(step, (weights, first, second), jnp.arange(steps))
+        carry, (task_log, evasion_log) = jax.lax.scan(step, (weights, first, second), jnp.arange(_TOGETHER))
         return (*carry, {"task": task_log, "evasion": evasion_log})
 
-    models = jax.vmap(one, in_axes=(0, 0, 0, None, 0, 0, 0, None, None))
-    return jax.jit(jax.vmap(models, in_axes=(0, 0, 0, 0, None, None, 0, None, None)))
+    models = jax.vmap(one, in_axes=(0, 0, 0, None, 0, 0, 0, None, None, None))
+    return jax.jit(jax.vmap(models, in_axes=(0, 0, 0, 0, None, None, 0, None, None, None)))

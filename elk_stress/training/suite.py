@@ -16,12 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from elk_stress import registry
 from elk_stress.report.folder import check_folder, replace_file
 from elk_stress.result import plain
 from elk_stress.training.account import NO_SIGNAL
 from elk_stress.training.comparison import PressureComparison, compare_pressure
-from elk_stress.training.pressure import Mode, as_trainee, defence_of, stress_training
+from elk_stress.training.pressure import Mode, as_trainee, defence_of, stress_training, training_attack
 from elk_stress.training.protocols import Trainee
 from elk_stress.training.results import PressureResult, WeightBits
 from elk_stress.training.weight_bits import measure_weight_bits
@@ -105,7 +104,7 @@ def train(
     """
     folder = check_folder(Path(out))
     started = time.monotonic()
-    recipe = registry.load("attacks", attack) if isinstance(attack, str) else attack
+    recipe = training_attack(attack)
     trainee = as_trainee(testbed, recipe, epsilon=epsilon, seed=seed)
     settings = {"attack": recipe.name, "modes": list(modes), "probes": list(probes), "bits": bits, **options}
     state = TrainingRun(trainee.name, description=dict(trainee.describe()), config=plain(settings), seed=seed)
