@@ -451,7 +451,10 @@ _BAD: dict[str, tuple[Mapping[str, Any], str]] = {
     "no checkpoints": ({"checkpoints": 0}, "at least one step and one checkpoint are needed"),
     "moves activations": ({"attack": Gradient()}, "moves activations, not weights; use elk_stress.stress"),
     "by name": ({"attack": "gradient"}, "attack 'gradient' moves activations, not weights"),
-    "another subject": ({"attack": Lora()}, "trains a language_model and 'superposition' is a organism; use finetune"),
+    "another subject": (
+        {"attack": Lora()},
+        "trains language models and 'superposition' is no language model; use finetune",
+    ),
 }
 
 

@@ -97,3 +97,26 @@ def test_t_interval_covers_for_gaussian_models():
     values = rng(5).normal(size=(4000, 8))
     _, low, high = over_models(values)
     assert stats.binomtest(int(((low <= 0) & (high >= 0)).sum()), 4000, 0.95).pvalue > 1e-6
+
+
+def test_weight_bits_come_back_from_json() -> None:
+    import json
+
+    from elk_stress.bits import BitsBatch
+    from elk_stress.flags import flag
+    from elk_stress.result import plain
+    from elk_stress.training.results import WeightBits
+
+    models = BitsBatch.build(
+        np.array([3.0, 8.0]),
+        np.array([2.0, 8.0]),
+        np.array([4.0, np.inf]),
+        [Kind.ESTIMATE, Kind.CENSORED],
+        "importance",
+        evaluations=np.array([10, 20]),
+        status=["ok", "starved"],
+        flags=[(), (flag("low_effective_sample_size", "2.0"),)],
+    )
+    made = WeightBits(Bits(3.0, 2.0, 4.0, Kind.ESTIMATE, "x"), models, np.array([5.0, np.inf]), {"0.5": 12.0, "1": 3.0})
+    again = WeightBits.from_json(json.loads(json.dumps(plain(made), allow_nan=False)))
+    assert plain(again) == plain(made)

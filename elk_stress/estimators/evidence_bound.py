@@ -35,7 +35,7 @@ from elk_stress.limit_state import LimitState, Meter
 
 __all__ = ["EvidenceBound", "bound_of", "level_of"]
 
-# the chance that no fresh draw lies below the level of so many pilot draws, as many fresh as pilot: about exp(-6)
+# no fresh draw lies below the level of k pilot draws with chance (1 + fresh / pilot)^-k: 2^-6 for as many fresh ones
 _PILOT_FAILURES = 6
 
 
@@ -121,18 +121,18 @@ class EvidenceBound:
         return out
 
 
-def level_of(pilot: np.ndarray, confidence: float) -> np.ndarray:
+def level_of(pilot: np.ndarray, confidence: float, fewest: int = _PILOT_FAILURES) -> np.ndarray:
     """``(p,)`` the t that gives the lowest bound on pilot draws' L ``(p, n)`` (``inf`` where none failed).
 
-    At least a few failing pilot draws lie at or below it: a level that one lucky draw sets is met by no fresh one, and
-    the bound would be infinite.
+    At least ``fewest`` failing pilot draws lie at or below it: a level that one lucky draw sets is met by no fresh one,
+    and the bound would be infinite. With three times as many fresh draws as pilot draws 3 do what 6 do with as many.
     """
     p, n = pilot.shape
     if n == 0:
         return np.full(p, np.inf)
     ordered = np.sort(pilot, axis=1)
     low = _lower_limit(np.arange(1, n + 1), n, confidence)
-    least = np.minimum(_PILOT_FAILURES, np.isfinite(ordered).sum(axis=1))
+    least = np.minimum(fewest, np.isfinite(ordered).sum(axis=1))
     allowed = np.isfinite(ordered) & (np.arange(1, n + 1)[None, :] >= least[:, None])
     with np.errstate(invalid="ignore"):
         best = np.argmin(np.where(allowed, ordered - np.log2(low)[None, :], np.inf), axis=1)

@@ -137,7 +137,7 @@ def _limits(result: PressureResult, quantity: str) -> tuple[np.ndarray, np.ndarr
     points = 100 * (result.clean - 0.5)
     if quantity == "spent":
         low, high = np.where(np.isfinite(result.spent), result.spent, result.reached), np.asarray(result.spent)
-    elif result.bits is None or result.bits.models is None:
+    elif result.bits is None:
         low = high = np.full(len(points), np.nan)
     else:
         models = result.bits.models

@@ -1,8 +1,9 @@
 r"""A rigorous upper bound on B from where an attack broke through, on any trainee.
 
-``q = N(theta, diag(sigma^2))``, moved along the attack's own direction to where it is best placed; ``log2 dq/dprior``
-at a draw ``theta + sigma z`` is ``(r^2/2 + z.u) / ln 2``. The place and the level t are fixed on pilot draws, and
-fresh draws give, at 95%, ``B <= t - log2 CP_low[q(failed, kept, log2 dq/dprior <= t)]``
+``q = N(theta, diag(sigma^2))``, moved back along the attack's own direction to where about half of the draws fail, by
+bisection on a few draws a step (an attack may stand several times too far out); ``log2 dq/dprior`` at a draw
+``theta + sigma z`` is ``(r^2/2 + z.u) / ln 2``. The place and the level t are fixed on draws of their own, and fresh
+draws give, at 95%, ``B <= t - log2 CP_low[q(failed, kept, log2 dq/dprior <= t)]``
 (:mod:`elk_stress.estimators.evidence_bound`). A language model affords a few dozen draws; the bound stays rigorous.
 """
 
@@ -20,8 +21,10 @@ from elk_stress.training.protocols import Trainee
 
 __all__ = ["attack_bound"]
 
-# shares of the attack's own length at which the pilot looks
-_FACTORS = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+# bisections of the attack's own length, on a 32nd of the draws each
+_STEPS = 7
+# failing draws that fix the level: three times as many fresh draws all miss it with chance 4^-3
+_FEWEST = 3
 _CONFIDENCE = 0.95
 # noise draws 0, 1, ... belong to the measurements
 _FIRST_DRAW = 1000
@@ -47,21 +50,21 @@ def attack_bound(
         draws: all together, pilot included; by default 64 for a language model and 256 for an organism.
     """
     total = draws or (64 if trainee.subject == "language_model" else 256)
-    n_pilot = max(2, total // (4 * len(_FACTORS)))
-    first = _FIRST_DRAW + 10_000 * (seed % 1000)
-    rows = np.concatenate([trainee.scaled(weights, np.full((1, trainee.n_models), f)) for f in _FACTORS])
-    pilot = _ratios(trainee, rows, probes, tau, range(first, first + n_pilot))
-    levels = np.stack([level_of(cell, _CONFIDENCE) for cell in pilot])
-    guess = np.stack([bound_of(cell, t, _CONFIDENCE) for cell, t in zip(pilot, levels, strict=True)])
-    best = np.where(np.isfinite(guess).any(axis=0), guess.argmin(axis=0), len(_FACTORS) - 1)
-    chosen = trainee.scaled(weights, _FACTORS[best][None])
-    fresh_count = max(2, total - n_pilot * len(_FACTORS))
-    half = max(2, fresh_count // 4)
-    # the level is fixed anew at the chosen place on a quarter of what is left
-    start = first + n_pilot
-    again = _ratios(trainee, chosen, probes, tau, range(start, start + half))[0]
-    fresh = _ratios(trainee, chosen, probes, tau, range(start + half, start + fresh_count))[0]
-    return bound_of(fresh, level_of(again, _CONFIDENCE), _CONFIDENCE)
+    each = max(1, total // 32)
+    start = _FIRST_DRAW + 10_000 * (seed % 1000)
+    low, high = np.zeros(trainee.n_models), np.ones(trainee.n_models)
+    for _ in range(_STEPS):
+        middle = 0.5 * (low + high)
+        cells = _ratios(trainee, trainee.scaled(weights, middle[None]), probes, tau, range(start, start + each))[0]
+        # more than half: a place where too few fail may leave the fresh draws without any
+        fails = 2 * np.isfinite(cells).sum(axis=-1) > each
+        high, low = np.where(fails, middle, high), np.where(fails, low, middle)
+        start += each
+    chosen = trainee.scaled(weights, high[None])
+    left = max(4, total - _STEPS * each)
+    again = _ratios(trainee, chosen, probes, tau, range(start, start + left // 4))[0]
+    fresh = _ratios(trainee, chosen, probes, tau, range(start + left // 4, start + left))[0]
+    return bound_of(fresh, level_of(again, _CONFIDENCE, _FEWEST), _CONFIDENCE)
 
 
 def _ratios(

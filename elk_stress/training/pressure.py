@@ -12,7 +12,6 @@ the others are held out). Strength 0 is the benign control.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +46,7 @@ __all__ = [
 Mode = Literal["frozen", "refit", "ensemble"]
 MODES: tuple[Mode, ...] = ("frozen", "refit", "ensemble")
 DEFAULT_STRENGTHS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+_KINDS = {"organism": "organism", "language_model": "language model"}
 _HELD_OUT = ("mass_mean", "lda", "logistic")
 
 
@@ -104,8 +104,8 @@ def stress_training(
     trainee = as_trainee(testbed, recipe, epsilon=epsilon, seed=seed)
     if recipe.subject != trainee.subject:
         raise ValueError(
-            f"attack {recipe.name!r} is for the subject {recipe.subject!r} and {trainee.name!r} is of the kind {trainee.subject!r}; "
-            f"use {'lora' if trainee.subject == 'language_model' else 'finetune'}"
+            f"attack {recipe.name!r} trains {_KINDS[recipe.subject]}s and {trainee.name!r} is no "
+            f"{_KINDS[recipe.subject]}; use {'lora' if trainee.subject == 'language_model' else 'finetune'}"
         )
     chosen = sorted({0.0, *(float(x) for x in (DEFAULT_STRENGTHS if strengths is None else strengths))})
     cells = np.asarray(chosen, dtype=np.float32)

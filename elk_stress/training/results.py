@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from elk_stress.bits import Bits, BitsBatch
-from elk_stress.flags import Flag
+from elk_stress.bits import Bits, BitsBatch, Kind
+from elk_stress.flags import Flag, flag
 from elk_stress.result import Audit, Curve, plain
 from elk_stress.training.measure import Measured
 from elk_stress.training.overoptimization import Overoptimization
@@ -58,15 +58,39 @@ class WeightBits:
 
     Attributes:
         headline: median over models with a 95% interval over models.
-        models: per model (``None`` where only bounds are known).
+        models: per model.
         bounds: rigorous upper bounds per model, at the engine's own centre.
         scale: multiple of the prior's scale -> median over models.
     """
 
     headline: Bits
-    models: BitsBatch | None
+    models: BitsBatch
     bounds: np.ndarray
     scale: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> WeightBits:
+        """Back from :func:`elk_stress.result.plain`; diagnostics are not kept."""
+        rows = [_bits(row) for row in record["models"]]
+        models = BitsBatch.build(
+            *(np.array([getattr(row, side) for row in rows]) for side in ("value", "low", "high")),
+            [row.kind for row in rows],
+            rows[0].method,
+            evaluations=np.array([row.evaluations for row in rows]),
+            gradients=np.array([row.gradients for row in rows]),
+            status=[row.status for row in rows],
+            flags=[row.flags for row in rows],
+        )
+        bounds = np.array([float(b) for b in record["bounds"]])
+        return cls(_bits(record["headline"]), models, bounds, {k: float(v) for k, v in record["scale"].items()})
+
+
+def _bits(record: Mapping[str, Any]) -> Bits:
+    value, low, high = (float(record[side]) for side in ("value", "low", "high"))
+    flags = tuple(flag(raised["name"], raised["detail"]) for raised in record["flags"])
+    evaluations, gradients = int(record["evaluations"]), int(record["gradients"])
+    kind = Kind(record["kind"])
+    return Bits(value, low, high, kind, record["method"], evaluations, gradients, record["status"], flags)
 
 
 @dataclass(frozen=True)
@@ -179,19 +203,21 @@ def median_bits(values: np.ndarray, reached: np.ndarray, method: str) -> Bits:
     The interval from the j-th smallest to the j-th largest of n values covers the median of their distribution with
     probability ``1 - 2 P[Binomial(n, 1/2) < j]``; j is the largest with at least 95%. Below 6 models none has: then the
     interval is all that is known, from the smallest to the largest widened to 0 and infinity.
+
+    A model that is censored lies anywhere beyond what it reached, so its place among the others is unknown: the lower
+    end is taken from the lower limits, the upper end with censored models at infinity, and the median is an estimate
+    only where the two agree on it, else censored at the median of the lower limits.
     """
     from scipy.stats import binom
 
-    from elk_stress.bits import Kind
-
-    ordered = np.sort(values)
-    n = len(ordered)
-    value = float(np.median(ordered)) if n % 2 or np.isfinite(ordered[n // 2]) else math.inf
+    n = len(values)
+    least, most = np.sort(np.where(np.isfinite(values), values, reached)), np.sort(values)
     j = 0
     while j < n // 2 and 1 - 2 * binom.cdf(j, n, 0.5) >= 0.95:
         j += 1
-    low, high = (float(ordered[j - 1]), float(ordered[n - j])) if j else (0.0, math.inf)
-    least = float(np.min(reached))
-    if not math.isfinite(value):
-        return Bits(least, min(low, least), math.inf, Kind.CENSORED, method)
-    return Bits(value, min(low, value), max(high, value), Kind.ESTIMATE, method)
+    low, high = (float(least[j - 1]), float(most[n - j])) if j else (0.0, math.inf)
+    middle = slice((n - 1) // 2, n // 2 + 1)
+    value = float(least[middle].mean())
+    if np.array_equal(least[middle], most[middle]):
+        return Bits(value, min(low, value), max(high, value), Kind.ESTIMATE, method)
+    return Bits(value, min(low, value), math.inf, Kind.CENSORED, method)

@@ -7,6 +7,7 @@ what is finished. Checkpoints of every row lie beside, so that the same command 
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 from elk_stress.report.folder import check_folder, replace_file
 from elk_stress.result import plain
 from elk_stress.training.account import NO_SIGNAL
+from elk_stress.training.checkpoint import digest
 from elk_stress.training.comparison import PressureComparison, compare_pressure
 from elk_stress.training.pressure import Mode, as_trainee, defence_of, stress_training, training_attack
 from elk_stress.training.protocols import Trainee
@@ -115,7 +117,7 @@ def train(
                 row = f"{probe}-{recipe.name}-{mode}"
                 try:
                     if bits and needed is None and isinstance(trainee, OrganismTrainee):
-                        needed = _bits(trainee, probe, seed, progress)
+                        needed = _bits(trainee, probe, seed, folder, progress)
                     result = stress_training(
                         trainee,
                         probe,
@@ -142,13 +144,20 @@ def train(
     return state
 
 
-def _bits(trainee: OrganismTrainee, probe: str, seed: int, progress: Any) -> WeightBits | None:
+def _bits(trainee: OrganismTrainee, probe: str, seed: int, folder: Path, progress: Any) -> WeightBits | None:
+    """B of a probe, measured once: a later run of the same models in the same folder reads it back."""
     defence = defence_of(trainee, probe, (), (), seed)
-    if not np.isfinite(defence.clean["test"]).all() or _no_advantage(trainee, defence):
+    if _no_advantage(trainee, defence):
         return None
+    key = digest(np.concatenate([trainee.original, trainee.sigma, np.full((trainee.n_models, 1), seed)], axis=1))
+    kept = folder / "checkpoints" / f"bits-{probe}-{key}.json"
+    if kept.is_file():
+        return WeightBits.from_json(json.loads(kept.read_text()))
     task = None if progress is None else progress.add_task(f"bits of {probe}", total=None)
     found = measure_weight_bits(trainee, list(defence.panel[defence.name]), seed=seed)
-    if task is not None:
+    kept.parent.mkdir(exist_ok=True)
+    replace_file(kept, lambda part: part.write_text(json.dumps(plain(found), allow_nan=False)))
+    if progress is not None:
         progress.update(task, total=1, completed=1)
     return found
 
@@ -164,8 +173,6 @@ def _no_advantage(trainee: Trainee, defence: Any) -> bool:
 
 
 def _write_json(state: TrainingRun, folder: Path) -> None:
-    import json
-
     text = json.dumps(state.to_json(), allow_nan=False, separators=(",", ":"))
     replace_file(folder / "result.json", lambda part: part.write_text(text + "\n"))
 

@@ -193,7 +193,7 @@ def weight_bits(
     bound = EvidenceBound(n_particles=1024)(state, seed=seed + 2, centres=aimed)
     poor = np.flatnonzero((found.diagnostics["effective"] < _LEAST_EFFECTIVE) & np.isfinite(bound.value))
     if len(poor) and trainee.n_parameters <= _MOST_ANNEALED:
-        again = Annealed(n_runs=2, n_particles=48)(state.select(poor), seed=seed + 3, centres=aimed[poor])
+        again = Annealed(n_runs=4, n_particles=48)(state.select(poor), seed=seed + 3, centres=aimed[poor])
         found = _replaced(found, again, poor)
     above = [
         (flag("bounds_violated", f"{found[m]} above the bound {bound.value[m]:.1f}"),)
