@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from elk_stress.bits import Kind
-from elk_stress.training.results import median_bits, over_models
+from elk_stress.bits import Bits, BitsBatch, Kind
+from elk_stress.flags import flag
+from elk_stress.result import plain
+from elk_stress.training.results import WeightBits, median_bits, over_models
 
 
 def rng(*seed: int) -> np.random.Generator:
@@ -100,13 +103,6 @@ def test_t_interval_covers_for_gaussian_models():
 
 
 def test_weight_bits_come_back_from_json() -> None:
-    import json
-
-    from elk_stress.bits import BitsBatch
-    from elk_stress.flags import flag
-    from elk_stress.result import plain
-    from elk_stress.training.results import WeightBits
-
     models = BitsBatch.build(
         np.array([3.0, 8.0]),
         np.array([2.0, 8.0]),

@@ -73,7 +73,9 @@ class WeightBits:
         """Back from :func:`elk_stress.result.plain`; diagnostics are not kept."""
         rows = [_bits(row) for row in record["models"]]
         models = BitsBatch.build(
-            *(np.array([getattr(row, side) for row in rows]) for side in ("value", "low", "high")),
+            np.array([row.value for row in rows]),
+            np.array([row.low for row in rows]),
+            np.array([row.high for row in rows]),
             [row.kind for row in rows],
             rows[0].method,
             evaluations=np.array([row.evaluations for row in rows]),
