@@ -170,7 +170,7 @@ def test_one_seed_one_result_and_problems_are_their_own():
 
 
 def test_blocks_of_problems_give_the_same_bits(monkeypatch):
-    import elk_stress.estimators.annealed as module
+    import elk_stress.estimators.annealed_path as module
     import elk_stress.estimators.mixture as mixture
 
     state, centres, bits = half_spaces(8.0, 30, 40)
