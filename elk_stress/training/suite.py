@@ -28,7 +28,11 @@ from elk_stress.training.results import PressureResult, WeightBits
 from elk_stress.training.weight_bits import measure_weight_bits
 from elk_stress.training.weights import DEFAULT_EPSILON, OrganismTrainee
 
-__all__ = ["TrainingInterrupted", "TrainingRun", "train"]
+__all__ = ["CONTROLS", "TrainingInterrupted", "TrainingRun", "train"]
+
+
+CONTROLS = ("oracle", "paper")
+"""Probes that an organism knows: measured beside the others, never ranked among them."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,9 @@ def train(
                     state = replace(state, failures={**state.failures, row: text})
                 state = replace(state, seconds=time.monotonic() - started)
                 _write_json(state, folder)
-        state = replace(state, comparisons=compare_pressure(state.results), status="ok")
+        # controls are not candidates: they would only cost the table its power
+        rivals = [result for result in state.results if result.probe not in CONTROLS]
+        state = replace(state, comparisons=compare_pressure(rivals), status="ok")
     except KeyboardInterrupt:
         state = replace(state, status="interrupted", seconds=time.monotonic() - started)
         _write(state, folder)
