@@ -233,9 +233,7 @@ def test_paper_needs_fewer_bits_than_oracle(organism):
     """What reads a feature that behaviour hardly needs must break first, and by far."""
     trainee = OrganismTrainee(organism, scale_factor=1.2)
     found = {
-        name: measure_weight_bits(
-            trainee, defence_of(trainee, name, (), (), 0).panel[name], scales=(), n_particles=1024
-        )
+        name: measure_weight_bits(trainee, defence_of(trainee, name, (), (), 0).panel[name], scales=())
         for name in ("paper", "oracle")
     }
     for m in range(organism.n_models):
