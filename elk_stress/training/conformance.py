@@ -27,7 +27,6 @@ import numpy as np
 
 from elk_stress.training.checkpoint import Checkpoints
 from elk_stress.training.evasion import targets_from
-from elk_stress.training.measure import fit_cells
 from elk_stress.training.protocols import Log, State, Targets, Trainee, TrainingAttack
 
 __all__ = ["check_training_attack", "checks_for_training_attack"]
@@ -212,6 +211,9 @@ def checks_for_training_attack(
 def _targets(trainee: Trainee, n_strengths: int, seed: int) -> Targets:
     """A probe fitted to the original weights in every cell."""
     activations = trainee.activations(np.repeat(trainee.original[None], n_strengths, axis=0), "train")
+    # here: the suite is imported by everybody who checks a probe, and this loads scipy
+    from elk_stress.training.measure import fit_cells
+
     probes = fit_cells(trainee, "logistic", activations, seed)
     return targets_from([probes], activations, trainee.splits["train"].labels)
 
