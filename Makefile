@@ -35,11 +35,12 @@ demo: $(INSTALLED)
 full: $(INSTALLED)
 	$(BIN)/elk-stress run --testbed statements --preset demo --size full --out runs/full
 
-# four organisms (the transformer's bits are left to the attacks' bounds), then LoRA on the language model
+# four organisms (B itself on the smallest; the others have the attacks' bounds), then LoRA on the language model
 ORGANISM := mass_mean,lda,logistic,paper,oracle
 pressure: $(INSTALLED)
-	for testbed in superposition compute_in_superposition vault; do \
-		$(BIN)/elk-stress train --testbed $$testbed --probes $(ORGANISM) --out runs/pressure/$$testbed; done
+	$(BIN)/elk-stress train --testbed superposition --probes $(ORGANISM) --out runs/pressure/superposition
+	for testbed in compute_in_superposition vault; do \
+		$(BIN)/elk-stress train --testbed $$testbed --probes $(ORGANISM) --no-bits --out runs/pressure/$$testbed; done
 	$(BIN)/elk-stress train --testbed quirky --models 6 --probes $(ORGANISM) --no-bits --out runs/pressure/quirky
 	for probe in logistic lda mass_mean; do \
 		$(BIN)/elk-stress train --testbed statements --size full --attack lora --probes $$probe --strengths 3 \

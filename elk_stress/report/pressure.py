@@ -290,7 +290,7 @@ def _bits(bits: Bits) -> str:
     if bits.kind is Kind.CENSORED:
         return f">= {bits.value:.0f}"
     high = "inf" if math.isinf(bits.high) else f"{bits.high:.0f}"
-    return f"{bits.value:.0f} [{bits.low:.0f}, {high}]"
+    return f"{bits.value:.0f} [{max(bits.low, 0.0):.0f}, {high}]"
 
 
 def _number(value: float, digits: int = 2) -> str:
