@@ -67,10 +67,7 @@ def show(console: Console, run: TrainingRun) -> None:
 
     if run.results:
         first = run.results[0]
-        title = (
-            f"Training pressure: {run.testbed} at {first.site}, {first.attack}, "
-            f"behaviour kept within {first.epsilon:g} nats"
-        )
+        title = f"Training pressure: {run.testbed} at {first.site}, {first.attack}; threat {first.threat}"
         made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for head in COLUMNS:
             made.add_column(head.replace(" ", "\n", 1), no_wrap=True)
@@ -179,6 +176,8 @@ def _least(x: np.ndarray) -> float:
 
 def _status(run: TrainingRun) -> str:
     what = f"{len(run.results)} rows in {run.seconds:.0f} s, seed {run.seed}."
+    if run.results:
+        what += f" Threat: `{run.results[0].threat}`."
     return what if run.status == "ok" else f"**This run is {run.status}**: {what}"
 
 

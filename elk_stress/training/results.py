@@ -163,6 +163,11 @@ class PressureResult:
     seconds: float
 
     @property
+    def threat(self) -> str:
+        """What these bits are relative to: one weight change for all items, a Gaussian prior, behaviour kept."""
+        return f"universal/weights/gaussian/kept within {self.epsilon:g} nats"
+
+    @property
     def name(self) -> str:
         """``probe/attack/mode``."""
         return f"{self.probe}/{self.attack}/{self.mode}"
@@ -176,6 +181,7 @@ class PressureResult:
     def __str__(self) -> str:
         lines = [
             f"{self.probe} on {self.testbed} at {self.site}, {self.attack} ({self.mode}): {self.verdict}",
+            f"  threat: {self.threat}",
             f"  AUROC {self.clean.mean():.2f}; half of its advantage was lost after {self.headline} bits spent",
         ]
         if self.bits is not None:
