@@ -22,7 +22,7 @@ from elk_stress.result import plain
 from elk_stress.training.account import NO_SIGNAL
 from elk_stress.training.checkpoint import digest
 from elk_stress.training.comparison import PressureComparison, compare_pressure
-from elk_stress.training.pressure import Mode, as_trainee, defence_of, stress_training, training_attack
+from elk_stress.training.pressure import MODES, Mode, as_trainee, defence_of, stress_training, training_attack
 from elk_stress.training.protocols import Trainee
 from elk_stress.training.results import PressureResult, WeightBits
 from elk_stress.training.weight_bits import measure_weight_bits
@@ -108,6 +108,9 @@ def train(
         UnusableFolder: the folder cannot be written; before any work.
         TrainingInterrupted: Ctrl-C, after what was finished has been written.
     """
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"no defender mode is called {mode!r}; known modes: {', '.join(MODES)}")
     folder = check_folder(Path(out))
     started = time.monotonic()
     recipe = training_attack(attack)
