@@ -151,8 +151,9 @@ def test_divergence_is_gaussian_kl() -> None:
     rng = np.random.default_rng(np.random.SeedSequence(0))
     a, b = rng.standard_normal((2, 5, 33))
     # sum of n KLs of unit-free Gaussians: mean gap squared over twice the variance
+    variance = organism.noise**2
     expected = [
-        sum((p - q) ** 2 / (2 * organism.noise**2) for p, q in zip(*rows, strict=True)) for rows in zip(a, b, strict=True)
+        sum((p - q) ** 2 / (2 * variance) for p, q in zip(*rows, strict=True)) for rows in zip(a, b, strict=True)
     ]
     np.testing.assert_allclose(np.asarray(organism.divergence(a, b)), expected, rtol=1e-5)
 
