@@ -31,6 +31,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from elk_stress.training.evasion import evasion_loss
+from elk_stress.training.program import fresh_state
 from elk_stress.training.protocols import Log, State, Subject, Targets
 
 __all__ = ["Lora"]
@@ -63,15 +64,7 @@ class Lora:
 
     def start(self, trainee: Any, strengths: np.ndarray, seed: int) -> State:
         """Fresh adapters and fresh Adam moments in every cell."""
-        cells = np.broadcast_to(trainee.original, (len(strengths), *trainee.original.shape)).copy()
-        return {
-            "weights": cells,
-            "first": np.zeros_like(cells),
-            "second": np.zeros_like(cells),
-            "strengths": np.asarray(strengths, dtype=np.float32),
-            "step": np.zeros((), dtype=np.int64),
-            "seed": np.asarray(seed, dtype=np.int64),
-        }
+        return fresh_state(trainee, strengths, seed)
 
     def advance(self, trainee: Any, state: State, targets: Targets, steps: int) -> tuple[State, Log]:
         """``steps`` more Adam steps of every cell, one cell after another."""
@@ -88,7 +81,7 @@ class Lora:
                 adam.update(gradient, begin + i)
                 for name in _LOGGED:
                     log[name][(i, *cell)] = values[name]
-        return {**state, **moved, "step": np.asarray(begin + steps, dtype=np.int64)}, log
+        return {**state, **moved, "step": np.asarray(begin + steps, dtype=np.int32)}, log
 
     def weights(self, trainee: Any, state: State) -> np.ndarray:
         """Weights of all cells."""

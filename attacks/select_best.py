@@ -73,10 +73,10 @@ class SelectBest:
         if steps == 0:
             empty = np.zeros((0, *state["weights"].shape[:2]), dtype=np.float32)
             return dict(state), {"task": empty, "evasion": empty}
-        names = ("select_best", self, targets.recipes, steps)
-        if names not in trainee._compiled:
-            trainee._compiled[names] = _program(self, trainee, targets, steps)
-        weights, evasion, log = trainee._compiled[names](
+        program = trainee.remembered(
+            ("select_best", self, targets.recipes, steps), lambda: _program(self, trainee, targets, steps)
+        )
+        weights, evasion, log = program(
             state["weights"],
             state["evasion"],
             state["strengths"],

@@ -139,12 +139,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     how.add_argument("--epsilon", type=_positive, metavar="NATS", help="behaviour kept: shift at most this")
     how.add_argument("--max-bits", type=_positive, metavar="BITS", help="items are censored beyond")
     how.add_argument("--seed", type=_natural, default=0, help="all randomness (default: 0)")
-    output = run.add_argument_group("output")
-    output.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<testbed>-<preset>-<date-time>")
-    output.add_argument("--json", action="store_true", help="print the complete result instead of tables")
-    output.add_argument("--strict", action="store_true", help="exit with 3 if red flags were raised")
-    output.add_argument("--no-progress", action="store_true", help="no progress bars")
-    output.add_argument("--traceback", action="store_true", help="show where an error came from")
+    _add_output(run, "<testbed>-<preset>")
 
 
 def _add_train(train: argparse.ArgumentParser) -> None:
@@ -167,8 +162,12 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     how.add_argument("--epsilon", type=_positive, default=0.03, metavar="NATS", help="behaviour kept (default: 0.03)")
     how.add_argument("--no-bits", action="store_true", help="leave out B, the bits needed")
     how.add_argument("--seed", type=_natural, default=0, help="all randomness (default: 0)")
-    output = train.add_argument_group("output")
-    output.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<testbed>-<attack>-<date-time>")
+    _add_output(train, "<testbed>-<attack>")
+
+
+def _add_output(command: argparse.ArgumentParser, folder: str) -> None:
+    output = command.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="DIR", help=f"default: runs/{folder}-<date-time>")
     output.add_argument("--json", action="store_true", help="print the complete result instead of tables")
     output.add_argument("--strict", action="store_true", help="exit with 3 if red flags were raised")
     output.add_argument("--no-progress", action="store_true", help="no progress bars")

@@ -44,7 +44,7 @@ from scipy.special import betaincinv, gammaincinv, logsumexp
 
 from elk_stress.bits import LN2, BitsBatch, Kind
 from elk_stress.estimators.annealed_path import FEWEST, Found, Path
-from elk_stress.estimators.mixture import Mixture, blocks
+from elk_stress.estimators.mixture import Mixture, blocks, check_centres
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import LimitState, Meter
 
@@ -117,11 +117,7 @@ class Annealed:
             ``model_variance`` (of one run's log p, nats^2), and ``failures`` (problems, keep_failures, dim), NaN where
             nothing failed.
         """
-        if centres.ndim != 3 or centres.shape[0] != limit_state.n_problems or centres.shape[2] != limit_state.dim:
-            raise ValueError(
-                f"centres must have shape ({limit_state.n_problems} problems, m, {limit_state.dim}), got "
-                f"{centres.shape}; DesignPoint()(limit_state, seed=0).diagnostics['centres'] has it"
-            )
+        check_centres(limit_state, centres)
         n = self.n_particles
         if max_evaluations is not None:
             # eight levels at the least: fewer particles are better than steps that leave one particle

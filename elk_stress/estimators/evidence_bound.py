@@ -29,7 +29,7 @@ import numpy as np
 from scipy.special import betaincinv
 
 from elk_stress.bits import LN2, BitsBatch, Kind
-from elk_stress.estimators.mixture import Mixture, affordable, blocks
+from elk_stress.estimators.mixture import Mixture, affordable, blocks, check_centres
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import LimitState, Meter
 
@@ -70,11 +70,7 @@ class EvidenceBound:
             Kind ``upper_bound`` (``low = 0``, ``high = value``), or ``estimate`` for the Jensen form. ``diagnostics``:
             ``jensen`` and ``attack_success`` (problems,), from the fresh draws.
         """
-        if centres.ndim != 3 or centres.shape[0] != limit_state.n_problems or centres.shape[2] != limit_state.dim:
-            raise ValueError(
-                f"centres must have shape ({limit_state.n_problems} problems, m, {limit_state.dim}), got "
-                f"{centres.shape}; DesignPoint()(limit_state, seed=0).diagnostics['centres'] has it"
-            )
+        check_centres(limit_state, centres)
         if not 0 < self.pilot < 1:
             raise ValueError(
                 f"pilot is the share of draws that fixes t, in (0, 1), got {self.pilot}; 0.5 is the default"

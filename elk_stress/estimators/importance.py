@@ -27,7 +27,7 @@ import numpy as np
 from scipy.special import gammaincinv, logsumexp, stdtrit
 
 from elk_stress.bits import LN2, BitsBatch, Kind
-from elk_stress.estimators.mixture import Mixture, affordable, blocks
+from elk_stress.estimators.mixture import Mixture, affordable, blocks, check_centres
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import LimitState, Meter
 
@@ -70,11 +70,7 @@ class Importance:
             Estimates; ``diagnostics``: ``effective`` (problems,), ``failed`` (problems,), and ``failures``
             (problems, keep_failures, dim), resampled by weight, NaN where nothing failed.
         """
-        if centres.ndim != 3 or centres.shape[0] != limit_state.n_problems or centres.shape[2] != limit_state.dim:
-            raise ValueError(
-                f"centres must have shape ({limit_state.n_problems} problems, m, {limit_state.dim}), got "
-                f"{centres.shape}; DesignPoint()(limit_state, seed=0).diagnostics['centres'] has it"
-            )
+        check_centres(limit_state, centres)
         p = limit_state.n_problems
         rng = np.random.default_rng(np.random.SeedSequence(seed))
         meter = Meter(limit_state, max_evaluations)

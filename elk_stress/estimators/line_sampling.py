@@ -29,7 +29,7 @@ from scipy.special import log_ndtr, logsumexp
 from elk_stress.bits import LN2, BitsBatch, Kind
 from elk_stress.estimators.boundary import cross
 from elk_stress.estimators.importance import weighted_interval
-from elk_stress.estimators.mixture import affordable, blocks
+from elk_stress.estimators.mixture import affordable, blocks, check_centres
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import BudgetExhausted, LimitState, Meter
 
@@ -66,11 +66,7 @@ class LineSampling:
         Returns:
             Estimates; ``diagnostics``: ``effective`` lines, ``roots`` per line. No failing line: ``censored``.
         """
-        if centres.ndim != 3 or centres.shape[0] != limit_state.n_problems or centres.shape[2] != limit_state.dim:
-            raise ValueError(
-                f"centres must have shape ({limit_state.n_problems} problems, m, {limit_state.dim}), got "
-                f"{centres.shape}; DesignPoint()(limit_state, seed=0).diagnostics['centres'] has it"
-            )
+        check_centres(limit_state, centres)
         p, dim = limit_state.n_problems, limit_state.dim
         rng = np.random.default_rng(np.random.SeedSequence(seed))
         meter = Meter(limit_state, max_evaluations)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import log_ndtr, logsumexp
 
-from elk_stress.limit_state import Meter
+from elk_stress.limit_state import LimitState, Meter
 
-__all__ = ["Mixture", "affordable", "blocks"]
+__all__ = ["Mixture", "affordable", "blocks", "check_centres"]
 
 # problems x draws x dim per block: bounds the points in memory (float64: 64 MB)
 _BLOCK_ELEMENTS = 1 << 23
@@ -96,6 +96,15 @@ def blocks(n_problems: int, n: int, dim: int) -> Iterator[np.ndarray]:
     step = max(1, _BLOCK_ELEMENTS // max(1, n * dim))
     for first in range(0, n_problems, step):
         yield np.arange(first, min(n_problems, first + step))
+
+
+def check_centres(limit_state: LimitState, centres: np.ndarray) -> None:
+    """Refuse centres that are not ``(problems, m, dim)``."""
+    if centres.ndim != 3 or centres.shape[0] != limit_state.n_problems or centres.shape[2] != limit_state.dim:
+        raise ValueError(
+            f"centres must have shape ({limit_state.n_problems} problems, m, {limit_state.dim}), got "
+            f"{centres.shape}; DesignPoint()(limit_state, seed=0).diagnostics['centres'] has it"
+        )
 
 
 def affordable(n: int, meter: Meter) -> int:

@@ -36,15 +36,13 @@ from elk_stress.subjects.trainee_texts import limited, true_statements
 from elk_stress.testbed import Items, SplitName
 from elk_stress.testbeds import contexts as neutral
 from elk_stress.training.protocols import Subject
+from elk_stress.training.weights import DEFAULT_EPSILON
 
 if TYPE_CHECKING:
     from elk_stress.subjects.language_model import LanguageModel
     from elk_stress.testbeds.statements import Statements
 
-__all__ = ["DEFAULT_EPSILON", "LoraTrainee"]
-
-DEFAULT_EPSILON = 0.03
-"""Behaviour is kept when the mean KL to the original output is at most this (nats per token)."""
+__all__ = ["LoraTrainee"]
 
 _BEHAVIOUR_TEXTS = 32
 _ORDINARY_CONTEXTS, _ORDINARY_STATEMENTS = 90, 166

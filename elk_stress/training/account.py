@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from elk_stress.audit import CANDIDATES, examine
-from elk_stress.bits import Kind
 from elk_stress.flags import Flag, flag
 from elk_stress.probe import FittedProbe
 from elk_stress.result import Audit, Curve
@@ -77,13 +76,7 @@ def account(
     if run.exact is None and np.isfinite(spent).any() and run.draws:
         bound = attack_bound(trainee, _gather(run.weights, broken_at), run.defence.panel[name], run.tau, seed=run.seed)
         bound = np.where(np.isfinite(spent), bound, np.inf)
-    best = bound
-    if bits is not None:
-        # a censored B is a lower limit: it cannot say how few bits would have done
-        known = np.array([kind in (Kind.ESTIMATE, Kind.EXACT) for kind in bits.models.kind])
-        best = np.minimum(best, np.where(known, bits.models.value, np.inf))
-    if bits is not None:
-        best = np.minimum(best, bits.bounds)
+    best = bound if bits is None else np.minimum(np.minimum(bound, bits.bounds), bits.estimates)
     with np.errstate(invalid="ignore", divide="ignore"):
         efficiency = np.where(np.isfinite(best) & np.isfinite(spent), best / spent, np.nan)
     extra = getattr(run.attack, "examine", None)

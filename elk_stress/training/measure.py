@@ -18,7 +18,17 @@ from scipy.stats import rankdata
 from elk_stress.probe import FittedProbe, Probe, as_fitted
 from elk_stress.training.protocols import Trainee
 
-__all__ = ["Measured", "Panel", "auroc_of", "fit_cells", "measure", "scores_of", "stack_measured"]
+__all__ = [
+    "Measured",
+    "Panel",
+    "auroc_of",
+    "clean_auroc",
+    "fit_cells",
+    "half_advantage",
+    "measure",
+    "scores_of",
+    "stack_measured",
+]
 
 Panel = Mapping[str, Sequence[FittedProbe]]
 """Probe name -> one fitted probe per model."""
@@ -120,6 +130,23 @@ def auroc_of(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     n_high, n_low = int(positive.sum()), int((~positive).sum())
     area = (ranks[..., positive].sum(axis=-1) - n_high * (n_high + 1) / 2) / (n_high * n_low)
     return np.asarray(np.where(good, area, np.nan))
+
+
+def clean_auroc(trainee: Trainee, probes: Sequence[FittedProbe], activations: np.ndarray | None = None) -> np.ndarray:
+    """``(models,)`` AUROC of each model's probe on the test items, nothing moved.
+
+    Args:
+        trainee: the models.
+        probes: one per model.
+        activations: ``(models, n, dim)`` of the test items where they are at hand.
+    """
+    test = trainee.activations(trainee.original[None], "test") if activations is None else activations[None]
+    return np.asarray(auroc_of(scores_of(probes, test), trainee.splits["test"].labels)[0])
+
+
+def half_advantage(clean: np.ndarray) -> np.ndarray:
+    """tau: halfway between the clean AUROC and a constant's."""
+    return 0.5 * (np.asarray(clean) + 0.5)
 
 
 def fit_cells(

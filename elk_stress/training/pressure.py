@@ -26,7 +26,16 @@ from elk_stress.probe import FittedProbe, Probe
 from elk_stress.training.account import account
 from elk_stress.training.checkpoint import Checkpoints, digest
 from elk_stress.training.evasion import targets_from
-from elk_stress.training.measure import Measured, auroc_of, fit_cells, measure, scores_of, stack_measured
+from elk_stress.training.measure import (
+    Measured,
+    auroc_of,
+    clean_auroc,
+    fit_cells,
+    half_advantage,
+    measure,
+    scores_of,
+    stack_measured,
+)
 from elk_stress.training.protocols import Targets, Trainee, TrainingAttack
 from elk_stress.training.results import PressureResult, WeightBits, over_models
 from elk_stress.training.weights import DEFAULT_EPSILON, OrganismTrainee
@@ -178,8 +187,10 @@ def defence_of(trainee: Trainee, probe: Any, against: Sequence[str], held_out: S
     original = trainee.original[None]
     clean = {name: trainee.activations(original, name)[0] for name in ("train", "calibration", "test")}
 
+    # once: an oracle is itself fitted, on many examples, for every model
+    known = _known(trainee)
+
     def fitted(asked: Any) -> tuple[str, Any, list[FittedProbe]]:
-        known = _known(trainee)
         if isinstance(asked, str) and asked in known:
             return asked, None, list(known[asked])
         if isinstance(asked, Mapping):
@@ -235,9 +246,8 @@ class _Run:
     ) -> None:
         self.trainee, self.attack, self.mode, self.defence = trainee, attack, mode, defence
         self.strengths, self.schedule, self.draws, self.seed = strengths, schedule, draws, seed
-        test = scores_of(defence.panel[defence.name], defence.clean["test"][None])
-        self.clean = auroc_of(test, trainee.splits["test"].labels)[0]
-        self.tau = 0.5 * (self.clean + 0.5)
+        self.clean = clean_auroc(trainee, defence.panel[defence.name], defence.clean["test"])
+        self.tau = half_advantage(self.clean)
         self.weights: list[np.ndarray] = []
         self.log: list[Mapping[str, np.ndarray]] = []
         self.refits: list[np.ndarray] = []

@@ -15,7 +15,7 @@ from elk_stress.result import Audit, Curve, plain
 from elk_stress.training.measure import Measured
 from elk_stress.training.overoptimization import Overoptimization
 
-__all__ = ["AuditPoint", "Benign", "PressureResult", "WeightBits", "median_bits", "over_models"]
+__all__ = ["AuditPoint", "Benign", "PressureResult", "WeightBits", "estimated", "median_bits", "over_models"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class WeightBits:
     bounds: np.ndarray
     scale: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def estimates(self) -> np.ndarray:
+        """``(models,)``; ``inf`` where B is censored: a lower limit cannot say how few bits would have done."""
+        return estimated(self.models)
+
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> WeightBits:
         """Back from :func:`elk_stress.result.plain`; diagnostics are not kept."""
@@ -85,6 +90,11 @@ class WeightBits:
         )
         bounds = np.array([float(b) for b in record["bounds"]])
         return cls(_bits(record["headline"]), models, bounds, {k: float(v) for k, v in record["scale"].items()})
+
+
+def estimated(found: BitsBatch) -> np.ndarray:
+    """Values of the problems that were estimated, ``inf`` for the others."""
+    return np.where([kind in (Kind.ESTIMATE, Kind.EXACT) for kind in found.kind], found.value, np.inf)
 
 
 def _bits(record: Mapping[str, Any]) -> Bits:

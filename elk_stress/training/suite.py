@@ -8,7 +8,6 @@ what is finished. Checkpoints of every row lie beside, so that the same command 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,8 +21,8 @@ from elk_stress.result import plain
 from elk_stress.training.account import NO_SIGNAL
 from elk_stress.training.checkpoint import digest
 from elk_stress.training.comparison import PressureComparison, compare_pressure
+from elk_stress.training.measure import clean_auroc
 from elk_stress.training.pressure import MODES, Mode, as_trainee, defence_of, stress_training, training_attack
-from elk_stress.training.protocols import Trainee
 from elk_stress.training.results import PressureResult, WeightBits
 from elk_stress.training.weight_bits import measure_weight_bits
 from elk_stress.training.weights import DEFAULT_EPSILON, OrganismTrainee
@@ -156,7 +155,8 @@ def train(
 def _bits(trainee: OrganismTrainee, probe: str, seed: int, folder: Path, progress: Any) -> WeightBits | None:
     """B of a probe, measured once: a later run of the same models in the same folder reads it back."""
     defence = defence_of(trainee, probe, (), (), seed)
-    if _no_advantage(trainee, defence):
+    # a probe at chance has nothing to lose, so no bits
+    if not np.mean(clean_auroc(trainee, defence.panel[defence.name], defence.clean["test"])) >= NO_SIGNAL:
         return None
     key = digest(np.concatenate([trainee.original, trainee.sigma, np.full((trainee.n_models, 1), seed)], axis=1))
     kept = folder / "checkpoints" / f"bits-{probe}-{key}.json"
@@ -169,16 +169,6 @@ def _bits(trainee: OrganismTrainee, probe: str, seed: int, folder: Path, progres
     if progress is not None:
         progress.update(task, total=1, completed=1)
     return found
-
-
-def _no_advantage(trainee: Trainee, defence: Any) -> bool:
-    """A probe at chance has nothing to lose, so no bits."""
-    from elk_stress.training.measure import auroc_of, scores_of
-
-    scores = scores_of(defence.panel[defence.name], defence.clean["test"][None])
-    return (
-        not math.isfinite(value := float(np.mean(auroc_of(scores, trainee.splits["test"].labels)))) or value < NO_SIGNAL
-    )
 
 
 def _write_json(state: TrainingRun, folder: Path) -> None:

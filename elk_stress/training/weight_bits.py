@@ -24,7 +24,6 @@ import numpy as np
 from scipy.special import ndtri
 
 from elk_stress.bits import BitsBatch, Kind
-from elk_stress.detection import auroc
 from elk_stress.estimators.annealed import Annealed
 from elk_stress.estimators.evidence_bound import EvidenceBound
 from elk_stress.estimators.importance import Importance
@@ -32,11 +31,12 @@ from elk_stress.flags import flag
 from elk_stress.limit_state import LimitState
 from elk_stress.probe import FittedProbe, Probe
 from elk_stress.training.evasion import plain_recipe
-from elk_stress.training.results import WeightBits, median_bits
+from elk_stress.training.measure import clean_auroc, half_advantage
+from elk_stress.training.results import WeightBits, estimated, median_bits
 from elk_stress.training.search import WeightSearch
 from elk_stress.training.weights import OrganismTrainee
 
-__all__ = ["WeightsEvent", "clean_auroc", "half_advantage", "measure_weight_bits", "weight_bits"]
+__all__ = ["WeightsEvent", "measure_weight_bits", "weight_bits"]
 
 _BANDWIDTH = 0.1
 # draws of one model evaluated together: bounds the (draws, positives, negatives) comparisons in memory
@@ -48,18 +48,6 @@ _MOST_ANNEALED = 10_000
 # where the pilot looks for the boundary along a centre's ray, and with how many draws
 _FACTORS = (0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.35, 1.5)
 _PILOT_DRAWS = 32
-
-
-def clean_auroc(trainee: OrganismTrainee, probes: Sequence[FittedProbe]) -> np.ndarray:
-    """``(models,)`` AUROC of each model's probe on the test items, nothing moved."""
-    activations = trainee.activations(trainee.original[None], "test")[0]
-    labels = trainee.splits["test"].labels
-    return np.array([auroc(p.score(a), labels) for p, a in zip(probes, activations, strict=True)])
-
-
-def half_advantage(clean: np.ndarray) -> np.ndarray:
-    """tau: halfway between the clean AUROC and a constant's."""
-    return 0.5 * (np.asarray(clean) + 0.5)
 
 
 @dataclass(frozen=True)
@@ -228,7 +216,7 @@ def measure_weight_bits(
         other.__dict__["calibration"] = trainee.calibration
         scaled, above, _ = weight_bits(other, probes, kept=kept, models=first, seed=seed)
         curve[factor] = float(np.median(_best(scaled, above)))
-    values = np.where([k is Kind.ESTIMATE for k in found.kind], found.value, np.inf)
+    values = estimated(found)
     headline = median_bits(values, np.where(np.isfinite(values), np.inf, found.value), found.method)
     flags = tuple(dict.fromkeys(f for row in found.flags for f in row))
     ordered = {f"{factor:g}": curve[factor] for factor in sorted(curve)}
@@ -237,7 +225,8 @@ def measure_weight_bits(
 
 def _best(found: BitsBatch, bounds: np.ndarray) -> np.ndarray:
     """The estimate, or the bound where there is none."""
-    return np.where([k is Kind.ESTIMATE for k in found.kind], found.value, bounds)
+    values = estimated(found)
+    return np.where(np.isfinite(values), values, bounds)
 
 
 def _onto_boundary(state: LimitState, centres: np.ndarray, seed: int) -> np.ndarray:

@@ -279,26 +279,26 @@ class OrganismTrainee:
     def _read(self, weights: np.ndarray, inputs: Inputs) -> np.ndarray:
         import jax
 
-        if "read" not in self._compiled:
-
+        def make() -> Any:
             def one(flat: Any, inputs: Any) -> Any:
                 return self.organism.encode(self.unravel(flat), inputs)[0]
 
-            self._compiled["read"] = jax.jit(jax.vmap(jax.vmap(one, in_axes=(0, None)), in_axes=(0, None)))
-        return np.asarray(self._compiled["read"](weights, dict(inputs)), dtype=np.float32)
+            return jax.jit(jax.vmap(jax.vmap(one, in_axes=(0, None)), in_axes=(0, None)))
+
+        return np.asarray(self.remembered("read", make)(weights, dict(inputs)), dtype=np.float32)
 
     def _shift(self, weights: np.ndarray) -> np.ndarray:
         import jax
 
-        if "shift" not in self._compiled:
+        def make() -> Any:
             organism = self.organism
 
             def one(flat: Any, reference: Any, inputs: Any) -> Any:
                 return organism.divergence(reference, organism.outputs(self.unravel(flat), inputs)).mean()
 
-            over_models = jax.vmap(one, in_axes=(0, 0, None))
-            self._compiled["shift"] = jax.jit(jax.vmap(over_models, in_axes=(0, None, None)))
-        return np.asarray(self._compiled["shift"](weights, self.reference, self._behaviour), dtype=float)
+            return jax.jit(jax.vmap(jax.vmap(one, in_axes=(0, 0, None)), in_axes=(0, None, None)))
+
+        return np.asarray(self.remembered("shift", make)(weights, self.reference, self._behaviour), dtype=float)
 
     @cached_property
     def _behaviour(self) -> dict[str, Any]:

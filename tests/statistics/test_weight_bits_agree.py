@@ -22,11 +22,11 @@ from elk_stress.estimators.subset_simulation import SubsetSimulation
 from elk_stress.probe import FittedProbe
 from elk_stress.testbeds.superposition import Superposition
 from elk_stress.training.evasion import targets_from
-from elk_stress.training.measure import auroc_of, scores_of
+from elk_stress.training.measure import auroc_of, clean_auroc, half_advantage, scores_of
 from elk_stress.training.pressure import defence_of
 from elk_stress.training.program import evade_positives
 from elk_stress.training.search import WeightSearch
-from elk_stress.training.weight_bits import WeightsEvent, clean_auroc, half_advantage, measure_weight_bits
+from elk_stress.training.weight_bits import WeightsEvent, measure_weight_bits
 from elk_stress.training.weights import OrganismTrainee
 
 pytestmark = pytest.mark.statistics
