@@ -44,9 +44,9 @@ def _trained(organism: Superposition, epsilon: float, seed: int) -> OrganismTrai
     return OrganismTrainee(organism, epsilon=epsilon, n_draws=5, seed=seed)
 
 
-def _trainee(testbed: Any, attack: Any, *, epsilon: float, seed: int) -> Trainee:
+def _trainee(testbed: Any, attack: Any, probes: Any, *, epsilon: float, seed: int) -> Trainee:
     """As the suite makes one, but what it compiles and calibrates is shared by all tests."""
-    made = as_trainee(testbed, attack, epsilon=epsilon, seed=seed)
+    made = as_trainee(testbed, attack, probes, epsilon=epsilon, seed=seed)
     return _trained(testbed, epsilon, seed) if isinstance(made, OrganismTrainee) else made
 
 

@@ -14,6 +14,7 @@ import tiny_models
 from elk_stress.attacks.lora import Lora
 from elk_stress.detection import auroc
 from elk_stress.probe import FittedProbe, as_fitted
+from elk_stress.probes.ccs import CCS
 from elk_stress.subjects.adapted import LoraTrainee
 from elk_stress.subjects.language_model import LanguageModel
 from elk_stress.subjects.prior_scale import calibrate
@@ -22,6 +23,7 @@ from elk_stress.testbed import Items
 from elk_stress.testbeds import facts
 from elk_stress.testbeds.statements import Statements
 from elk_stress.training.evasion import targets_from
+from elk_stress.training.pressure import as_trainee
 from elk_stress.training.protocols import Targets, Trainee, TrainingAttack
 
 _SITE = "layers.2"
@@ -472,3 +474,11 @@ def test_ordinary_statements_are_of_other_relations() -> None:
     said = {own.say(entity, value).text for entity, value in own.facts.items()}
     assert not said & set(found)
     assert said & set(true_statements(None, 100_000, seed=0))
+
+
+@pytest.mark.parametrize(("probes", "wanted"), [(("lda", CCS()), True), (("ccs",), True), (("lda", "logistic"), False)])
+def test_only_probes_that_need_pairs_get_negations(probes: tuple[Any, ...], wanted: bool) -> None:
+    testbed = Statements(site=_SITE, subject=_model())
+    trainee = as_trainee(testbed, Lora(), probes, epsilon=0.03, seed=0)
+    assert (trainee.splits["train"].pairs is not None) == wanted
+    assert trainee.splits["test"].pairs is None

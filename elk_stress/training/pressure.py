@@ -110,7 +110,7 @@ def stress_training(
     if (mode == "ensemble") != bool(against):
         raise ValueError("mode 'ensemble', and only it, takes further probes to train against (against=)")
     recipe = training_attack(attack)
-    trainee = as_trainee(testbed, recipe, epsilon=epsilon, seed=seed)
+    trainee = as_trainee(testbed, recipe, (probe, *against), epsilon=epsilon, seed=seed)
     if recipe.subject != trainee.subject:
         raise ValueError(
             f"attack {recipe.name!r} trains {_KINDS[recipe.subject]}s and {trainee.name!r} is no "
@@ -143,8 +143,8 @@ def training_attack(attack: str | TrainingAttack) -> TrainingAttack:
     return recipe
 
 
-def as_trainee(testbed: Any, attack: TrainingAttack, *, epsilon: float, seed: int) -> Trainee:
-    """The testbed as something whose weights can be moved."""
+def as_trainee(testbed: Any, attack: TrainingAttack, probes: Sequence[Any], *, epsilon: float, seed: int) -> Trainee:
+    """The testbed as something whose weights can be moved, with the items that these probes are fitted on."""
     from elk_stress.organism import Organism
 
     if isinstance(testbed, Organism):
@@ -156,11 +156,16 @@ def as_trainee(testbed: Any, attack: TrainingAttack, *, epsilon: float, seed: in
     if isinstance(testbed, Statements):
         from elk_stress.subjects.adapted import LoraTrainee
 
-        return LoraTrainee.of(testbed, epsilon=epsilon, seed=seed)
+        return LoraTrainee.of(testbed, epsilon=epsilon, seed=seed, negations=any(map(_needs_pairs, probes)))
     raise ValueError(
         f"testbed {getattr(testbed, 'name', testbed)!r} has no weights to train; use an organism "
         "(superposition, compute_in_superposition, vault, quirky), statements, or a Trainee"
     )
+
+
+def _needs_pairs(probe: Any) -> bool:
+    recipe = registry.load("probes", probe) if isinstance(probe, str) and probe in registry.names("probes") else probe
+    return bool(getattr(getattr(recipe, "traits", None), "needs_pairs", False))
 
 
 @dataclass(frozen=True)

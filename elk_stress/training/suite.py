@@ -113,7 +113,7 @@ def train(
     folder = check_folder(Path(out))
     started = time.monotonic()
     recipe = training_attack(attack)
-    trainee = as_trainee(testbed, recipe, epsilon=epsilon, seed=seed)
+    trainee = as_trainee(testbed, recipe, probes, epsilon=epsilon, seed=seed)
     settings = {"attack": recipe.name, "modes": list(modes), "probes": list(probes), "bits": bits, **options}
     state = TrainingRun(trainee.name, description=dict(trainee.describe()), config=plain(settings), seed=seed)
     try:
