@@ -52,7 +52,7 @@ def row(result: PressureResult) -> list[str]:
         "-" if result.bits is None else _bits(result.bits.headline),
         _bits(result.headline),
         _number(_median(result.efficiency)),
-        _number(_median(per_point(result, "needed"))),
+        _per_point(result),
         benign,
         _number(float(result.curves["refit"].value[-1])),
         result.verdict,
@@ -285,9 +285,17 @@ def _configuration(run: TrainingRun) -> list[str]:
     return table(["setting", "value"], [[k, str(v)[:200]] for k, v in settings.items()])
 
 
+def _per_point(result: PressureResult) -> str:
+    """Bits needed per point of clean AUROC; a bound on B has no such figure of its own."""
+    bounded = result.bits is not None and result.bits.headline.kind is Kind.UPPER_BOUND
+    return "-" if bounded else _number(_median(per_point(result, "needed")))
+
+
 def _bits(bits: Bits) -> str:
     if bits.kind is Kind.CENSORED:
         return f">= {bits.value:.0f}"
+    if bits.kind is Kind.UPPER_BOUND:
+        return f"<= {bits.value:.0f}"
     high = "inf" if math.isinf(bits.high) else f"{bits.high:.0f}"
     return f"{bits.value:.0f} [{max(bits.low, 0.0):.0f}, {high}]"
 

@@ -28,6 +28,8 @@ import numpy as np
 __all__ = ["WeightSearch"]
 
 _REACH_PAIRS = 4
+# of the penalty, over all rounds
+_GROWTH = 200.0
 # margin (1 at the origin) by which the average draw is to fail: draws differ little, and one just outside never fails
 _INSIDE = 0.05
 
@@ -43,10 +45,10 @@ class WeightSearch:
         slack: share of epsilon that the mean draw may use.
     """
 
-    rounds: int = 32
+    rounds: int = 16
     steps: int = 50
     learning_rate: float = 0.15
-    n_pairs: int = 2
+    n_pairs: int = 1
     slack: float = 0.8
 
     def __call__(self, parts: Any, data: dict[str, Any], dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,6 +84,7 @@ def _program(search: WeightSearch, parts: Any, dim: int) -> Any:
     adam = optax.adam(optax.cosine_decay_schedule(search.learning_rate, total, 0.05))
     # the boundary is curved: the linearization is a scale, not an answer
     nearest, farthest = 3.0, 300.0
+    growth = _GROWTH ** (1 / search.rounds)
 
     def reach(row: Any, key: Any) -> Any:
         """Linearized distance to the boundary of the margin, from the average draw at the origin."""
@@ -120,7 +123,7 @@ def _program(search: WeightSearch, parts: Any, dim: int) -> Any:
             carry, seen = jax.lax.scan(step, carry, r * search.steps + jnp.arange(search.steps))
             c, state, multiplier, penalty = carry
             g = seen[-search.steps // 2 :].mean(axis=0)
-            return (c, state, jax.nn.relu(multiplier + penalty * g), penalty * 1.25), g
+            return (c, state, jax.nn.relu(multiplier + penalty * g), penalty * growth), g
 
         start = jnp.zeros(dim)
         carry = (start, adam.init(start), jnp.array([0.5, 0.0]) * beta**2, 0.5 * beta**2)

@@ -8,7 +8,7 @@ perfect probe, the probit of Gaussian scores, ``d' / sqrt 2``, takes over. The s
 
 ``B`` per model comes from importance sampling at a centre on the boundary; where other weights blur that boundary, the
 weights of the draws degenerate and annealed importance sampling takes over. An evidence bound at the same centre is
-rigorous whatever happens.
+rigorous whatever happens; in models too large to anneal it is what stands for B, and is called a bound.
 
 Shapes: problems are models; u ``(models, n, n_parameters)``. Guarantee: as of the estimator.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
-from elk_stress.bits import BitsBatch, Kind
+from elk_stress.bits import Bits, BitsBatch, Kind
 from elk_stress.estimators.annealed import Annealed
 from elk_stress.estimators.evidence_bound import EvidenceBound
 from elk_stress.estimators.importance import Importance
@@ -39,12 +39,14 @@ from elk_stress.training.weights import OrganismTrainee
 __all__ = ["WeightsEvent", "measure_weight_bits", "weight_bits"]
 
 _BANDWIDTH = 0.1
+# spreads beyond which scores are squashed
+_SQUASH = 3.0
 # draws of one model evaluated together: bounds the (draws, positives, negatives) comparisons in memory
 _TOGETHER = 16
 # effective failing draws below which importance sampling is not believed
 _LEAST_EFFECTIVE = 30.0
-# beyond so many weights each evaluation is too slow for the tens of thousands that annealing takes
-_MOST_ANNEALED = 10_000
+# beyond so many weights annealing takes tens of minutes a model
+_MOST_ANNEALED = 4_000
 # where the pilot looks for the boundary along a centre's ray, and with how many draws
 _FACTORS = (0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.35, 1.5)
 _PILOT_DRAWS = 32
@@ -156,7 +158,8 @@ def weight_bits(
     """B at half advantage per model, at the centres that :class:`~elk_stress.training.search.WeightSearch` finds.
 
     Importance sampling first; where its effective sample is too small to carry an estimate, annealed importance
-    sampling from the same centre. An estimate above the rigorous bound is flagged.
+    sampling from the same centre, or the rigorous bound in models of more than 4,000 weights. An estimate above the
+    rigorous bound is flagged.
 
     Args:
         trainee, probes: one fitted probe per model.
@@ -182,7 +185,9 @@ def weight_bits(
     poor = np.flatnonzero((found.diagnostics["effective"] < _LEAST_EFFECTIVE) & np.isfinite(bound.value))
     if len(poor) and trainee.n_parameters <= _MOST_ANNEALED:
         again = Annealed(n_runs=4, n_particles=48)(state.select(poor), seed=seed + 3, centres=aimed[poor])
-        found = _replaced(found, again, poor)
+        found = _replaced(found, again, poor, "importance, annealed where starved")
+    elif len(poor):
+        found = _replaced(found, [bound[m] for m in poor], poor, "importance, evidence bound where starved")
     above = [
         (flag("bounds_violated", f"{found[m]} above the bound {bound.value[m]:.1f}"),)
         if found.kind[m] is Kind.ESTIMATE and found.low[m] > bound.value[m]
@@ -216,11 +221,21 @@ def measure_weight_bits(
         other.__dict__["calibration"] = trainee.calibration
         scaled, above, _ = weight_bits(other, probes, kept=kept, models=first, seed=seed)
         curve[factor] = float(np.median(_best(scaled, above)))
-    values = estimated(found)
-    headline = median_bits(values, np.where(np.isfinite(values), np.inf, found.value), found.method)
     flags = tuple(dict.fromkeys(f for row in found.flags for f in row))
     ordered = {f"{factor:g}": curve[factor] for factor in sorted(curve)}
-    return WeightBits(replace(headline, flags=flags), found, bounds, ordered)
+    return WeightBits(replace(_headline(found), flags=flags), found, bounds, ordered)
+
+
+def _headline(found: BitsBatch) -> Bits:
+    """Median over models; a bound, from 0 on, where that of any model is one."""
+    bounded = np.array([kind is Kind.UPPER_BOUND for kind in found.kind])
+    values = np.where(bounded, found.value, estimated(found))
+    headline = median_bits(values, np.where(bounded | np.isfinite(values), 0.0, found.value), found.method)
+    if not bounded.any():
+        return headline
+    if headline.kind is Kind.CENSORED:
+        return replace(headline, value=0.0, low=0.0)
+    return replace(headline, kind=Kind.UPPER_BOUND, low=0.0)
 
 
 def _best(found: BitsBatch, bounds: np.ndarray) -> np.ndarray:
@@ -246,37 +261,51 @@ def _onto_boundary(state: LimitState, centres: np.ndarray, seed: int) -> np.ndar
     return np.asarray(centres * scale[:, None])
 
 
-def _replaced(found: BitsBatch, again: BitsBatch, where: np.ndarray) -> BitsBatch:
+def _replaced(found: BitsBatch, again: Sequence[Bits], where: np.ndarray, method: str) -> BitsBatch:
     """``found`` with the problems ``where`` taken from ``again``, at the price of both."""
-    value, low, high = (np.array(getattr(found, name)) for name in ("value", "low", "high"))
-    for name, column in (("value", value), ("low", low), ("high", high)):
-        column[where] = getattr(again, name)
+    value, low, high, evaluations = (np.array(getattr(found, n)) for n in ("value", "low", "high", "evaluations"))
     kind, status, flags = list(found.kind), list(found.status), list(found.flags)
-    evaluations = found.evaluations.copy()
-    evaluations[where] += again.evaluations
-    for row, model in enumerate(where):
-        kind[model], status[model], flags[model] = again.kind[row], again.status[row], again.flags[row]
-    annealed = np.zeros(len(found), dtype=bool)
-    annealed[where] = True
+    for row, m in zip(again, where, strict=True):
+        value[m], low[m], high[m] = row.value, row.low, row.high
+        kind[m], status[m], flags[m] = row.kind, row.status, row.flags
+        evaluations[m] += row.evaluations
     return BitsBatch.build(
-        value, low, high, kind, "importance, annealed where starved", evaluations=evaluations, status=status,
-        flags=flags, diagnostics={"effective": found.diagnostics["effective"], "annealed": annealed},
+        value, low, high, kind, method, evaluations=evaluations, status=status, flags=flags,
+        diagnostics={"effective": found.diagnostics["effective"]},
     )  # fmt: skip
 
 
 def _smooth(high: Any, low: Any) -> Any:
     """Probit of a smooth AUROC of sorted positives' and negatives' scores; informative at any distance.
 
-    Pairs of every few quantiles stand for all pairs: this guides, and does not decide.
+    Scores are first squashed beyond a few spreads of their middle halves: otherwise a search would throw a few items
+    far out, widen the kernel with them, and leave the order of all others as it was. Pairs of every few quantiles stand
+    for all pairs: this guides, and does not decide.
     """
     import jax.numpy as jnp
     from jax.scipy.special import ndtr, ndtri
 
+    centre, spread = _robust(high, low)
+    high, low = (_SQUASH * jnp.tanh((part - centre) / (_SQUASH * spread)) for part in (high, low))
     within = jnp.sqrt(0.5 * (high.var() + low.var()))
     gap = high.mean() - low.mean()
-    spread = jnp.maximum(jnp.sqrt(within**2 + 0.25 * gap**2), 1e-12)
+    width = _BANDWIDTH * jnp.sqrt(within**2 + 0.25 * gap**2)
     some = [part[part.shape[0] % step // 2 :: step] for part in (high, low) for step in [max(1, part.shape[0] // 64)]]
-    pairs = ndtr((some[0][:, None] - some[1][None, :]) / (_BANDWIDTH * spread)).mean()
+    pairs = ndtr((some[0][:, None] - some[1][None, :]) / jnp.maximum(width, 1e-12)).mean()
     gaussian = gap / (jnp.sqrt(2.0) * jnp.maximum(within, 1e-12))
     share = jnp.clip((0.98 - pairs) / 0.08, 0.0, 1.0)
     return share * ndtri(jnp.clip(pairs, 1e-4, 0.99)) + (1.0 - share) * gaussian
+
+
+def _robust(high: Any, low: Any) -> tuple[Any, Any]:
+    """Centre and spread of sorted scores of both classes, by quartiles, which a few items cannot move."""
+    import jax.numpy as jnp
+
+    def quartiles(part: Any) -> Any:
+        n = part.shape[0] - 1
+        return [part[round(q * n)] for q in (0.25, 0.5, 0.75)]
+
+    (a, b, c), (x, y, z) = quartiles(high), quartiles(low)
+    # half of a middle half is 0.674 standard deviations of a Gaussian
+    within = 0.25 * ((c - a) + (z - x)) / 0.674
+    return 0.5 * (b + y), jnp.maximum(jnp.sqrt(within**2 + 0.25 * (b - y) ** 2), 1e-12)
