@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from elk_stress.attack import Access, Oracle, Proposal, Scope
+from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 
 __all__ = ["BestOfN"]
 
@@ -36,7 +36,7 @@ class BestOfN:
     name: ClassVar[str] = "best_of_n"
     access: ClassVar[Access] = "score"
     scopes: ClassVar[tuple[Scope, ...]] = ("item", "universal")
-    needs_pool: ClassVar[bool] = True
+    needs: ClassVar[tuple[Need, ...]] = ("pool",)
     priors: ClassVar[tuple[str, ...]] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:

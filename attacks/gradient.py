@@ -30,7 +30,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from elk_stress.attack import Access, Oracle, Proposal, Scope
+from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 from elk_stress.limit_state import BudgetExhausted
 
 __all__ = ["Gradient"]
@@ -63,7 +63,7 @@ class Gradient:
     name: ClassVar[str] = "gradient"
     access: ClassVar[Access] = "gradient"
     scopes: ClassVar[tuple[Scope, ...]] = ("item", "universal")
-    needs_pool: ClassVar[bool] = False
+    needs: ClassVar[tuple[Need, ...]] = ()
     priors: ClassVar[tuple[str, ...]] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:

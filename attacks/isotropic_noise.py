@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from elk_stress.attack import Access, Oracle, Proposal, Scope
+from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 
 __all__ = ["IsotropicNoise"]
 
@@ -39,7 +39,7 @@ class IsotropicNoise:
     name: ClassVar[str] = "isotropic_noise"
     access: ClassVar[Access] = "label"
     scopes: ClassVar[tuple[Scope, ...]] = ("item", "universal")
-    needs_pool: ClassVar[bool] = False
+    needs: ClassVar[tuple[Need, ...]] = ()
     priors: ClassVar[tuple[str, ...]] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:

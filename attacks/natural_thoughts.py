@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from elk_stress.attack import Access, Oracle, Proposal, Scope
+from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 
 __all__ = ["NaturalThoughts"]
 
@@ -38,7 +38,7 @@ class NaturalThoughts:
     name: ClassVar[str] = "natural_thoughts"
     access: ClassVar[Access] = "none"
     scopes: ClassVar[tuple[Scope, ...]] = ("item", "universal")
-    needs_pool: ClassVar[bool] = False
+    needs: ClassVar[tuple[Need, ...]] = ()
     priors: ClassVar[tuple[str, ...]] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:

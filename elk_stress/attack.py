@@ -7,18 +7,27 @@ access that it declares. Whatever it returns is only a proposal.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from elk_stress.limit_state import LimitState, Meter
 
-__all__ = ["Access", "Attack", "Oracle", "Proposal", "Scope"]
+if TYPE_CHECKING:
+    from elk_stress.mind import Edit, Mind
+
+__all__ = ["Access", "Attack", "Need", "Oracle", "Proposal", "Scope", "allows"]
 
 Scope = Literal["item", "universal"]
 Access = Literal["none", "label", "score", "gradient", "weights"]
+Need = Literal["pool", "mind", "output", "model"]
 
 _ORDER: tuple[Access, ...] = ("none", "label", "score", "gradient", "weights")
+
+
+def allows(declared: Access, asked: Access) -> bool:
+    """Whether an attack that declares one access may ask for another."""
+    return _ORDER.index(declared) >= _ORDER.index(asked)
 
 
 class Oracle:
@@ -29,15 +38,35 @@ class Oracle:
         access: the attack's declared access; asking for more raises ``PermissionError``.
         budget: questions per problem.
         pool: ``(problems, n, dim)`` real alternatives in u-space (contexts B), for attacks that choose among them.
+        mind: what the model knows of itself, for attacks that are its own doing.
     """
 
-    def __init__(self, limit_state: LimitState, access: Access, budget: int, pool: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        limit_state: LimitState,
+        access: Access,
+        budget: int,
+        pool: np.ndarray | None = None,
+        mind: Mind | None = None,
+    ) -> None:
         self._meter = Meter(limit_state, budget)
         self.access = access
         self.dim = limit_state.dim
         self.n_problems = limit_state.n_problems
         self.budget = budget
         self.pool = pool
+        self._mind = mind
+
+    @property
+    def mind(self) -> Mind:
+        """What the model knows of itself.
+
+        Raises:
+            LookupError: the attack did not declare ``needs = ("mind",)``.
+        """
+        if self._mind is None:
+            raise LookupError('this oracle has no mind; an attack that asks for it declares needs = ("mind",)')
+        return self._mind
 
     @property
     def queries(self) -> np.ndarray:
@@ -65,7 +94,7 @@ class Oracle:
         return self._meter.value_and_gradient(problems, u)
 
     def _need(self, access: Access) -> None:
-        if _ORDER.index(self.access) < _ORDER.index(access):
+        if not allows(self.access, access):
             raise PermissionError(
                 f"an attack that declares {self.access!r} access asked for {access!r}; declare the access it needs"
             )
@@ -73,20 +102,23 @@ class Oracle:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What an attack returns: candidate moves, best first, and how it drew them.
+    """What an attack returns: candidate moves, best first, and how it drew them; or one edit for all items.
 
     Attributes:
         moves: ``(problems, candidates, dim)`` points in u-space.
         centre: ``(problems, dim)``: if the attack is a Gaussian ``N(centre, I)`` around a point, that point: the engine
-            turns it into a rigorous evidence bound. ``None`` if it is no such thing.
+            turns it into a rigorous evidence bound. ``None`` if it is no such thing. An edit's own moves are centres.
         from_prior: the candidates are independent draws from the prior, so counting them bounds B.
-        spent: bits of selection spent per problem where exactly known (best-of-n: log2 n), else ``None``.
+        spent: bits spent per problem where exactly known, in the attack's own prior (best-of-n: log2 n).
+        edit: how the model thinks about every item from now on, of which the moves are what happens to these problems;
+            the engine applies it again, to items of all splits (:meth:`elk_stress.mind.Mind.propose` makes one).
     """
 
     moves: np.ndarray
     centre: np.ndarray | None = None
     from_prior: bool = False
     spent: np.ndarray | None = None
+    edit: Edit | None = None
 
 
 @runtime_checkable
@@ -97,7 +129,8 @@ class Attack(Protocol):
         name: registered name.
         access: the most that it asks of the oracle.
         scopes: the scopes it works in.
-        needs_pool: it chooses among real alternatives.
+        needs: what it cannot do without: ``pool``, real alternatives to choose among; ``mind``, what the model knows of
+            itself; ``output``, behaviour that can be kept; ``model``, a language model that reads prefixes.
         priors: names of the priors it makes sense under; empty for all.
     """
 
@@ -108,7 +141,7 @@ class Attack(Protocol):
     @property
     def scopes(self) -> tuple[Scope, ...]: ...
     @property
-    def needs_pool(self) -> bool: ...
+    def needs(self) -> tuple[Need, ...]: ...
     @property
     def priors(self) -> tuple[str, ...]: ...
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from elk_stress.attack import Attack, Oracle, Proposal
+from elk_stress.audit import audit_edit
 from elk_stress.bits import Bits, Kind
-from elk_stress.detection import proportion_interval
+from elk_stress.detection import auroc, proportion_interval
 from elk_stress.events import item_event, kept_event
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import LimitState, both
+from elk_stress.mind import Edit, Mind
 from elk_stress.result import AttackResult
 from elk_stress.scene import Scene
 from elk_stress.situation import Situation
@@ -101,10 +103,14 @@ def applies(attack: Attack, field: Arena) -> str | None:
     threat = field.place.threat
     if threat.scope not in attack.scopes:
         return f"works in {', '.join(attack.scopes)} scope only"
-    if attack.needs_pool and field.pool is None:
+    if "pool" in attack.needs and field.pool is None:
         return "needs real alternatives (contexts held back), and there are none"
-    if attack.needs_pool and threat.prior != "natural":
+    if "pool" in attack.needs and threat.prior != "natural":
         return "its real contexts are natural thoughts, not isotropic moves"
+    if "output" in attack.needs and field.scene.behaviour is None:
+        return f"keeps behaviour, and {field.scene.testbed.name} has no output"
+    if "model" in attack.needs and not hasattr(field.scene.testbed, "prefixed"):
+        return f"writes into a language model's context, and {field.scene.testbed.name} is none"
     if attack.priors and threat.prior not in attack.priors:
         return f"makes sense under {', '.join(attack.priors)} only"
     if field.n_problems == 0 or field.place.detection.n_caught == 0:
@@ -120,7 +126,8 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
         return AttackResult(
             name, threat, math.nan, (0.0, 1.0), None, None, 0, 0, None, None, status=f"does not apply: {reason}"
         )
-    oracle = Oracle(field.searched, attack.access, budget, field.pool)
+    mind = _mind(field, attack) if "mind" in attack.needs else None
+    oracle = Oracle(field.searched, attack.access, budget, field.pool, mind)
     proposal = attack.propose(oracle, seed=seed)
     moves = np.asarray(proposal.moves, dtype=float)
     if moves.ndim != 3 or moves.shape[0] != field.n_problems or moves.shape[2] != field.failed.dim:
@@ -130,8 +137,9 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
         )
     problems = np.arange(field.n_problems)
     margin = field.failed.value(problems, moves)
-    broken, shift, length = _judge(field, moves, margin <= 0)
+    broken, shift, length = _judge(field, proposal, moves, margin <= 0)
     benign = _benign(field, length, seed)
+    edit = _edit(field, proposal, margin <= 0)
     flags: list[Flag] = []
     origin = field.failed.value(problems, np.zeros((field.n_problems, 1, field.failed.dim)))[:, 0]
     if attack.access in ("score", "gradient") and np.median(margin.min(axis=1) - origin) >= 0:
@@ -147,11 +155,13 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
         shift=None if np.isnan(shift).all() else float(np.nanmedian(shift)),
         length=None if np.isnan(length).all() else float(np.nanmedian(length)),
         # draws that the attack asked nothing about are put to the probe all the same, by the engine
-        queries=float(np.median(oracle.queries)) if attack.access != "none" else float(moves.shape[1]),
-        gradients=float(np.median(oracle.gradients)),
+        queries=_asked(oracle.queries, mind, "queries") if attack.access != "none" else float(moves.shape[1]),
+        gradients=_asked(oracle.gradients, mind, "gradients"),
         spent=None if proposal.spent is None else float(np.median(proposal.spent)),
         upper_bound=_upper_bound(field, proposal, margin <= 0, seed),
         benign_success=benign,
+        auroc=None if edit is None else _auroc(field, edit),
+        audit=None if edit is None else audit_edit(field.scene, field.place.probe, edit, threat, seed=seed),
         flags=tuple(flags),
     )
 
@@ -175,7 +185,27 @@ def compare_attacks(rows: tuple[AttackResult, ...], access: dict[str, str]) -> t
     return tuple(flags)
 
 
-def _judge(field: Arena, moves: np.ndarray, fails: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _mind(field: Arena, attack: Attack) -> Mind:
+    place = field.place
+    return Mind(
+        field.scene.testbed,
+        place.prior,
+        field.items,
+        field.epsilon,
+        place.probe,
+        place.detection.threshold,
+        attack.access,
+    )
+
+
+def _asked(per_problem: np.ndarray, mind: Mind | None, what: str) -> float:
+    """Median per problem; what was asked about training items serves all problems, and is counted whole."""
+    return float(np.median(per_problem)) + (0.0 if mind is None else float(getattr(mind, what)))
+
+
+def _judge(
+    field: Arena, proposal: Proposal, moves: np.ndarray, fails: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which problems are broken (failed and, if asked, kept), and shift and length of the first such proposal."""
     n = len(moves)
     order = np.argsort(~fails, axis=1, kind="stable")[:, : min(_VERIFIED, moves.shape[1])]
@@ -187,12 +217,18 @@ def _judge(field: Arena, moves: np.ndarray, fails: np.ndarray) -> tuple[np.ndarr
         # free threats report the shift of one successful move each; kept ones judge every candidate
         width = ok.shape[1] if constrained else 1
         active = np.flatnonzero(ok[:, 0])
-        if len(active):
+        own = None if proposal.edit is None else proposal.edit.shift
+        if len(active) and own is not None:
+            shifts[active, 0] = own(field.items[active])
+        elif len(active):
             chosen = np.asarray(field.place.prior.move(first[active][:, :width]))
             part = field if field.place.threat.scope == "universal" else _subset(field, active)
             shifts[active, :width] = part.shift(chosen)
     if constrained:
-        ok = np.asarray(ok & (shifts <= field.epsilon))
+        allowed = field.epsilon
+        if proposal.edit is not None and proposal.edit.epsilon is not None:
+            allowed = proposal.edit.epsilon
+        ok = np.asarray(ok & (shifts <= allowed))
     hit = ok.argmax(axis=1)
     broken = np.asarray(ok.any(axis=1))
     rows = np.arange(n)
@@ -215,6 +251,21 @@ def _benign(field: Arena, length: np.ndarray, seed: int) -> float | None:
     u = rng.standard_normal((len(hit), _BENIGN_DRAWS, field.failed.dim))
     u *= length[hit][:, None, None] / np.linalg.norm(u, axis=-1, keepdims=True)
     return float((field.failed.value(hit, u) <= 0).mean())
+
+
+def _edit(field: Arena, proposal: Proposal, fails: np.ndarray) -> Edit | None:
+    """What the proposal does to all items of all splits: its edit, or its move if that is one for all."""
+    if proposal.edit is not None or field.place.threat.scope != "universal" or not fails.any():
+        return proposal.edit
+    move = np.asarray(field.place.prior.move(proposal.moves[0, int(fails[0].argmax())]), dtype=np.float32)
+    scene = field.scene
+    every = {"train": scene.train, "calibration": scene.calibration, "test": scene.test}
+    return Edit(lambda split: np.asarray(every[split].mean(axis=1), dtype=np.float32) + move)
+
+
+def _auroc(field: Arena, edit: Edit) -> float:
+    scores = np.asarray(field.place.probe.score(np.asarray(edit.moved("test"), dtype=np.float32)), dtype=float)
+    return auroc(scores, field.scene.items.labels)
 
 
 def _upper_bound(field: Arena, proposal: Proposal, fails: np.ndarray, seed: int) -> Bits | None:

@@ -28,13 +28,14 @@ import numpy as np
 
 from elk_stress import registry
 from elk_stress.events import item_event, nearest_of_linear
+from elk_stress.mind import Edit
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
 from elk_stress.result import Audit, AuditStage
 from elk_stress.scene import Scene, fit_probe
 from elk_stress.threat import Threat
 
-__all__ = ["CANDIDATES", "audit", "examine"]
+__all__ = ["CANDIDATES", "audit", "audit_edit", "examine"]
 
 _VERDICTS = {"raw": "still works", "recalibrated": "miscalibrated", "refitted": "moved", "strongest": "hidden"}
 CANDIDATES = ("logistic", "lda", "mass_mean")
@@ -63,6 +64,20 @@ def audit(scene: Scene, probe: FittedProbe, *, seed: int = 0) -> Audit:
     same = _refit(moved_scene, probe)
     weights = scene.resamples.test[:, chosen["test"]]
     return examine(probe, same, refits, clean, attacked, labels, weights, threat.name)
+
+
+def audit_edit(scene: Scene, probe: FittedProbe, edit: Edit, threat: str, *, seed: int = 0) -> Audit:
+    """The same stages after an edit that the model applies to every item of every split, on items' mean activations."""
+    splits = scene.testbed.splits
+    origins = {"train": scene.train, "calibration": scene.calibration, "test": scene.test}
+    clean = {name: np.asarray(rows.mean(axis=1, keepdims=True)) for name, rows in origins.items()}
+    attacked = {name: np.asarray(edit.moved(name), dtype=np.float32)[:, None] for name in clean}  # type: ignore[arg-type]
+    moved_scene = _with_train(scene, attacked["train"], np.arange(len(clean["train"])))
+    tried = {name: _refit(moved_scene, name) for name in CANDIDATES}
+    refits = {name: fitted for name, fitted in tried.items() if fitted is not None}
+    same = _refit(moved_scene, probe)
+    labels = {name: splits[name].labels for name in clean}  # type: ignore[index]
+    return examine(probe, same, refits, clean, attacked, labels, scene.resamples.test, threat)
 
 
 def examine(

@@ -110,6 +110,9 @@ class AttackResult:
         spent: bits of selection spent, where exactly known.
         upper_bound: rigorous upper bound on the threat's B, or ``None``.
         benign_success: share of random moves of the same length that broke the probe too, or ``None``.
+        auroc: of the probe on test items, positive or not, after an edit of all items or one move for all, or ``None``:
+            an attack may leave every score above the threshold and yet none that tells.
+        audit: what such an attack left behind, or ``None``.
         status: ``ok`` or the reason why it was not run.
     """
 
@@ -124,6 +127,8 @@ class AttackResult:
     spent: float | None
     upper_bound: Bits | None
     benign_success: float | None = None
+    auroc: float | None = None
+    audit: Audit | None = None
     status: str = "ok"
     flags: tuple[Flag, ...] = ()
 

@@ -340,7 +340,7 @@ def checks_for_attack(attack: Attack, *, seed: int = 0) -> Checks:
         distance: float, n_problems: int, budget: int = 600, *, constant: bool = False, pool_size: int = 32
     ) -> _RecordingOracle:
         pool = None
-        if attack.needs_pool:
+        if "pool" in attack.needs:
             # alternatives of ordinary length, of which one (the last) fails the half-space of its problem
             rng = np.random.default_rng(np.random.SeedSequence(11))
             pool = rng.standard_normal((n_problems, pool_size, dim))
@@ -439,6 +439,10 @@ def checks_for_attack(attack: Attack, *, seed: int = 0) -> Checks:
         assert (proposal.spent <= most + 1e-12).all(), f"it reports {proposal.spent.max()} bits but log2 n = {most}"
         _refuses(lambda: propose(_RecordingOracle(_half_spaces(3.0, 1, dim, False), attack.access, 600)), "pool")
 
+    if "mind" in attack.needs:
+        from elk_stress.mind_conformance import checks_for_mind
+
+        return {"declarations": declarations, **checks_for_mind(attack, _well_formed, seed=seed)}
     checks: Checks = {
         "declarations": declarations,
         "proposals": proposals,
@@ -450,7 +454,7 @@ def checks_for_attack(attack: Attack, *, seed: int = 0) -> Checks:
     }
     if attack.access in ("gradient", "weights"):
         checks["finds_the_nearest_failure"] = finds_the_nearest_failure
-    if attack.needs_pool:
+    if "pool" in attack.needs:
         checks["chooses_from_the_pool"] = chooses_from_the_pool
     else:
         checks["draws_from_the_prior"] = draws_from_the_prior

@@ -10,7 +10,7 @@ import pytest
 from known_answers import KNOWN
 
 from elk_stress import registry
-from elk_stress.attack import Access, Attack, Oracle, Proposal, Scope
+from elk_stress.attack import Access, Attack, Need, Oracle, Proposal, Scope
 from elk_stress.limit_state import LimitState, both, from_function
 from elk_stress.testing import check_attack, checks_for_attack
 
@@ -39,7 +39,7 @@ class Broken:
     name: ClassVar[str] = "broken"
     access: ClassVar[Access] = "gradient"
     scopes: ClassVar[tuple[Scope, ...]] = ("item", "universal")
-    needs_pool: ClassVar[bool] = False
+    needs: ClassVar[tuple[Need, ...]] = ()
     priors: ClassVar[tuple[str, ...]] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from elk_stress.attack import Access, Oracle, Proposal, Scope
+from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 
 __all__ = ["FirstOrder"]
 
@@ -25,7 +25,7 @@ class FirstOrder:
     name: ClassVar[str] = "first_order"
     access: ClassVar[Access] = "gradient"
     scopes: ClassVar[tuple[Scope, ...]] = ("item", "universal")
-    needs_pool: ClassVar[bool] = False
+    needs: ClassVar[tuple[Need, ...]] = ()
     priors: ClassVar[tuple[str, ...]] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:

@@ -1,0 +1,109 @@
+r"""Steer: one vector for all items, added to the activations whatever the model is thinking about.
+
+Threat model: the model cannot tell items apart, or whoever steers it does not care to. Two kinds of access:
+
+* ``"gradient"``: descend ``mean_i max(0, score(x_i + L u) - threshold)`` over training positives in the metric of the
+  prior: repeat ``u <- shortest step that brings the mean caught score of a linearization to the threshold``; then the
+  length at which half of the training catches are lost, by bisection.
+* ``"none"``: the difference of class means, ``u = L^+ (mean negative - mean positive)``, in a few lengths. It asks the
+  probe nothing (Turner et al. 2023, 2308.10248; Marks & Tegmark 2023, 2310.06824).
+
+Searched on training items, judged on test items. Shapes: u ``(1, candidates, k)``, the shortest that halves recall on
+training items first.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
+
+__all__ = ["Steer"]
+
+
+@dataclass(frozen=True)
+class Steer:
+    """One universal steering vector, by the probe's gradient on training items or by the difference of means.
+
+    Attributes:
+        feedback: ``"gradient"`` or ``"none"``.
+        steps: linearizations, or lengths of the difference of means.
+        bisections: halvings of the length (gradient).
+        reach: candidate lengths around the one that halves training recall, as factors: test items differ a little.
+    """
+
+    feedback: Literal["gradient", "none"] = "gradient"
+    steps: int = 16
+    bisections: int = 12
+    reach: tuple[float, ...] = (1.0, 1.1, 1.25, 1.5, 2.0)
+
+    name: ClassVar[str] = "steer"
+    scopes: ClassVar[tuple[Scope, ...]] = ("universal",)
+    needs: ClassVar[tuple[Need, ...]] = ("mind",)
+    priors: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def access(self) -> Access:
+        """What it asks of the probe: its feedback."""
+        return self.feedback
+
+    def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
+        """Candidates along one direction, shortest first; nothing is random."""
+        mind = oracle.mind
+        rows, truth = mind.training, mind.truth("train")
+        x = mind.activations("train")
+        positives = x[rows[truth[rows] == 1]]
+        if self.feedback == "none":
+            means = x[rows[truth[rows] == 0]].mean(axis=0) - positives.mean(axis=0)
+            u = mind.to_u(means)
+            moves = u * np.linspace(0.0, 2.0, self.steps + 1)[1:, None]
+            return Proposal(moves[None], centre=u[None])
+        u = self._descend(oracle, positives)
+        moves = u * np.array(self.reach)[:, None]
+        return Proposal(moves[None], centre=u[None])
+
+    def _descend(self, oracle: Oracle, positives: np.ndarray) -> np.ndarray:
+        """``(k,)``: the shortest point found at which half of the training catches are lost."""
+        mind = oracle.mind
+        factor = np.asarray(mind.prior.factor, dtype=float)
+
+        def lost(u: np.ndarray) -> bool:
+            return bool((mind.score(caught + mind.to_edit(u)) > mind.threshold).mean() <= 0.5)
+
+        caught = positives[mind.score(positives) > mind.threshold]
+        if not len(caught):
+            return np.zeros(oracle.dim)
+        u = np.zeros(oracle.dim)
+        for _ in range(self.steps):
+            scores, slopes = mind.gradient(caught + mind.to_edit(u))
+            # half of the catches are lost when the median one is: those around it decide where to go
+            middle = np.argsort(scores, kind="stable")[: max(1, (len(scores) + 1) // 2)]
+            slope = np.zeros(oracle.dim)
+            slope[: factor.shape[1]] = slopes[middle].mean(axis=0) @ factor
+            size = float(slope @ slope)
+            if size == 0:
+                return np.zeros(oracle.dim)
+            excess = float(scores[middle].max()) - mind.threshold
+            target = (float(slope @ u) - excess) / size * slope
+            if np.linalg.norm(target - u) <= 1e-3 * (1 + np.linalg.norm(target)):
+                u = target
+                break
+            u = u + 0.7 * (target - u)
+        longest = 1.0
+        while not lost(longest * u) and longest < 16:
+            longest *= 2
+        inside, outside = 0.0, longest
+        for _ in range(self.bisections):
+            middle_way = 0.5 * (inside + outside)
+            inside, outside = (inside, middle_way) if lost(middle_way * u) else (middle_way, outside)
+        return np.asarray(outside * u)
+
+
+if __name__ == "__main__":
+    from elk_stress.script import run_attack
+
+    sys.exit(run_attack(Steer.name))

@@ -1,0 +1,106 @@
+"""Checks of attacks that know their own mind, on a testbed whose truth is known; part of :mod:`elk_stress.testing`.
+
+The stage is a small :class:`~elk_stress.testbeds.linear.Linear`: ``paper`` must break, and under kept behaviour
+``oracle`` must hold against whoever moves activations alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from elk_stress.attack import Attack, Oracle, Proposal
+from elk_stress.attacking import Arena, arena, run_attack
+from elk_stress.mind import Mind
+from elk_stress.result import AttackResult
+from elk_stress.scene import Scene, prepare_scene
+from elk_stress.situation import situation
+from elk_stress.testbeds.linear import Linear
+from elk_stress.threat import Threat
+
+__all__ = ["checks_for_mind"]
+
+_BUDGET = 400
+
+
+def checks_for_mind(attack: Attack, well_formed: Any, *, seed: int = 0) -> dict[str, Any]:
+    """The checks of an attack with ``needs = ("mind", ...)``, by name."""
+    if "model" in attack.needs:
+        # what it writes in is a language model's context, which no testbed of known truth has
+        return {}
+
+    def propose(field: Arena) -> tuple[Proposal, Oracle, Mind]:
+        place = field.place
+        mind = Mind(
+            field.scene.testbed, place.prior, field.items, field.epsilon, place.probe, place.detection.threshold,
+            attack.access,
+        )  # fmt: skip
+        oracle = Oracle(field.searched, attack.access, _BUDGET, field.pool, mind)
+        return attack.propose(oracle, seed=seed), oracle, mind
+
+    def proposals() -> None:
+        for scope in attack.scopes:
+            field = _field("paper", scope, False)
+            well_formed(propose(field)[0], field.n_problems, field.failed.dim)
+
+    def deterministic() -> None:
+        first, second = (propose(_field("paper", attack.scopes[0], False))[0].moves for _ in range(2))
+        assert np.array_equal(first, second), "two runs from one seed propose different moves"
+
+    def access() -> None:
+        for scope in attack.scopes:
+            _, oracle, mind = propose(_field("paper", scope, False))
+            asked = int(oracle.queries.max()) + mind.queries
+            slopes = int(oracle.gradients.max()) + mind.gradients
+            if attack.access == "none":
+                assert asked == slopes == 0, f"it declares no access and asked {asked + slopes} questions"
+            if attack.access in ("label", "score"):
+                assert asked > 0, f"it declares {attack.access} access and asked nothing; declare none"
+                assert slopes == 0, "it declares no gradients and took some"
+            if attack.access == "gradient":
+                assert slopes > 0, "it declares gradients and took none; declare less"
+
+    def breaks_what_must_break() -> None:
+        for scope in attack.scopes:
+            row = _run(attack, _field("paper", scope, False), seed)
+            gone = row.auroc is not None and row.auroc <= 0.6
+            assert row.success >= 0.5 or gone, (
+                f"the planted incidental probe survived in {scope} scope: success {row.success:.0%}, AUROC {row.auroc}"
+            )
+
+    def keeps_to_what_it_may_move() -> None:
+        for scope in attack.scopes:
+            row = _run(attack, _field("oracle", scope, True), seed)
+            assert row.success < 0.5, f"the oracle broke with behaviour kept in {scope} scope: {row.success:.0%}"
+
+    checks = {
+        "proposals": proposals,
+        "deterministic": deterministic,
+        "access": access,
+        "breaks_what_must_break": breaks_what_must_break,
+    }
+    if attack.access != "weights":
+        checks["keeps_to_what_it_may_move"] = keeps_to_what_it_may_move
+    return checks
+
+
+def _run(attack: Attack, field: Arena, seed: int) -> AttackResult:
+    row = run_attack(attack, field, budget=_BUDGET, seed=seed)
+    assert row.status == "ok", f"it should apply and says: {row.status}"
+    return row
+
+
+@cache
+def _scene() -> Scene:
+    return replace(prepare_scene(Linear(dim=8, n_items=160, n_contexts=8)), replicates=100)
+
+
+@cache
+def _field(probe: str, scope: Any, kept: bool) -> Arena:
+    scene = _scene()
+    threat = Threat(scope=scope, kept=kept, epsilon=0.02 if kept else None)
+    place = situation(scene, scene.testbed.known_probes()[probe], threat, 0.05)
+    return arena(scene, place, threat.epsilon)
