@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from elk_stress.engine import stress_activations as stress_activations
     from elk_stress.estimators import estimate_bits as estimate_bits
     from elk_stress.flags import Flag as Flag
+    from elk_stress.incidental import incidental_fraction as incidental_fraction
     from elk_stress.probe import FittedProbe as FittedProbe
     from elk_stress.probe import direction as direction
     from elk_stress.training.comparison import compare_pressure as compare_pressure
@@ -33,6 +34,7 @@ _HOME = {
     "FittedProbe": "elk_stress.probe",
     "direction": "elk_stress.probe",
     "estimate_bits": "elk_stress.estimators",
+    "incidental_fraction": "elk_stress.incidental",
     "StressResult": "elk_stress.engine",
     "Threat": "elk_stress.engine",
     "compare": "elk_stress.engine",

@@ -1,0 +1,129 @@
+"""The share of a probe that behaviour does not look at, and the bits that follow from it as epsilon goes to 0."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import elk_stress
+from elk_stress.incidental import IncidentalFraction, incidental_fraction, silent_bits
+from elk_stress.priors import StudentT
+from elk_stress.probe import direction
+from elk_stress.scene import Scene, prepare_scene
+from elk_stress.testbeds.arrays import Arrays
+from elk_stress.testbeds.linear import Linear
+
+
+@cache
+def _scene() -> Scene:
+    return prepare_scene(Linear())
+
+
+def _mixed(testbed: Linear, share: float) -> np.ndarray:
+    """A direction between the truth (0) and the incidental correlate (1), in the metric of natural thoughts."""
+    factor = testbed.true_prior().factor
+    truth, incidental = (d / np.linalg.norm(d @ factor) for d in (testbed.truth, testbed.incidental))
+    return np.asarray(math.sqrt(1 - share**2) * truth + share * incidental)
+
+
+def test_controls_lie_at_the_ends() -> None:
+    known = _scene().testbed.known_probes()
+    assert float(incidental_fraction(known["oracle"], _scene())) < 1e-6
+    assert float(incidental_fraction(known["paper"], _scene())) > 0.9
+    assert elk_stress.incidental_fraction is incidental_fraction
+
+
+@pytest.mark.parametrize("name", ["logistic", "lda", "mass_mean"])
+def test_a_fitted_probe_lies_between(name: str) -> None:
+    found = incidental_fraction(name, _scene())
+    assert 0.2 < found.value < 0.95
+    # a linear probe and a linear readout: all items agree
+    assert (found.low, found.high) == (pytest.approx(found.value), pytest.approx(found.value))
+    assert found.rank == 2
+
+
+def test_fraction_is_the_projection_written_out() -> None:
+    testbed = Linear()
+    factor = _scene().prior(elk_stress.Threat()).factor
+    weight = np.random.default_rng(3).standard_normal(testbed.dim)
+    seen = testbed.readout @ factor
+    projector = np.eye(factor.shape[1]) - np.linalg.pinv(seen) @ seen
+    s = factor.T @ weight
+    expected = np.linalg.norm(projector @ s) / np.linalg.norm(s)
+    assert float(incidental_fraction(weight, _scene())) == pytest.approx(expected, rel=1e-6)
+
+
+@given(scale=st.floats(1e-3, 1e3))
+@settings(max_examples=10, deadline=None)
+def test_neither_the_scores_nor_the_priors_scale_matters(scale: float) -> None:
+    weight = _mixed(Linear(), 0.5)
+    base = float(incidental_fraction(weight, _scene()))
+    assert float(incidental_fraction(scale * weight, _scene())) == pytest.approx(base, rel=1e-5)
+
+
+def test_a_constant_has_no_fraction() -> None:
+    assert math.isnan(incidental_fraction("rock", _scene()).value)
+
+
+def test_tolerance_lets_faint_directions_count_as_ignored() -> None:
+    oracle = _scene().testbed.known_probes()["oracle"]
+    strict, loose = (incidental_fraction(oracle, _scene(), tolerance=t).value for t in (0.0, 1e6))
+    assert strict < 1e-6
+    assert loose == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.7, 1.0])
+def test_bits_given_kept_tend_to_the_closed_form(share: float) -> None:
+    testbed = Linear()
+    prior, weight = testbed.true_prior(), _mixed(testbed, share)
+    margin = 3.0 * float(np.linalg.norm(weight @ prior.factor))
+    limit = silent_bits(np.array([margin]), weight[None], prior, testbed.readout[None])[0]
+    nothing = np.zeros(testbed.dim)
+    gaps = []
+    for epsilon in (1e-1, 1e-3, 1e-7):
+        joint = testbed.exact_bits(weight, margin, prior, epsilon).value
+        given_kept = joint - testbed.exact_bits(nothing, 0.0, prior, epsilon).value
+        gaps.append(abs(given_kept - limit))
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] < 1e-3 * limit
+
+
+def test_an_oracle_needs_infinitely_many_bits() -> None:
+    testbed = Linear()
+    found = silent_bits(np.array([1.0]), testbed.truth[None], testbed.true_prior(), testbed.readout[None])
+    assert np.isposinf(found).all()
+
+
+def test_half_the_fraction_is_twice_the_margin() -> None:
+    testbed = Linear()
+    prior, weight = testbed.true_prior(), _mixed(Linear(), 0.5)
+    factors = testbed.readout[None]
+    share = float(incidental_fraction(direction(weight), prepare_scene(testbed, prior=prior)))
+    margin = 2.0 * float(np.linalg.norm(weight @ prior.factor))
+    found = silent_bits(np.array([margin]), weight[None], prior, factors)[0]
+    assert found == pytest.approx(float(testbed.exact_bits(weight, margin / share, prior).value), rel=1e-6)
+
+
+def test_refusals() -> None:
+    rng = np.random.default_rng(0)
+    silent = Arrays(rng.standard_normal((60, 4, 3)), np.arange(60) % 2, None, shares=(0.4, 0.3, 0.3), seed=0)
+    with pytest.raises(ValueError, match="no output"):
+        incidental_fraction("mass_mean", silent)
+    with pytest.raises(ValueError, match="at least 0"):
+        incidental_fraction("mass_mean", _scene(), tolerance=-1.0)
+    testbed = Linear()
+    with pytest.raises(ValueError, match="Gaussian tails only"):
+        silent_bits(
+            np.ones(1), testbed.truth[None], testbed.true_prior().with_tail(StudentT(5.0)), testbed.readout[None]
+        )
+
+
+def test_it_says_how_far_to_trust_it() -> None:
+    found = incidental_fraction("lda", _scene())
+    assert isinstance(found, IncidentalFraction)
+    assert "reads 2 of 32" in str(found)
