@@ -45,7 +45,6 @@ _SQUASH = 3.0
 _TOGETHER = 16
 # effective failing draws below which importance sampling is not believed
 _LEAST_EFFECTIVE = 30.0
-# beyond so many weights annealing takes tens of minutes a model
 _MOST_ANNEALED = 4_000
 # where the pilot looks for the boundary along a centre's ray, and with how many draws
 _FACTORS = (0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.35, 1.5)
@@ -158,8 +157,8 @@ def weight_bits(
     """B at half advantage per model, at the centres that :class:`~elk_stress.training.search.WeightSearch` finds.
 
     Importance sampling first; where its effective sample is too small to carry an estimate, annealed importance
-    sampling from the same centre, or the rigorous bound in models of more than 4,000 weights. An estimate above the
-    rigorous bound is flagged.
+    sampling from the same centre. An estimate above the rigorous bound is flagged. Models of more than 4,000 weights
+    have the bound alone: importance sampling is starved there, and annealing takes tens of minutes each.
 
     Args:
         trainee, probes: one fitted probe per model.
@@ -180,14 +179,14 @@ def weight_bits(
     centres = (search or WeightSearch())(event.parts, rows, trainee.n_parameters, seed)[0]
     centres = _onto_boundary(state, centres, seed)
     aimed = centres[:, None]
-    found = Importance(n_particles=n_particles)(state, seed=seed + 1, centres=aimed)
     bound = EvidenceBound(n_particles=1024)(state, seed=seed + 2, centres=aimed)
+    if trainee.n_parameters > _MOST_ANNEALED:
+        return bound, bound.value, centres
+    found = Importance(n_particles=n_particles)(state, seed=seed + 1, centres=aimed)
     poor = np.flatnonzero((found.diagnostics["effective"] < _LEAST_EFFECTIVE) & np.isfinite(bound.value))
-    if len(poor) and trainee.n_parameters <= _MOST_ANNEALED:
+    if len(poor):
         again = Annealed(n_runs=4, n_particles=48)(state.select(poor), seed=seed + 3, centres=aimed[poor])
-        found = _replaced(found, again, poor, "importance, annealed where starved")
-    elif len(poor):
-        found = _replaced(found, [bound[m] for m in poor], poor, "importance, evidence bound where starved")
+        found = _replaced(found, again, poor)
     above = [
         (flag("bounds_violated", f"{found[m]} above the bound {bound.value[m]:.1f}"),)
         if found.kind[m] is Kind.ESTIMATE and found.low[m] > bound.value[m]
@@ -261,7 +260,7 @@ def _onto_boundary(state: LimitState, centres: np.ndarray, seed: int) -> np.ndar
     return np.asarray(centres * scale[:, None])
 
 
-def _replaced(found: BitsBatch, again: Sequence[Bits], where: np.ndarray, method: str) -> BitsBatch:
+def _replaced(found: BitsBatch, again: BitsBatch, where: np.ndarray) -> BitsBatch:
     """``found`` with the problems ``where`` taken from ``again``, at the price of both."""
     value, low, high, evaluations = (np.array(getattr(found, n)) for n in ("value", "low", "high", "evaluations"))
     kind, status, flags = list(found.kind), list(found.status), list(found.flags)
@@ -270,8 +269,8 @@ def _replaced(found: BitsBatch, again: Sequence[Bits], where: np.ndarray, method
         kind[m], status[m], flags[m] = row.kind, row.status, row.flags
         evaluations[m] += row.evaluations
     return BitsBatch.build(
-        value, low, high, kind, method, evaluations=evaluations, status=status, flags=flags,
-        diagnostics={"effective": found.diagnostics["effective"]},
+        value, low, high, kind, "importance, annealed where starved", evaluations=evaluations, status=status,
+        flags=flags, diagnostics={"effective": found.diagnostics["effective"]},
     )  # fmt: skip
 
 
