@@ -46,6 +46,7 @@ _TOGETHER = 16
 # effective failing draws below which importance sampling is not believed
 _LEAST_EFFECTIVE = 30.0
 _MOST_ANNEALED = 4_000
+_MOST_SCALED = 10_000
 # where the pilot looks for the boundary along a centre's ray, and with how many draws
 _FACTORS = (0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.35, 1.5)
 _PILOT_DRAWS = 32
@@ -209,9 +210,12 @@ def measure_weight_bits(
 
     Args:
         trainee, probes, kept, seed: as in :func:`weight_bits`.
-        scales: multiples of the calibrated scale at which B is measured too, on the first ``scale_models`` models.
+        scales: multiples of the calibrated scale at which B is measured too, on the first ``scale_models`` models; not
+            in models of more than 10,000 weights.
     """
     found, bounds, _ = weight_bits(trainee, probes, kept=kept, seed=seed)
+    # a search takes minutes in a model of this size, and the curve's shape is known from the smaller ones
+    scales = () if trainee.n_parameters > _MOST_SCALED else scales
     first = range(min(scale_models, trainee.n_models))
     curve = {1.0: float(np.median(_best(found, bounds)[list(first)]))}
     for factor in scales:
