@@ -35,18 +35,16 @@ demo: $(INSTALLED)
 full: $(INSTALLED)
 	$(BIN)/elk-stress run --testbed statements --preset demo --size full --out runs/full
 
-# four organisms (B itself on the smallest; the others have the attacks' bounds), then LoRA on the language model
+# four organisms with the bits that each probe needs, then LoRA on the language model
 ORGANISM := mass_mean,lda,logistic,paper,oracle
+LORA := --testbed statements --size full --attack lora --strengths 3 --steps 60 --checkpoints 5 --draws 1
 pressure: $(INSTALLED)
-	$(BIN)/elk-stress train --testbed superposition --probes $(ORGANISM) --out runs/pressure/superposition
-	for testbed in compute_in_superposition vault; do \
-		$(BIN)/elk-stress train --testbed $$testbed --probes $(ORGANISM) --no-bits --out runs/pressure/$$testbed; done
-	$(BIN)/elk-stress train --testbed quirky --models 6 --probes $(ORGANISM) --no-bits --out runs/pressure/quirky
-	for probe in logistic lda mass_mean; do \
-		$(BIN)/elk-stress train --testbed statements --size full --attack lora --probes $$probe --strengths 3 \
-			--steps 60 --checkpoints 5 --draws 1 --out runs/lora/$$probe; done
-	$(BIN)/elk-stress train --testbed statements --size full --attack lora --probes logistic --modes refit \
-		--strengths 3 --steps 60 --checkpoints 5 --draws 1 --out runs/lora/refit
+	for testbed in superposition compute_in_superposition vault; do \
+		$(BIN)/elk-stress train --testbed $$testbed --probes $(ORGANISM) --out runs/pressure/$$testbed; done
+	$(BIN)/elk-stress train --testbed quirky --models 6 --probes $(ORGANISM) --out runs/pressure/quirky
+	for probe in logistic lda mass_mean ccs; do \
+		$(BIN)/elk-stress train $(LORA) --probes $$probe --out runs/lora/$$probe; done
+	$(BIN)/elk-stress train $(LORA) --probes logistic --modes refit --out runs/lora/refit
 
 install-test: $(INSTALLED_TEST)
 

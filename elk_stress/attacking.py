@@ -124,8 +124,9 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
     name, threat = attack.name, field.place.threat.name
     if reason is not None:
         return AttackResult(
-            name, threat, math.nan, (0.0, 1.0), None, None, 0, 0, None, None, status=f"does not apply: {reason}"
-        )
+            name, threat, math.nan, (0.0, 1.0), None, None, 0, 0, None, None,
+            access=attack.access, status=f"does not apply: {reason}",
+        )  # fmt: skip
     mind = _mind(field, attack) if "mind" in attack.needs else None
     oracle = Oracle(field.searched, attack.access, budget, field.pool, mind)
     proposal = attack.propose(oracle, seed=seed)
@@ -160,25 +161,28 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
         spent=None if proposal.spent is None else float(np.median(proposal.spent)),
         upper_bound=_upper_bound(field, proposal, margin <= 0, seed),
         benign_success=benign,
+        access=attack.access,
+        judged="model" if edit is not None and edit.shift is not None else "site",
         auroc=None if edit is None else _auroc(field, edit),
         audit=None if edit is None else audit_edit(field.scene, field.place.probe, edit, threat, seed=seed),
         flags=tuple(flags),
     )
 
 
-def compare_attacks(rows: tuple[AttackResult, ...], access: dict[str, str]) -> tuple[Flag, ...]:
+def compare_attacks(rows: tuple[AttackResult, ...]) -> tuple[Flag, ...]:
     """Flags that only the comparison of attacks on one event can raise."""
-    ran = {row.attack: row for row in rows if row.status == "ok"}
-    white = [row for row in ran.values() if access[row.attack] in ("gradient", "weights")]
+    # an edit that is judged elsewhere plays another game
+    ran = {row.attack: row for row in rows if row.status == "ok" and row.judged == "site"}
+    white = [row for row in ran.values() if row.access in ("gradient", "weights")]
     flags: list[Flag] = []
     if white:
         best = max(row.success for row in white)
         for row in ran.values():
-            if access[row.attack] in ("label", "score") and row.success > best + 1e-9:
+            if row.access in ("label", "score") and row.success > best + 1e-9:
                 flags.append(
                     flag("black_box_beats_white_box", f"{row.attack} {row.success:.0%} against {best:.0%} by gradient")
                 )
-            if access[row.attack] == "none" and row.success > best + 1e-9:
+            if row.access == "none" and row.success > best + 1e-9:
                 flags.append(
                     flag("weak_beats_strong", f"{row.attack} {row.success:.0%} against {best:.0%} by gradient")
                 )

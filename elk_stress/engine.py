@@ -18,6 +18,7 @@ from elk_stress.comparison import Comparison as Comparison
 from elk_stress.comparison import compare as compare
 from elk_stress.comparison import compare_all as compare_all
 from elk_stress.flags import Flag, flag
+from elk_stress.incidental import incidental_fraction
 from elk_stress.per_item import stress_items
 from elk_stress.prediction import best_of_n_curves, prediction_flags
 from elk_stress.priors import EllipticalPrior
@@ -103,7 +104,6 @@ def stress(
     found: dict[str, ThreatResult] = {}
     places: dict[str, Situation] = {}
     skipped: dict[str, str] = {}
-    access = {recipe.name: recipe.access for recipe in recipes}
     for threat in chosen:
         if threat.kept and scene.behaviour is None:
             skipped[threat.name] = f"{scene.testbed.name} has no output whose behaviour could be kept"
@@ -111,7 +111,7 @@ def stress(
             place = situation(scene, fitted, threat, fpr)
             row = _one(scene, place, max_bits, n_particles, seed)
             if threat.tail == "gaussian":
-                row = _with_attacks(scene, place, row, recipes, access, budget, seed, skipped)
+                row = _with_attacks(scene, place, row, recipes, budget, seed, skipped)
             found[threat.name], places[threat.name] = row, place
         if task is not None:
             progress.advance(task)
@@ -155,6 +155,7 @@ def stress(
         versions=versions(),
         seed=seed,
         seconds=time.perf_counter() - started,
+        incidental=None if scene.behaviour is None else incidental_fraction(fitted, scene),
     )
 
 
@@ -248,7 +249,6 @@ def _with_attacks(
     place: Situation,
     row: ThreatResult,
     recipes: tuple[Attack, ...],
-    access: Mapping[str, str],
     budget: int,
     seed: int,
     skipped: dict[str, str],
@@ -263,7 +263,7 @@ def _with_attacks(
     for result in rows:
         if result.status != "ok":
             skipped[f"{result.attack} under {result.threat}"] = result.status
-    extra: list[Flag] = list(compare_attacks(rows, dict(access)))
+    extra: list[Flag] = list(compare_attacks(rows))
     for result in rows:
         bound = result.upper_bound
         if (

@@ -10,13 +10,16 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from elk_stress.bits import Bits, BitsBatch
 from elk_stress.flags import Flag
 from elk_stress.threat import Threat
+
+if TYPE_CHECKING:
+    from elk_stress.incidental import IncidentalFraction
 
 __all__ = [
     "AttackResult",
@@ -110,6 +113,9 @@ class AttackResult:
         spent: bits of selection spent, where exactly known.
         upper_bound: rigorous upper bound on the threat's B, or ``None``.
         benign_success: share of random moves of the same length that broke the probe too, or ``None``.
+        access: what the attack declared.
+        judged: where behaviour was judged: ``site``, the move at the site; ``model``, the model as it really runs after
+            an edit that is more than that (a prefix, recoded weights).
         auroc: of the probe on test items, positive or not, after an edit of all items or one move for all, or ``None``:
             an attack may leave every score above the threshold and yet none that tells.
         audit: what such an attack left behind, or ``None``.
@@ -127,6 +133,8 @@ class AttackResult:
     spent: float | None
     upper_bound: Bits | None
     benign_success: float | None = None
+    access: str = "none"
+    judged: Literal["site", "model"] = "site"
     auroc: float | None = None
     audit: Audit | None = None
     status: str = "ok"
@@ -231,6 +239,7 @@ class StressResult:
         controls: control name -> threat name -> headline, or a sentence why it does not apply.
         skipped: threat or attack name -> reason.
         tails: the fitted tails (winner per direction group).
+        incidental: share of the probe's gradient to which behaviour is indifferent, or ``None`` without an output.
     """
 
     probe: str
@@ -248,6 +257,7 @@ class StressResult:
     seed: int
     seconds: float
     status: str = "ok"
+    incidental: IncidentalFraction | None = None
 
     @property
     def detection(self) -> Detection:

@@ -71,6 +71,7 @@ def write_folder(run: RunResult, folder: Path) -> list[Path]:
         for name, figure in (
             ("survival.png", plots.survival(run.results)),
             ("best_of_n.png", plots.best_of_n(run.results)),
+            ("incidental.png", plots.incidental(run.results)),
         ):
             if figure is None:
                 # a figure of an earlier run must not stand beside this run's numbers

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["report"]
 
 
-def report(run: RunResult, figures: Sequence[str] = ("survival.png", "best_of_n.png")) -> str:
+def report(run: RunResult, figures: Sequence[str] = ("survival.png", "best_of_n.png", "incidental.png")) -> str:
     """The whole report as Markdown; ``figures`` are the files beside it that were written."""
     results = run.results
     site = f" at `{results[0].site}`" if results else ""
@@ -28,6 +28,7 @@ def report(run: RunResult, figures: Sequence[str] = ("survival.png", "best_of_n.
     if results:
         survival = sections.figure(figures, "survival.png", "recall(b)")
         best_of_n = sections.figure(figures, "best_of_n.png", "best of n")
+        incidental = sections.figure(figures, "incidental.png", "bits against the incidental fraction")
         parts = {
             "What was found": found.found(run),
             "Why believe it, or not": found.belief(run),
@@ -36,6 +37,7 @@ def report(run: RunResult, figures: Sequence[str] = ("survival.png", "best_of_n.
             "Detection when nobody attacks": sections.detection(results),
             "Controls": sections.controls(run.controls),
             "What was left after the break": sections.audit(results),
+            "How much of each probe is incidental": sections.incidental(results) + incidental,
             "Attacks": sections.attacks(results),
             "Tails": sections.tails(results),
             "How bits depend on scale, shrinkage and epsilon": sections.sensitivity(results),

@@ -1,4 +1,4 @@
-r"""Two figures: what each probe still catches after b bits, and best-of-n as predicted beside as observed.
+r"""Figures: what each probe still catches after b bits, best-of-n as predicted and observed, and the incidental share.
 
 ``survival.png``: one panel per threat (columns) with behaviour free or kept (rows), never two threats in one panel;
 recall(b) over all positives, since conditioning on the caught rewards a probe that catches little. Bands are pointwise
@@ -8,6 +8,8 @@ open triangle is censored there (``max_bits``): nothing is known beyond.
 ``best_of_n.png``: share of caught items that the best of n real contexts breaks, against log2 n. Lines are the
 prior's predictions, one per tail; points with bars are the observation on test items under other contexts. A panel
 with fewer contexts than a grid value stops there.
+
+``incidental.png``: each probe's half-life against its incidental fraction, behaviour free (filled) or kept (open).
 
 Every probe has its own colour, line style and marker, so that the figures read in grey. Matplotlib is used through
 its object interface with the Agg canvas: no global state, no display.
@@ -31,7 +33,7 @@ from elk_stress.report import words
 from elk_stress.result import BestOfNCurves, Curve, StressResult, ThreatResult
 from elk_stress.threat import Threat
 
-__all__ = ["COLOURS", "LINES", "best_of_n", "blank", "save", "survival"]
+__all__ = ["COLOURS", "LINES", "best_of_n", "blank", "incidental", "save", "survival"]
 
 # Okabe-Ito, ordered so that neighbours differ in lightness
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#8C8C00")
@@ -104,6 +106,42 @@ def best_of_n(results: Sequence[StressResult]) -> Figure | None:
     handles.append(Line2D([], [], color="black", marker="o", mfc="white", ls="none", label="observed, 95% interval"))
     n = max(curves.n_contexts for _, r in having for curves in r.best_of_n)
     _title_and_legend(figure, f"Best of n of {n} real contexts, predicted and observed", handles)
+    return figure
+
+
+def incidental(results: Sequence[StressResult]) -> Figure | None:
+    """Half-life against the incidental fraction, one point per probe and behaviour; ``None`` if nothing is known."""
+    having = [
+        (k, result, *words.plainest(result))
+        for k, result in enumerate(results)
+        if result.incidental is not None and not math.isnan(result.incidental.value)
+    ]
+    if not having:
+        return None
+    figure = blank(5.4, 4.4)
+    axis = figure.subplots()
+    for k, result, *pair in having:
+        share = result.incidental
+        assert share is not None
+        for threat, filled in zip(pair, (True, False), strict=True):
+            if threat is None or not math.isfinite(threat.headline.value):
+                continue
+            bits = threat.headline
+            colour = COLOURS[k % len(COLOURS)]
+            high = bits.high if math.isfinite(bits.high) else bits.value
+            axis.errorbar(
+                share.value, bits.value, yerr=[[bits.value - bits.low], [high - bits.value]],
+                xerr=[[share.value - share.low], [share.high - share.value]], fmt=_MARKERS[k % len(_MARKERS)],
+                color=colour, mfc=colour if filled else "white", lw=0.9, ms=6,
+            )  # fmt: skip
+    axis.set_xlim(-0.03, 1.03)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("incidental fraction: the share that behaviour does not look at")
+    axis.set_ylabel("half-life, bits")
+    handles: list[Any] = [_handle(result.probe, k) for k, result, *_ in having]
+    handles.append(Line2D([], [], color="0.3", marker="o", ls="none", label="behaviour free"))
+    handles.append(Line2D([], [], color="0.3", marker="o", mfc="white", ls="none", label="behaviour kept"))
+    _title_and_legend(figure, f"Bits and what they rest on: {results[0].testbed} at {results[0].site}", handles)
     return figure
 
 

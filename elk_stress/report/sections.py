@@ -23,6 +23,7 @@ __all__ = [
     "figure",
     "flags",
     "guarantees",
+    "incidental",
     "main_table",
     "probability",
     "sensitivity",
@@ -139,15 +140,50 @@ def audit(results: Sequence[StressResult]) -> list[str]:
     ]
 
 
+def incidental(results: Sequence[StressResult]) -> list[str]:
+    """Share of each probe that behaviour does not look at, beside its bits when behaviour must be kept."""
+    body = []
+    for result in results:
+        if result.incidental is None or math.isnan(result.incidental.value):
+            continue
+        share, free, kept = result.incidental, *words.plainest(result)
+        given = "-" if kept is None or kept.b_given_kept is None else words.bits_text(kept.b_given_kept)
+        body.append(
+            [
+                f"`{result.probe}`",
+                f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]",
+                f"{share.rank} of {share.dim}",
+                "-" if free is None else words.bits_text(free.headline),
+                "-" if kept is None else words.bits_text(kept.headline),
+                given,
+            ]
+        )
+    if not body:
+        return ["No probe has a gradient and an output beside it."]
+    head = ["probe", "incidental fraction", "behaviour reads", "half-life, free", "half-life, kept", "given kept"]
+    return [
+        "The share of a probe's gradient, in the metric of natural thoughts, that lies where behaviour does not look: "
+        "0 for an oracle, 1 for a probe that the model can fool without changing what it does. A behaviour form that "
+        "is sampled on a real model has finite rank, and what it has not seen counts as ignored.",
+        "",
+        *table(head, body),
+    ]
+
+
 def attacks(results: Sequence[StressResult]) -> list[str]:
     lines = [
         "An attack only proposes; the engine re-scores and decides. Bits belong to the threat; an attack bounds them "
-        "at most. Medians per problem. Benign: the share that random moves of the same length break.",
+        "at most. Medians per problem. Benign: the share that random moves of the same length break. AUROC after and "
+        "left: the probe's, and the audit's verdict, once an attack has changed how the model thinks about all items. "
+        "Shift with a star: of the whole model as it then runs, not of a move at the site.",
     ]
     head = [
         "threat",
         "attack",
+        "access",
         "success",
+        "AUROC after",
+        "left",
         "shift (nats)",
         "benign",
         "length in u",
@@ -164,14 +200,16 @@ def attacks(results: Sequence[StressResult]) -> list[str]:
 
 
 def _attack_row(threat: ThreatResult, a: AttackResult) -> list[str]:
-    name = [f"`{threat.threat.name}`", a.attack]
+    name = [f"`{threat.threat.name}`", a.attack, a.access]
     if a.status != "ok":
-        return [*name, f"not run: {a.status}", *[""] * 8]
+        return [*name, f"not run: {a.status}", *[""] * 10]
     share = f"{a.success:.0%} [{a.success_interval[0]:.0%}, {a.success_interval[1]:.0%}]"
     if threat.threat.scope == "universal":
         share = "broke it" if a.success >= 0.5 else "held"
     return [
-        *name, share, words.number(a.shift, 4), "-" if a.benign_success is None else f"{a.benign_success:.0%}",
+        *name, share, words.number(a.auroc, 2), "-" if a.audit is None else a.audit.verdict,
+        words.number(a.shift, 4) + ("*" if a.judged == "model" and a.shift is not None else ""),
+        "-" if a.benign_success is None else f"{a.benign_success:.0%}",
         words.number(a.length, 2), words.count(a.queries),
         words.count(a.gradients), words.number(a.spent), words.number(a.upper_bound.value) if a.upper_bound else "-",
         " ".join(words.codes(a.flags)),

@@ -30,6 +30,7 @@ __all__ = [
     "heading",
     "interval",
     "number",
+    "plainest",
     "rows",
     "sentence",
 ]
@@ -124,6 +125,11 @@ def free_and_kept(result: StressResult, free: Threat) -> tuple[ThreatResult | No
     found = [t for t in result.threats.values() if t.threat.free.name == free.name]
     picked = [next((t for t in found if t.threat.kept is kept), None) for kept in (False, True)]
     return picked[0], picked[1]
+
+
+def plainest(result: StressResult) -> tuple[ThreatResult | None, ThreatResult | None]:
+    """Per item, natural, Gaussian: free and kept."""
+    return free_and_kept(result, Threat())
 
 
 def heading(threat: Threat) -> tuple[str, str, str]:
