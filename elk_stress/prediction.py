@@ -1,5 +1,8 @@
 r"""Best of n real contexts: the curve that the prior predicts beside the one that test items under contexts B show.
 
+A second prediction takes no prior at all: the left tail of per-item chances that contexts A show
+(:mod:`elk_stress.left_tail`), and the power law that follows from it.
+
 The prediction is made from training items and contexts A, the observation from test items and contexts B: it can fail.
 With ``x_ib = mu_i + b_b + e_ib`` and an origin that is a mean over C contexts A, the score of item i in a new context
 stands ``margin_i + (b' - mean_A b) + (e'_i - mean_A e_i)`` above the threshold. ``mean_A b`` is one number for all
@@ -22,6 +25,7 @@ import numpy as np
 from elk_stress.bits import BitsBatch
 from elk_stress.estimators.best_of_n import holds
 from elk_stress.flags import Flag, flag
+from elk_stress.left_tail import LeftTail, fit_left_tail
 from elk_stress.result import BestOfNCurves, Curve
 from elk_stress.scene import Scene
 from elk_stress.situation import Situation, context_scores, score_gradients
@@ -75,7 +79,17 @@ def best_of_n_curves(
         many, like_observed = _replicates(scene, places[name], bits[name], n, weights)
         predicted[name] = _curve(n, many.mean(axis=0), many)
         agreement[name] = _agreement(like_observed, observed.value)
-    return BestOfNCurves(epsilon is not None, predicted, observed, n_contexts, len(items), agreement)
+    tail = None if epsilon is not None else _left_tail(scene, first, items)
+    if tail is not None:
+        value, (low, high) = tail.broken(n), tail.band(n)
+        predicted["power_law"] = Curve(n, value, np.minimum(low, value), np.maximum(high, value), value, value)
+    return BestOfNCurves(epsilon is not None, predicted, observed, n_contexts, len(items), agreement, tail)
+
+
+def _left_tail(scene: Scene, place: Situation, items: np.ndarray) -> LeftTail | None:
+    """Per-item chances as contexts A show them, with no prior in between."""
+    fails = np.asarray(place.probe.score(scene.test[items]), dtype=float) <= place.detection.threshold
+    return fit_left_tail(fails.sum(axis=1), fails.shape[1], seed=scene.seed)
 
 
 def prediction_flags(curves: BestOfNCurves) -> tuple[Flag, ...]:

@@ -20,6 +20,7 @@ from elk_stress.threat import Threat
 
 if TYPE_CHECKING:
     from elk_stress.incidental import IncidentalFraction
+    from elk_stress.left_tail import LeftTail
 
 __all__ = [
     "AttackResult",
@@ -147,7 +148,8 @@ class BestOfNCurves:
 
     The prediction comes from the prior (training items, contexts A); the observation from ``n_items`` caught test items
     under ``n_contexts`` contexts B. ``p_values``: by tail, the share of curves simulated from the prediction that lie
-    at least as far out as the observed one.
+    at least as far out as the observed one. ``left_tail``: of per-item chances under contexts A, whose power law is the
+    prediction called ``power_law``.
     """
 
     kept: bool
@@ -156,6 +158,7 @@ class BestOfNCurves:
     n_contexts: int
     n_items: int
     p_values: Mapping[str, float] = field(default_factory=dict)
+    left_tail: LeftTail | None = None
 
 
 @dataclass(frozen=True)

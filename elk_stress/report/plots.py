@@ -39,7 +39,12 @@ __all__ = ["COLOURS", "LINES", "best_of_n", "blank", "incidental", "save", "surv
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#8C8C00")
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)), (0, (3, 3)))
 _MARKERS = "osD^vPX*"
-_TAILS: Mapping[str, Any] = {"gaussian": "-", "logistic": (0, (5, 1.6)), "student_t": (0, (1.2, 1.2))}
+_TAILS: Mapping[str, Any] = {
+    "gaussian": "-",
+    "logistic": (0, (5, 1.6)),
+    "student_t": (0, (1.2, 1.2)),
+    "power_law": (0, (6, 1.5, 1.2, 1.5)),
+}
 
 
 def survival(results: Sequence[StressResult]) -> Figure:
@@ -99,8 +104,7 @@ def best_of_n(results: Sequence[StressResult]) -> Figure | None:
         axes[i][0].set_ylim(-0.03 * top, 1.03 * top)
     tails = list(dict.fromkeys(tail for _, r in having for curves in r.best_of_n for tail in curves.predicted))
     handles: list[Any] = [
-        Line2D([], [], color="0.3", ls=_tail_line(tail), label=f"predicted, {tail.replace('_', ' ')} tail")
-        for tail in tails
+        Line2D([], [], color="0.3", ls=_tail_line(tail), label=f"predicted, {_predicted(tail)}") for tail in tails
     ]
     handles.append(Patch(color="0.8", label="95% interval of the prediction"))
     handles.append(Line2D([], [], color="black", marker="o", mfc="white", ls="none", label="observed, 95% interval"))
@@ -245,6 +249,10 @@ def _pick(result: StressResult, free: Threat, kept: bool) -> ThreatResult | None
 def _title(threat: Threat) -> str:
     scope, prior, tail = words.heading(threat)
     return f"{scope}, {prior}\n{tail}"
+
+
+def _predicted(tail: str) -> str:
+    return "power law of items' chances" if tail == "power_law" else f"{tail.replace('_', ' ')} tail"
 
 
 def _tail_line(tail: str) -> Any:

@@ -317,7 +317,15 @@ def best_of_n(results: Sequence[StressResult]) -> list[str]:
         "the prediction (of the better tail) that lie at least as far out as the observed one.",
         "",
     ]
-    return lines + table(["probe", "behaviour", "n", "predicted", "observed", "p"], body)
+    tails = [
+        f"`{result.probe}` {curves.left_tail.a:.2f} [{curves.left_tail.interval[0]:.2f}, "
+        f"{curves.left_tail.interval[1]:.2f}]"
+        for result in results
+        for curves in result.best_of_n
+        if curves.left_tail is not None
+    ]
+    exponents = ["", f"Exponents of the power law in n, from per-item chances: {', '.join(tails)}."] if tails else []
+    return lines + table(["probe", "behaviour", "n", "predicted", "observed", "p"], body) + exponents
 
 
 def comparisons(rows: Sequence[Comparison]) -> list[str]:
