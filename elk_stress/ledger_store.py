@@ -1,0 +1,534 @@
+"""The file of a ledger of bits: its terms and every charge, in an SQLite database (WAL) that only grows.
+
+Nothing acknowledged is lost: a charge is acknowledged when its transaction is committed with ``synchronous=FULL``, so a
+process killed at any moment leaves all its acknowledged charges and never half of one. Writers take the write lock
+*before* they read (``BEGIN IMMEDIATE``), so that check and charge are one step across processes. A new file is built
+under another name and linked into place, hence is never seen half made, and of many creators exactly one wins.
+
+Append-only in two ways. Triggers refuse UPDATE, DELETE and any INSERT that is not the next row, which also stops
+``INSERT OR REPLACE`` (it deletes without firing delete triggers). And rows are chained: with ``c_i`` the content of row
+i as canonical JSON, ``h_0 = sha256(terms)``, ``h_i = sha256(h_{i-1} + c_i)``; changing, dropping or inserting a row
+breaks every hash after it. Cut-off *last* rows leave a shorter chain that is whole: only a remembered ``h_n`` shows it.
+The chain finds accidents and careless edits; whoever rewrites all of it is not stopped.
+
+SQLite from 3.7.0 to 3.51.2 can lose commits when a checkpoint starts while another process resets the WAL
+(https://sqlite.org/wal.html#walresetbug). Automatic checkpoints are therefore off; ours hold the write lock (mode
+TRUNCATE), during which no other process can reset anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sqlite3
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, astuple, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "Charge",
+    "LedgerDamaged",
+    "LedgerError",
+    "Store",
+    "Terms",
+    "append",
+    "canonical",
+    "checked",
+    "disagreement",
+    "fingerprint",
+    "lineages",
+    "spent",
+]
+
+SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x454C4B4C  # "ELKL": tells a ledger from any other database
+_USABLE = ("exact", "estimate", "censored", "lower_bound")
+_CHECKPOINT_EVERY = 256  # charges; keeps the WAL near 4 MB
+
+
+class LedgerError(RuntimeError):
+    """The ledger's file cannot be used; says why, that nothing was charged, and the way out."""
+
+
+class LedgerDamaged(LedgerError):
+    """The file was altered or damaged: the chain of hashes, the running sums or the database itself do not hold."""
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One row, as acknowledged.
+
+    Attributes:
+        id: 1, 2, 3, ... without gaps.
+        account: ``selection``, ``kl``, ``mean_shift`` or ``queries``.
+        lineage: what the charge is about; amounts add within one.
+        amount: in the account's unit.
+        spent: the account's sum on this lineage, this charge included.
+        detail: what was done, e.g. ``kept 1 of 16``.
+        note: the user's own words.
+        time: UTC; for the reader only, nothing is decided by it.
+        previous, hash: links of the chain.
+    """
+
+    id: int
+    account: str
+    lineage: str
+    amount: float
+    spent: float
+    detail: str
+    note: str
+    time: str
+    previous: str
+    hash: str
+
+
+_COLUMNS = ", ".join(f.name for f in fields(Charge))
+_SCHEMA = (
+    "CREATE TABLE terms (one INTEGER PRIMARY KEY CHECK (one = 1), record TEXT NOT NULL, hash TEXT NOT NULL)",
+    """CREATE TABLE charges (
+        id INTEGER PRIMARY KEY, account TEXT NOT NULL, lineage TEXT NOT NULL, amount REAL NOT NULL CHECK (amount >= 0),
+        spent REAL NOT NULL CHECK (spent >= amount), detail TEXT NOT NULL, note TEXT NOT NULL, time TEXT NOT NULL,
+        previous TEXT NOT NULL UNIQUE, hash TEXT NOT NULL UNIQUE)""",
+    "CREATE INDEX latest ON charges (account, lineage, id)",
+    """CREATE TRIGGER terms_once BEFORE INSERT ON terms WHEN EXISTS (SELECT 1 FROM terms)
+        BEGIN SELECT RAISE(ABORT, 'a ledger is append-only: its terms are fixed'); END""",
+    """CREATE TRIGGER charges_in_order BEFORE INSERT ON charges
+        WHEN NEW.id IS NOT (SELECT coalesce(max(id), 0) + 1 FROM charges) OR NEW.previous IS NOT
+        coalesce((SELECT hash FROM charges ORDER BY id DESC LIMIT 1), (SELECT hash FROM terms))
+        BEGIN SELECT RAISE(ABORT, 'a ledger is append-only: this is not its next charge'); END""",
+    *(
+        f"""CREATE TRIGGER {table}_{action} BEFORE {action.upper()} ON {table}
+        BEGIN SELECT RAISE(ABORT, 'a ledger is append-only: {action} refused'); END"""
+        for table in ("terms", "charges")
+        for action in ("update", "delete")
+    ),
+)
+
+
+def canonical(value: object) -> str:
+    """JSON of which there is one only: sorted keys, no spaces, ASCII; no NaN or infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a ledger was opened for; fixed for its life.
+
+    Attributes:
+        probe: its name, for the reader.
+        fingerprint: tells this probe from any other; see :func:`fingerprint`.
+        threat: what the bits are relative to.
+        bits_low: ``(n_items,)`` lower ends of ``B_i`` over the caught items, ascending; ``inf`` where no move fails.
+        tolerated: share of the catches that may be lost, in (0, 1).
+        warn_at: share of a budget from which on charges warn.
+    """
+
+    probe: str
+    fingerprint: str
+    threat: str
+    bits_low: tuple[float, ...]
+    tolerated: float = 0.1
+    warn_at: float = 0.8
+
+    def __post_init__(self) -> None:
+        bits = np.sort(checked(self.bits_low, self.tolerated)[0])
+        if bits.ndim != 1:
+            raise ValueError(f"bits_low is one number per caught item, shape (n_items,), got shape {bits.shape}")
+        if not 0 < self.warn_at <= 1:
+            raise ValueError(f"warn_at is a share of the budget, above 0 and at most 1, got {self.warn_at}")
+        object.__setattr__(self, "bits_low", tuple(bits.tolist()))
+        object.__setattr__(self, "tolerated", float(self.tolerated))
+        object.__setattr__(self, "warn_at", float(self.warn_at))
+
+    @classmethod
+    def of_result(
+        cls,
+        result: Any,
+        threat: str,
+        *,
+        probe: Any = None,
+        tolerated: float = 0.1,
+        warn_at: float = 0.8,
+    ) -> Terms:
+        """From what a stress test found.
+
+        Args:
+            result: a ``StressResult``, a ``RunResult``, their JSON, or the path of a ``result.json``.
+            threat: name of a per-item threat, e.g. ``item/natural/gaussian``.
+            probe: which probe, where the result holds several: its name, or the fitted probe itself, whose parameters
+                are then part of the fingerprint. Otherwise the fingerprint is that of the measurement.
+            tolerated, warn_at: see :class:`Terms`.
+
+        Raises:
+            ValueError: no such probe or threat; a threat without per-item bits; a probe that catches nothing; numbers
+                that are no lower ends (distances, upper bounds).
+        """
+        name = probe if probe is None or isinstance(probe, str) else str(probe.name)
+        record = _one_result(result, name)
+        items = _items(record, threat)
+        where = f"{record['probe']} on {record['testbed']} at {record['site']}"
+        poor = sorted({str(row["kind"]) for row in items} - set(_USABLE))
+        if poor:
+            raise ValueError(
+                f"some items of {where} under {threat} have bits of kind {', '.join(poor)}, which have no lower end; "
+                "measure them with method='auto'"
+            )
+        if not items:
+            raise ValueError(f"{where} catches nothing under {threat}: there are no catches to guard")
+        low = tuple(max(0.0, float(row["low"])) for row in items)
+        measured = [record[key] for key in ("probe", "testbed", "site", "seed")]
+        measured.append(record["threats"][threat]["detection"]["threshold"])
+        mark = f"result:{_digest(canonical(measured))}"
+        return cls(
+            where, mark if probe is None or probe is name else fingerprint(probe), threat, low, tolerated, warn_at
+        )
+
+    def to_record(self) -> str:
+        """Canonical JSON; two terms agree exactly if their records do."""
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
+        return canonical(
+            record | {"bits_low": ["inf" if math.isinf(b) else b for b in self.bits_low]},
+        )
+
+    @classmethod
+    def of_record(cls, record: str) -> Terms:
+        """Read back."""
+        read = json.loads(record)
+        return cls(**{**read, "bits_low": tuple(float(b) for b in read["bits_low"])})
+
+
+class Store:
+    """One open file. Threads share it under a lock; a forked child opens its own connection.
+
+    Raises:
+        LedgerError: missing, unreadable, locked for longer than ``timeout`` seconds, or no ledger of this version.
+    """
+
+    def __init__(self, path: Path, *, timeout: float, readonly: bool = False) -> None:
+        self.path, self.timeout, self.readonly = path, timeout, readonly
+        self._open: sqlite3.Connection | None = None
+        self._owner, self._lock = os.getpid(), threading.RLock()
+        # connections of the parent process: using or closing them after a fork would release its locks
+        self._inherited: list[sqlite3.Connection | None] = []
+        with self.reading():
+            pass
+
+    @staticmethod
+    def create(path: Path, record: str) -> None:
+        """Make the file, whole at once; leave it alone if another process was faster.
+
+        Raises:
+            LedgerError: the folder is missing or cannot be written, or knows neither hard links nor shared memory.
+        """
+        made = path.parent / f".{path.name}.{uuid.uuid4().hex}.new"
+        try:
+            os.close(os.open(made, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+            try:
+                _build(made, record)
+                with suppress(FileExistsError):
+                    os.link(made, path)
+            finally:
+                os.unlink(made)
+        except FileNotFoundError:
+            raise LedgerError(f"no folder {path.parent} to keep the ledger {path.name} in; make it first") from None
+        except (OSError, sqlite3.Error) as error:
+            raise LedgerError(
+                f"cannot make a ledger at {path} ({error}); choose a folder on a local disk that you can write"
+            ) from error
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that nobody else can write beside; committed, durably, when the block ends well."""
+        with self._transaction("BEGIN IMMEDIATE") as connection:
+            yield connection
+            last = connection.execute("SELECT coalesce(max(id), 0) FROM charges").fetchone()[0]
+        if last % _CHECKPOINT_EVERY == 0:
+            # what is committed is committed: a checkpoint that fails now is made later
+            with suppress(sqlite3.Error):
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """One consistent view."""
+        with self._transaction("BEGIN") as connection:
+            yield connection
+
+    def record(self) -> str:
+        """The terms, as they were written when the file was made."""
+        with self.reading() as connection:
+            row = connection.execute("SELECT record FROM terms").fetchone()
+        if row is None:
+            raise LedgerDamaged(f"the ledger {self.path} has lost its terms; restore a copy")
+        return str(row[0])
+
+    def charges(self) -> list[Charge]:
+        """All charges in order."""
+        with self.reading() as connection:
+            return _charges(connection)
+
+    def verify(self) -> tuple[list[Charge], str]:
+        """All charges and the last hash, after every row, sum, trigger and page was checked.
+
+        Raises:
+            LedgerDamaged: the first thing that does not hold.
+        """
+        with self.reading() as connection:
+            pages = [row[0] for row in connection.execute("PRAGMA integrity_check(1)")]
+            if pages != ["ok"]:
+                raise LedgerDamaged(f"the ledger {self.path} is damaged ({pages[0]}); restore a copy")
+            if _schema(connection) != _expected_schema():
+                raise LedgerDamaged(
+                    f"the ledger {self.path} lost or changed its tables or the triggers that keep it append-only; "
+                    "restore a copy"
+                )
+            record, head = connection.execute("SELECT record, hash FROM terms").fetchone() or ("", "")
+            charges = _charges(connection)
+        if head != _digest(record):
+            raise LedgerDamaged(f"the terms of the ledger {self.path} were altered; restore a copy")
+        sums: dict[tuple[str, str], float] = {}
+        for expected, charge in enumerate(charges, 1):
+            if charge.id != expected or charge.previous != head:
+                raise LedgerDamaged(f"{self.path}: a charge before number {charge.id} is missing; restore a copy")
+            account = charge.account, charge.lineage
+            before = sums.get(account, 0.0)
+            if charge.hash != _link(head, charge) or charge.spent != before + charge.amount:
+                raise LedgerDamaged(f"{self.path}: charge {charge.id} was altered; restore a copy")
+            head, sums[account] = charge.hash, charge.spent
+        return charges, head
+
+    def close(self) -> None:
+        """Close the connection; the last one to close folds the WAL into the file."""
+        with self._lock:
+            if self._owner != os.getpid():
+                self._inherited.append(self._open)
+            elif self._open is not None:
+                self._open.close()
+            self._open = None
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+        if self._owner != os.getpid():
+            self._inherited.append(self._open)
+            self._open, self._owner, self._lock = None, os.getpid(), threading.RLock()
+        with self._lock:
+            try:
+                if self._open is None:
+                    self._open = self._connect()
+                connection = self._open
+                connection.execute(begin)
+                try:
+                    yield connection
+                    connection.execute("COMMIT")
+                except BaseException:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise self._told(error) from error
+
+    def _connect(self) -> sqlite3.Connection:
+        if not self.path.is_file():
+            raise LedgerError(f"there is no ledger at {self.path}; give the terms with which one is to be made")
+        where = self.path.absolute().as_uri()
+        mode = "ro" if self.readonly else "rw"
+        if self.readonly and not os.access(self.path.parent, os.W_OK) and not _pending(self.path):
+            # without a WAL the file is complete, and where nobody can write nobody can change it
+            mode = "ro&immutable=1"
+        connection = sqlite3.connect(
+            f"{where}?mode={mode}", uri=True, timeout=self.timeout, isolation_level=None, check_same_thread=False
+        )
+        try:
+            found = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+            if found[0] != _APPLICATION_ID:
+                raise LedgerError(f"{self.path} is a database but no ledger of bits; choose another file")
+            if found[1] != SCHEMA_VERSION:
+                raise LedgerError(
+                    f"the ledger {self.path} has schema version {found[1]}, this elk_stress reads version "
+                    f"{SCHEMA_VERSION}; use the elk_stress that wrote it, or a newer one"
+                )
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA fullfsync = ON")
+            connection.execute("PRAGMA wal_autocheckpoint = 0").fetchall()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _told(self, error: sqlite3.Error) -> LedgerError:
+        """What SQLite says, as what it means here and the way out."""
+        code = str(getattr(error, "sqlite_errorname", ""))
+        for start, kind, meaning in (
+            (
+                "SQLITE_BUSY",
+                LedgerError,
+                f"is locked by another process for longer than {self.timeout:g} s; end that process or "
+                "give a longer timeout",
+            ),
+            ("SQLITE_READONLY", LedgerError, "cannot be written; make the file and its folder writable"),
+            ("SQLITE_CANTOPEN", LedgerError, "cannot be opened; make the file readable and its folder writable"),
+            ("SQLITE_FULL", LedgerError, "cannot grow, since the disk is full; make room"),
+            ("SQLITE_NOTADB", LedgerDamaged, "is no ledger, or its first page is damaged; restore a copy"),
+            ("SQLITE_CORRUPT", LedgerDamaged, "is damaged; restore a copy"),
+        ):
+            if code.startswith(start):
+                return kind(f"the ledger {self.path} {meaning}. Nothing was charged ({error})")
+        return LedgerError(f"the ledger {self.path} failed ({code or type(error).__name__}: {error}); nothing charged")
+
+
+def spent(connection: sqlite3.Connection, account: str, lineage: str) -> float:
+    """The account's sum on one lineage; 0 before its first charge."""
+    row = connection.execute(
+        "SELECT spent FROM charges WHERE account = ? AND lineage = ? ORDER BY id DESC LIMIT 1", (account, lineage)
+    ).fetchone()
+    return 0.0 if row is None else float(row[0])
+
+
+def lineages(connection: sqlite3.Connection) -> list[str]:
+    """Lineages in the order of their first charge."""
+    return [row[0] for row in connection.execute("SELECT lineage FROM charges GROUP BY lineage ORDER BY min(id)")]
+
+
+def append(
+    connection: sqlite3.Connection, account: str, lineage: str, amount: float, *, detail: str = "", note: str = ""
+) -> Charge:
+    """Write the next charge, inside a transaction of :meth:`Store.writing`; it counts once that is committed."""
+    last = connection.execute("SELECT id, hash FROM charges ORDER BY id DESC LIMIT 1").fetchone()
+    number, head = last or (0, connection.execute("SELECT hash FROM terms").fetchone()[0])
+    # adding 0.0 turns -0.0, which SQLite does not keep, into 0.0
+    amount = float(amount) + 0.0
+    total = spent(connection, account, lineage) + amount
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    charge = Charge(number + 1, account, lineage, amount, total, detail, note, now, head, "")
+    charge = Charge(**{**asdict(charge), "hash": _link(head, charge)})
+    connection.execute(f"INSERT INTO charges ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)", astuple(charge))
+    return charge
+
+
+def fingerprint(probe: Any) -> str:
+    """``probe:`` and a hash of a fitted probe's name, recipe, site and parameters, bit for bit."""
+    digest = hashlib.sha256(f"{probe.name}\0{probe.probe!r}\0{probe.site}".encode())
+    for name in sorted(probe.parameters):
+        value = np.ascontiguousarray(probe.parameters[name])
+        digest.update(f"\0{name}\0{value.dtype.str}\0{value.shape}\0".encode())
+        digest.update(value.tobytes())
+    return f"probe:{digest.hexdigest()}"
+
+
+def checked(bits_low: Any, tolerated: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Bits and tolerance as arrays of floats; refuses what no budget can be worked out from."""
+    bits, share = np.asarray(bits_low, dtype=float), np.asarray(tolerated, dtype=float)
+    if bits.ndim < 1 or bits.shape[-1] == 0:
+        raise ValueError("no items: a probe that catches nothing has no catches to guard")
+    bad = int((~(bits >= 0)).sum())
+    if bad:
+        raise ValueError(
+            f"bits are numbers from 0 on (inf: no move breaks it), and {bad} of {bits.size} are not; leave out the "
+            "items that the probe does not catch"
+        )
+    if not ((share > 0) & (share < 1)).all():
+        raise ValueError(f"the tolerated loss is a share of the catches between 0 and 1, got {tolerated}")
+    return bits, share
+
+
+def disagreement(path: Path, kept: Terms, given: Terms) -> str:
+    """Why a ledger kept for some terms cannot be used for others."""
+    told = []
+    for field in fields(Terms):
+        old, new = getattr(kept, field.name), getattr(given, field.name)
+        if old != new and field.name == "bits_low":
+            was, now = (f"{len(bits)} items with median {np.median(bits):.6g}" for bits in (old, new))
+            told.append(f"the bits of {was}, not of {now}")
+        elif old != new:
+            told.append(f"{field.name} {old!r}, not {new!r}")
+    return (
+        f"the ledger {path} was opened for {'; '.join(told)}. What was spent there stays spent: open it with its own "
+        "terms, or give a new measurement a new file and charge to it what was spent before"
+    )
+
+
+def _one_result(result: Any, probe: str | None) -> Mapping[str, Any]:
+    if isinstance(result, (str, Path)):
+        try:
+            result = json.loads(Path(result).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{result} is no JSON ({error}); expected a result.json of elk-stress run") from None
+    record = result.to_json() if hasattr(result, "to_json") else result
+    if not isinstance(record, Mapping) or not ("results" in record or "threats" in record):
+        raise ValueError("expected a result of elk-stress run: one probe with its threats, or several under 'results'")
+    rows = record.get("results", [record])
+    names = [str(row.get("probe")) for row in rows]
+    matches = [row for row in rows if probe is None or row.get("probe") == probe]
+    if len(matches) != 1:
+        what = "which probe?" if probe is None else f"{len(matches)} results of a probe {probe!r}"
+        raise ValueError(f"{what} the result holds: {', '.join(names) or 'none'}; name one that is there once")
+    found: Mapping[str, Any] = matches[0]
+    return found
+
+
+def _items(record: Mapping[str, Any], threat: str) -> list[Mapping[str, Any]]:
+    known = [name for name, row in record["threats"].items() if row.get("items") is not None]
+    if threat not in known:
+        why = "has no bits per item" if threat in record["threats"] else "was not measured"
+        raise ValueError(f"threat {threat!r} {why}; threats with bits per item: {', '.join(known) or 'none'}")
+    return list(record["threats"][threat]["items"]["bits"])
+
+
+def _build(path: Path, record: str) -> None:
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if mode != "wal":
+            raise OSError(f"its file system cannot share memory between processes, journal mode {mode}")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        for statement in _SCHEMA:
+            connection.execute(statement)
+        connection.execute("INSERT INTO terms VALUES (1, ?, ?)", (record, _digest(record)))
+    finally:
+        connection.close()
+
+
+def _charges(connection: sqlite3.Connection) -> list[Charge]:
+    return [Charge(*row) for row in connection.execute(f"SELECT {_COLUMNS} FROM charges ORDER BY id")]
+
+
+def _link(head: str, charge: Charge) -> str:
+    content = [getattr(charge, f.name) for f in fields(Charge) if f.name not in ("previous", "hash")]
+    try:
+        return _digest(head + canonical(content))
+    except (TypeError, ValueError):
+        # a row written by somebody else may hold what JSON does not, an infinite amount or bytes: it matches no hash
+        return ""
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _schema(connection: sqlite3.Connection) -> set[tuple[str, str]]:
+    return set(connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+
+
+def _expected_schema() -> set[tuple[str, str]]:
+    connection = sqlite3.connect(":memory:")
+    try:
+        for statement in _SCHEMA:
+            connection.execute(statement)
+        return _schema(connection)
+    finally:
+        connection.close()
+
+
+def _pending(path: Path) -> bool:
+    wal = path.with_name(path.name + "-wal")
+    return wal.exists() and wal.stat().st_size > 0
