@@ -18,7 +18,8 @@ label   Reach: random directions, both ways, at doubling radii. Walk: with v_j m
         a share of about (2/pi) n/k of the squared sine between t and the normal (n labels), however small that is.
 
 Of the turns that still fail at the same radius take the deepest (score) or half of the largest (label: on a plane the
-best turn is half of the largest that still fails), and bisect its ray. No gain: halve the step s.
+best turn is half of the largest that still fails), and bisect its ray. No gain: halve the step s. When nothing gets
+shorter, and budget is left, start again elsewhere.
 
 Shapes: ``moves (problems, keep, k)``, shortest failing first; ``centre (problems, k)`` the first of them. Where nothing
 failed the point of lowest score stands in (for labels: the unmoved origin, also as centre). Per item and universal,
