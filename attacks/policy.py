@@ -4,9 +4,11 @@ Threat model: the model knows what is true of the item it thinks about, and lear
 of it so that the probe stays silent. What it learned is judged on items it has never seen. With z the whitened
 activations (at most 32 principal components in the prior's metric, fitted on training items) and t = +-1 the truth,
 
-    v = W3 tanh(W2 tanh(W1 [z, t] + b1) + b2) + b3,    u = reach * v / sqrt(1 + ||v||^2),    x' = x + L u,
+    v = W3 tanh(W2 tanh(W1 [z, t] + b1) + b2) + b3,    u = reach * P v / sqrt(1 + ||v||^2),    x' = x + L u,
 
-so that ``||u|| < reach``, trained by Adam on all training items at once to minimize
+so that ``||u|| < reach``. Where behaviour must be kept, ``P = (I + reach^2 M / (1.4 epsilon))^(-1/2)`` with M the mean
+of ``A^T A`` over training items makes silent directions as easy to learn as they are; else P = I. Trained by Adam on
+all training items at once to minimize
 
     mean over caught positives of softplus((score(x') - threshold) / s)      s: their median margin
     + behaviour * mean of max(0, 0.5 ||A u||^2 / (0.7 epsilon) - 1)          only where behaviour must be kept
@@ -67,7 +69,7 @@ class Policy:
     hidden: int = 32
     rate: float = 0.02
     behaviour: float = 1.0
-    length: float = 0.02
+    length: float = 0.1
     explore: float = 0.5
 
     name: ClassVar[str] = "policy"
@@ -90,12 +92,15 @@ class Policy:
         if not len(caught):
             return mind.propose(Edit(mind.activations))
         read = _reader(mind, x)
-        controllers = self._train(mind, x, read(x, truth[rows]), caught, float(np.median(margins[caught])), seed)
         factor = np.asarray(mind.prior.factor, dtype=float)
+        looks = None if mind.epsilon is None else mind.sensitivity("train", rows)
+        outward = self._outward(looks, mind.epsilon, factor.shape[1])
+        scale = float(np.median(margins[caught]))
+        controllers = self._train(mind, x, read(x, truth[rows]), caught, scale, looks, outward, seed)
 
         def edited(which: int, activations: np.ndarray, labels: np.ndarray) -> np.ndarray:
             parameters = {name: value[which : which + 1] for name, value in controllers.items()}
-            u = np.asarray(_act(parameters, read(activations, labels), np.array([self.reach[which]])))[0]
+            u = np.asarray(_act(parameters, read(activations, labels), outward[which : which + 1]))[0]
             return np.asarray(activations + u.astype(float) @ factor.T)
 
         broken = [
@@ -110,8 +115,26 @@ class Policy:
 
         return mind.propose(Edit(moved))
 
+    def _outward(self, looks: np.ndarray | None, epsilon: float | None, rank: int) -> np.ndarray:
+        """``(reaches, r, r)``: ``reach * P``, from what the controller puts out (shorter than 1) to an edit."""
+        reach = np.array(self.reach)[:, None, None]
+        if looks is None or epsilon is None:
+            return np.asarray(reach * np.eye(rank))
+        metric = np.einsum("prk,prl->kl", looks, looks) / len(looks)
+        size, axes = np.linalg.eigh(metric)
+        shrink = reach / np.sqrt(1 + reach**2 * np.maximum(size, 0.0) / (2 * _SLACK * epsilon))
+        return np.asarray((axes * shrink) @ axes.T)
+
     def _train(
-        self, mind: Mind, x: np.ndarray, inputs: np.ndarray, caught: np.ndarray, scale: float, seed: int
+        self,
+        mind: Mind,
+        x: np.ndarray,
+        inputs: np.ndarray,
+        caught: np.ndarray,
+        scale: float,
+        looks: np.ndarray | None,
+        outward: np.ndarray,
+        seed: int,
     ) -> dict[str, np.ndarray]:
         """Parameters of all controllers, ``(reaches, ...)`` each."""
         import jax
@@ -120,20 +143,19 @@ class Policy:
 
         factor = np.asarray(mind.prior.factor, dtype=float)
         rank, reach = factor.shape[1], np.array(self.reach)
-        looks = None if mind.epsilon is None else mind.sensitivity("train", mind.training)
         allowed = _SLACK * (mind.epsilon or 1.0)
         sensitivity = None if looks is None else jnp.asarray(looks, jnp.float32)
         sizes = (inputs.shape[1], self.hidden, self.hidden, rank)
         parameters = _initial(np.random.default_rng(np.random.SeedSequence([seed, 0x9011])), len(reach), sizes)
         optimizer = optax.adam(optax.cosine_decay_schedule(self.rate, self.steps))
         state = optimizer.init(parameters)
-        fixed, bound = jnp.asarray(inputs, jnp.float32), jnp.asarray(reach, jnp.float32)
+        fixed, way = jnp.asarray(inputs, jnp.float32), jnp.asarray(outward, jnp.float32)
 
         def loss(parameters: Any, feedback: Any) -> Any:
-            u = _act(parameters, fixed, bound)
+            u = _act(parameters, fixed, way)
             # what the probe said enters as the slope of its term in u: the chain rule does the rest
             total = (feedback * u[:, caught]).sum()
-            total += self.length * ((u * u).sum(-1).mean(-1) / bound**2).sum()
+            total += self.length * ((u * u).sum(-1).mean(-1) / reach**2).sum()
             if sensitivity is not None:
                 image = jnp.einsum("prk,jpk->jpr", sensitivity, u)
                 excess = jax.nn.relu(0.5 * (image * image).sum(-1) / allowed - 1)
@@ -144,11 +166,11 @@ class Policy:
         def step(parameters: Any, state: Any, feedback: Any) -> Any:
             updates, state = optimizer.update(jax.grad(loss)(parameters, feedback), state, parameters)
             parameters = optax.apply_updates(parameters, updates)
-            return parameters, state, _act(parameters, fixed, bound)[:, caught]
+            return parameters, state, _act(parameters, fixed, way)[:, caught]
 
         ask = _by_gradient(mind, factor, scale) if self.feedback == "gradient" else self._by_score(mind, factor, scale)
         rng = np.random.default_rng(np.random.SeedSequence([seed, 0x9012]))
-        u = np.asarray(_act(parameters, fixed, bound)[:, caught])
+        u = np.asarray(_act(parameters, fixed, way)[:, caught])
         for _ in range(self.steps):
             feedback = ask(x[caught], u, rng) / len(caught)
             parameters, state, u = step(parameters, state, jnp.asarray(feedback, jnp.float32))
@@ -208,7 +230,7 @@ def _initial(rng: np.random.Generator, n: int, sizes: tuple[int, ...]) -> dict[s
     return out
 
 
-def _act(parameters: Any, inputs: Any, reach: Any) -> Any:
+def _act(parameters: Any, inputs: Any, outward: Any) -> Any:
     """Edits ``(controllers, items, r)``, each shorter than its controller's reach."""
     import jax.numpy as jnp
 
@@ -216,8 +238,8 @@ def _act(parameters: Any, inputs: Any, reach: Any) -> Any:
     for layer in range(2):
         hidden = jnp.tanh(jnp.matmul(hidden, parameters[f"weight{layer}"]) + parameters[f"bias{layer}"])
     v = jnp.matmul(hidden, parameters["weight2"]) + parameters["bias2"]
-    size = jnp.sqrt(1 + (v * v).sum(-1, keepdims=True))
-    return jnp.asarray(reach, v.dtype)[:, None, None] * v / size
+    # P is symmetric
+    return jnp.matmul(v / jnp.sqrt(1 + (v * v).sum(-1, keepdims=True)), jnp.asarray(outward, v.dtype))
 
 
 if __name__ == "__main__":
