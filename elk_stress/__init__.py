@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from elk_stress.estimators import estimate_bits as estimate_bits
     from elk_stress.flags import Flag as Flag
     from elk_stress.incidental import incidental_fraction as incidental_fraction
+    from elk_stress.ledger import BudgetExceeded as BudgetExceeded
+    from elk_stress.ledger import Ledger as Ledger
     from elk_stress.probe import FittedProbe as FittedProbe
     from elk_stress.probe import direction as direction
     from elk_stress.training.comparison import compare_pressure as compare_pressure
@@ -35,6 +37,8 @@ _HOME = {
     "direction": "elk_stress.probe",
     "estimate_bits": "elk_stress.estimators",
     "incidental_fraction": "elk_stress.incidental",
+    "BudgetExceeded": "elk_stress.ledger",
+    "Ledger": "elk_stress.ledger",
     "StressResult": "elk_stress.engine",
     "Threat": "elk_stress.engine",
     "compare": "elk_stress.engine",

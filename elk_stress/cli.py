@@ -73,8 +73,10 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
+        from elk_stress.ledger_cli import run_ledger
+
         options = _parser().parse_args(arguments)
-        commands = {"run": _run, "train": _train}
+        commands = {"run": _run, "train": _train, "ledger": run_ledger}
         return commands.get(options.command, _list)(options)
     except _BadInput as error:
         print(f"elk-stress: {error}", file=sys.stderr)
@@ -90,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from elk_stress import __version__
+    from elk_stress.ledger_cli import add_ledger
 
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
@@ -105,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(
         commands.add_parser("train", help="train a model against probes", epilog=_TRAIN_EXAMPLES, formatter_class=raw)
     )
+    add_ledger(commands)
     for name, what in _LISTS.items():
         listing = commands.add_parser(name, help=f"list the {what}")
         listing.add_argument("--json", action="store_true", help="as one JSON object, name -> description")

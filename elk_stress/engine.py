@@ -74,8 +74,9 @@ def stress(
         threats: what the numbers are relative to; by default per item under natural thoughts with a Gaussian and with
             the best-fitting elliptical tail, universal, and per item isotropic (c = 0.3), each free and with behaviour
             kept (where the testbed has an output).
-        attacks: registered names or attack objects; ``"all"`` runs those that apply and lists the rest with reasons.
-            They run under the Gaussian threats.
+        attacks: registered names or attack objects; ``"all"`` runs those that apply and lists the rest with reasons,
+            but for those that write into a language model's context, which take minutes each and must be named. They
+            run under the Gaussian threats.
         behaviour_epsilon: nats; by default 3 x the median shift under natural thoughts.
         max_bits: common censoring of all items.
         fpr: nominal false-positive rate of the threshold.
@@ -226,8 +227,9 @@ def _threats(threats: Sequence[Threat | str] | None, epsilon: float | None) -> t
 def _attacks(attacks: Sequence[str | Attack] | str) -> tuple[Attack, ...]:
     if attacks == "all":
         found = (registry.load("attacks", name) for name in registry.names("attacks"))
-        # those that move weights have a loop of their own (elk_stress.stress_training)
-        return tuple(a for a in found if "weights" not in a.scopes)
+        # those that move weights have a loop of their own (elk_stress.stress_training); those that write into a
+        # language model's context take minutes each, and run when they are named
+        return tuple(a for a in found if "weights" not in a.scopes and "model" not in a.needs)
     given = [attacks] if isinstance(attacks, str) else attacks
     made = tuple(registry.load("attacks", a) if isinstance(a, str) else a for a in given)
     for attack in made:

@@ -38,6 +38,7 @@ from elk_stress.testbeds.user_data import load_jsonl
 if TYPE_CHECKING:
     from elk_stress.subjects.language_model import LanguageModel
     from elk_stress.subjects.moved import MovedModel
+    from elk_stress.subjects.prefixed import PrefixedModel
 
 __all__ = ["Statements"]
 
@@ -119,6 +120,7 @@ class Statements:
             )
         self._blocks: dict[ContextSet, np.ndarray] = {}
         self._moved: dict[SplitName, MovedModel] = {}
+        self._prefixed: dict[SplitName, PrefixedModel] = {}
         self._factors: dict[tuple[SplitName, int], np.ndarray] = {}
         self._host = ""
 
@@ -219,6 +221,15 @@ class Statements:
             distance = np.linalg.norm(means - means.mean(axis=0), axis=1)
             self._host = self._contexts["prior"][int(distance.argmin())]
         return self._host
+
+    def prefixed(self, split: SplitName) -> PrefixedModel:
+        """The model reading the split's items behind any prefix, which takes the place of the host context."""
+        if split not in self._prefixed:
+            from elk_stress.subjects.prefixed import PrefixedModel
+
+            texts = self._splits[split].texts or ()
+            self._prefixed[split] = PrefixedModel(self._loaded(), self.site, texts, self.host_context)
+        return self._prefixed[split]
 
     def _moved_model(self, split: SplitName) -> MovedModel:
         if split not in self._moved:
