@@ -134,6 +134,7 @@ def test_soft_prefix_at_tokens_reads_as_these_tokens(kind: str, begins: bool) ->
     prefix = random_prefixes(model, 1, 5)
     soft = model.read_soft(torch.as_tensor(model.embeddings(prefix[0])), ITEMS)
     np.testing.assert_allclose(soft.numpy(), model.read_tokens(prefix, ITEMS)[0], rtol=1e-4, atol=1e-5)
+    assert np.array_equal(model.read_embeddings(model.embeddings(prefix), ITEMS), model.read_tokens(prefix, ITEMS))
     shift = model.shift_soft(model.embeddings(prefix[0]), ITEMS)
     np.testing.assert_allclose(shift, model.shift_tokens(prefix[0], ITEMS), rtol=1e-4, atol=1e-6)
 

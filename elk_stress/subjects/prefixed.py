@@ -122,18 +122,20 @@ class PrefixedModel:
 
     def read_tokens(self, prefixes: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Activations ``(m, n, dim)`` float32 of ``items (n,)`` behind each of ``prefixes (m, T)``; no gradients."""
+        return self.read_embeddings(self._table[self._ids(prefixes)], items)
+
+    def read_embeddings(self, prefixes: Any, items: np.ndarray) -> np.ndarray:
+        """The same behind free embeddings ``prefixes (m, k, e)``, an array or a tensor."""
         import torch
 
-        prefixes, chosen = np.asarray(prefixes), np.asarray(items).tolist()
+        prefixes, chosen = torch.as_tensor(prefixes).detach().to(self._table), np.asarray(items).tolist()
         out = np.empty((len(prefixes), len(chosen), self.subject.dim), dtype=np.float32)
         together = max(1, _BATCH_TOKENS // (len(self._begin) + prefixes.shape[1]))
         with torch.no_grad():
             for start in range(0, len(prefixes), together):
-                embeds = self._table[self._ids(prefixes[start : start + together])]
-                past = self._past(embeds, self.depth)
-                pairs = [(j, i) for j in range(len(embeds)) for i in range(len(chosen))]
-                lengths = [len(self._tails[chosen[i]]) for _, i in pairs]
-                for batch in _batches(lengths):
+                past = self._past(prefixes[start : start + together], self.depth)
+                pairs = [(j, i) for j in range(len(past[0][0])) for i in range(len(chosen))]
+                for batch in _batches([len(self._tails[chosen[i]]) for _, i in pairs]):
                     which, rows = [pairs[b][0] for b in batch], [pairs[b][1] for b in batch]
                     found = self._read(past, which, [self._tails[chosen[i]] for i in rows])
                     out[[start + j for j in which], rows] = found.cpu().numpy()
