@@ -21,8 +21,8 @@ Feedback of two kinds, both counted:
   ``r+, r-`` give ``(r+ - r-) n / (2 sigma)``: REINFORCE (Williams 1992) for the mean of a Gaussian policy, each item's
   baseline being the mean of its own two tries. Its expectation is the gradient of the smoothed reward.
 
-Controllers of several reaches train in one program; the shortest reach that breaks at least half of the caught training
-positives is proposed (else the one that breaks most). Shapes: u ``(reaches, items, r)``, r the rank of L; under a heavy
+Controllers of several reaches train in one program; the shortest reach that breaks at least ``share`` of the caught
+training positives is proposed (else the one that breaks most). Shapes: u ``(reaches, items, r)``, r the rank of L; under a heavy
 tail the engine's u is shorter, since the scale coordinate carries a part. Guarantee: none.
 """
 
@@ -61,6 +61,7 @@ class Policy:
         behaviour: weight of a shift beyond what may be kept.
         length: weight of the squared length of the edits.
         explore: length of the noise in units of ``reach`` (score).
+        share: of the caught training positives, that a reach must break to be long enough.
     """
 
     feedback: Literal["gradient", "score"] = "gradient"
@@ -71,11 +72,18 @@ class Policy:
     behaviour: float = 1.0
     length: float = 0.1
     explore: float = 0.5
+    share: float = 0.5
 
     name: ClassVar[str] = "policy"
     scopes: ClassVar[tuple[Scope, ...]] = ("item",)
     needs: ClassVar[tuple[Need, ...]] = ("mind",)
     priors: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not self.reach or min(self.reach) <= 0:
+            raise ValueError(
+                f"policy needs at least one step and one positive reach, got steps={self.steps}, reach={self.reach}"
+            )
 
     @property
     def access(self) -> Access:
@@ -107,7 +115,7 @@ class Policy:
             float((mind.score(edited(i, x[caught], truth[rows][caught])) <= mind.threshold).mean())
             for i in range(len(self.reach))
         ]
-        enough = [i for i in np.argsort(self.reach, kind="stable") if broken[i] >= 0.5]
+        enough = [i for i in np.argsort(self.reach, kind="stable") if broken[i] >= self.share]
         which = int(enough[0] if enough else np.argmax(broken))
 
         def moved(split: SplitName) -> np.ndarray:
