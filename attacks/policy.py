@@ -22,8 +22,8 @@ Feedback of two kinds, both counted:
   baseline being the mean of its own two tries. Its expectation is the gradient of the smoothed reward.
 
 Controllers of several reaches train in one program; the shortest reach that breaks at least ``share`` of the caught
-training positives is proposed (else the one that breaks most). Shapes: u ``(reaches, items, r)``, r the rank of L; under a heavy
-tail the engine's u is shorter, since the scale coordinate carries a part. Guarantee: none.
+training positives is proposed (else the one that breaks most). Shapes: u ``(reaches, items, r)``, r the rank of L;
+under a heavy tail the engine's u is shorter, since the scale coordinate carries a part. Guarantee: none.
 """
 
 from __future__ import annotations

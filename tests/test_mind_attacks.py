@@ -336,10 +336,10 @@ def test_the_policy_takes_the_shortest_reach_that_breaks_half_of_training() -> N
     negatives = mind.truth("test") == 0
     assert np.linalg.norm(edits[negatives], axis=1).mean() < 0.9 * np.linalg.norm(edits[~negatives], axis=1).mean()
     # more is wanted, so a longer one is taken
-    longer, _ = ask(Policy(reach=(2.0, 4.0), share=0.95), field("paper"))
-    assert np.linalg.norm(longer.moves[:, 0], axis=-1).max() > 3
-    half, _ = ask(Policy(reach=(2.0, 4.0)), field("paper"))
-    assert np.linalg.norm(half.moves[:, 0], axis=-1).max() < 2
+    longer, _ = ask(Policy(reach=(2.6, 5.0), share=0.95), field("paper"))
+    assert np.linalg.norm(longer.moves[:, 0], axis=-1).max() > 4
+    half, _ = ask(Policy(reach=(2.6, 5.0)), field("paper"))
+    assert np.linalg.norm(half.moves[:, 0], axis=-1).max() < 2.6
     # none breaks half: the one that breaks most
     proposal, _ = ask(Policy(reach=(0.5, 1.0), steps=20), field("oracle"))
     assert np.linalg.norm(proposal.moves[:, 0], axis=-1).max() < 1
