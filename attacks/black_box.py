@@ -42,7 +42,7 @@ import numpy as np
 
 from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 
-__all__ = ["BlackBox"]
+__all__ = ["BlackBox", "BlackBoxLabel"]
 
 # numbers in one batch of questions (64 MB): problems are searched in blocks of this size
 _BLOCK_ELEMENTS = 1 << 23
@@ -384,6 +384,15 @@ def _bases(rng: np.random.Generator, dim: int, width: int) -> Iterator[np.ndarra
 def _unit(vectors: np.ndarray) -> np.ndarray:
     """Rows of length 1; rows of zeros stay zeros."""
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-300))
+
+
+@dataclass(frozen=True)
+class BlackBoxLabel(BlackBox):
+    """The same told only whether each move failed: a walk along the boundary."""
+
+    feedback: Literal["score", "label"] = "label"
+
+    name: ClassVar[str] = "black_box_label"
 
 
 if __name__ == "__main__":

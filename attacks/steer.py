@@ -22,7 +22,7 @@ import numpy as np
 
 from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 
-__all__ = ["Steer"]
+__all__ = ["Steer", "SteerMeans"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,15 @@ class Steer:
             middle_way = 0.5 * (inside + outside)
             inside, outside = (inside, middle_way) if lost(middle_way * u) else (middle_way, outside)
         return np.asarray(outside * u)
+
+
+@dataclass(frozen=True)
+class SteerMeans(Steer):
+    """The difference of class means, in a few lengths: no access to the probe."""
+
+    feedback: Literal["gradient", "none"] = "none"
+
+    name: ClassVar[str] = "steer_means"
 
 
 if __name__ == "__main__":
