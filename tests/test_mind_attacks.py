@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import tiny_models as tiny
+from scipy.stats import spearmanr
 
 from elk_stress.agreement import agreement
 from elk_stress.attack import Attack, Oracle, Proposal
@@ -219,6 +220,13 @@ def test_transfer_asks_the_probe_nothing() -> None:
 def test_transfer_in_universal_scope_halves_the_recall_of_a_like_probe() -> None:
     here = field("lda", Threat(scope="universal"))
     assert run(Transfer(surrogates=("lda",), overshoot=(1.2,)), here).success == 1
+    # with the monitor's own probe and threshold, the move that brings half of the training positives below it
+    proposal, mind = ask(Transfer(surrogates=("lda",), overshoot=(1.0,)), here)
+    weight = np.asarray(here.place.probe.parameters["weight"], dtype=float)
+    x = mind.activations("train")[mind.training][mind.truth("train")[mind.training] == 1]
+    margins = np.sort(np.asarray(here.place.probe.score(x), dtype=float) - here.place.detection.threshold)
+    expected = margins[len(margins) // 2 - 1 : len(margins) // 2 + 1] / np.linalg.norm(weight @ here.place.prior.factor)
+    assert 0.999 * expected[0] <= np.linalg.norm(proposal.moves[0, 0]) <= 1.001 * expected[1]
     assert run(Transfer(surrogates=("rock",)), here).success == 0
 
 
@@ -266,6 +274,9 @@ def test_what_agrees_most_breaks_most() -> None:
     rows = agreement(scene(), probe("logistic"), surrogates=names, attack=through)
     assert [row.surrogate for row in rows] == list(names)
     same, other, unrelated, rock = rows
+    scores = [np.asarray(probe(name).score(scene().test_origins), dtype=float) for name in ("logistic", "mass_mean")]
+    halves = [spearmanr(*(row[scene().items.labels == label] for row in scores)).statistic for label in (0, 1)]
+    assert other.within == pytest.approx(np.mean(halves))
     assert same.correlation == pytest.approx(1)
     assert same.within == pytest.approx(1)
     assert 0.5 < other.within < other.correlation < 1
@@ -303,6 +314,40 @@ def test_a_learned_policy_breaks_items_that_it_never_saw(feedback: Any) -> None:
     asked = mind.training.size + caught + attack.steps * tries * caught
     assert mind.queries == asked
     assert mind.gradients == (attack.steps * caught if feedback == "gradient" else 0)
+
+
+def test_the_policy_sees_the_truth() -> None:
+    proposal, mind = ask(Policy(reach=(4.0,)), field("paper"))
+    assert proposal.edit is not None
+    told = mind.to_u(proposal.edit.moved("test") - mind.activations("test"))
+    labels = mind.truth("test")
+    mind.truth = lambda split: 1 - labels  # type: ignore[method-assign]
+    lied = mind.to_u(proposal.edit.moved("test") - mind.activations("test"))
+    assert np.linalg.norm(lied - told, axis=1).mean() > 0.05 * np.linalg.norm(told, axis=1).mean()
+
+
+class Uneven(Linear):
+    """Only for positives does behaviour depend on the incidental direction, and on nothing else."""
+
+    def shift_factor(self, split: SplitName, items: np.ndarray) -> np.ndarray:
+        return np.asarray(self.splits[split].labels[items][:, None, None] * self.incidental)
+
+
+def test_an_item_that_behaviour_depends_on_more_than_on_average_is_kept_too() -> None:
+    here = field("paper")
+    place = here.place
+    bed, epsilon = Uneven(dim=16, n_items=320, n_contexts=8), 1.0
+    shifts = []
+    for weight in (0.0, 1.0):
+        attack = Policy(reach=(16.0,), behaviour=weight)
+        mind = Mind(bed, place.prior, here.items, epsilon, place.probe, place.detection.threshold, "gradient")
+        moves = attack.propose(Oracle(here.searched, "gradient", 400, None, mind), seed=0).moves[:, 0]
+        looks = mind.sensitivity("test", here.items)
+        assert looks is not None
+        shifts.append(0.5 * (np.einsum("prk,pk->pr", looks, moves) ** 2).sum(axis=1))
+    assert np.median(shifts[0]) > epsilon
+    assert (shifts[1] <= epsilon).mean() >= 0.9
+    assert np.median(shifts[1]) > 0.3 * epsilon
 
 
 def silenced_positives(here: Arena) -> int:
@@ -396,6 +441,40 @@ def test_the_code_is_an_orthogonal_map_and_undoing_it_wrongly_shows() -> None:
     np.testing.assert_allclose(distances(coded), distances(x), atol=1e-4)
     shift = recode._in_the_testbed(mind, lambda split: proposal.edit.moved(split), np.eye(16), x.mean(axis=0))  # type: ignore[union-attr]
     assert np.median(shift(np.arange(10))) > 0.1
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 1e3, np.inf])
+def test_the_new_direction_carries_nothing_of_the_truth(weight: float) -> None:
+    from elk_stress.attacks import recode
+
+    rng = np.random.default_rng(np.random.SeedSequence(6))
+    leading, delta = np.linalg.qr(rng.standard_normal((9, 2)))[0], rng.standard_normal(9)
+    variation = np.diag(np.linspace(3.0, 0.1, 9))
+    new = recode._elsewhere(leading, delta, variation, weight)
+    np.testing.assert_allclose(new.T @ new, np.eye(2), atol=1e-12)
+    assert np.abs(delta @ new).max() < 1e-9
+    # the more other variation counts, the less of it is read
+    nearest = recode._elsewhere(leading, delta, variation, 0.0)
+    assert np.trace(new.T @ variation @ new) <= np.trace(nearest.T @ variation @ nearest) + 1e-12
+    # what carries nothing of the truth stays, as long as nothing else counts
+    free = leading - np.outer(delta, delta @ leading) / (delta @ delta)
+    basis = np.linalg.qr(free)[0]
+    if weight == 0:
+        np.testing.assert_allclose(recode._elsewhere(basis, delta, variation, weight), basis, atol=1e-9)
+
+
+def test_only_fresh_items_show_what_an_estimated_direction_leaves() -> None:
+    from elk_stress.attacks import recode
+
+    _, mind = ask(Recode(), field("mass_mean"))
+    rows = mind.training
+    x, y = np.asarray(mind.activations("train")[rows], dtype=float), mind.truth("train")[rows]
+    weight = np.asarray(probe("mass_mean").parameters["weight"], dtype=float)
+    leading = weight[:, None] / np.linalg.norm(weight)
+    rotation, centre = recode._code(leading, x, y, mind.prior.covariance, 0.0)
+    same = abs(auroc(mind.score(centre + (x - centre) @ rotation.T), y) - 0.5)
+    _, fresh = recode._held_out(mind, leading, x, y, 0.0)
+    assert same < 0.05 < 0.1 < fresh
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -505,6 +584,10 @@ def test_the_shift_is_the_divergence_of_plain_forward_passes() -> None:
         handle.remove()
     expected = float((plain.exp() * (plain - other)).sum(-1).mean())
     assert found[0] == pytest.approx(expected, rel=1e-3)
+    # shorter texts beside longer ones read the same
+    together = undone_shift(subject, "layers.1", rotation, centre, TEXTS, undo=False)
+    alone = [undone_shift(subject, "layers.1", rotation, centre, [text], undo=False)[0] for text in TEXTS]
+    np.testing.assert_allclose(together, alone, rtol=1e-3)
 
 
 def test_whoever_reads_the_site_reads_the_code() -> None:
