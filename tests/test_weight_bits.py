@@ -53,6 +53,12 @@ def test_a_median_over_bounds_is_a_bound() -> None:
     assert (found.value, found.low) == (5.0, 0.0)
 
 
+def test_one_model_without_a_bound_does_not_hide_the_others() -> None:
+    found = _headline(_batch([Kind.UPPER_BOUND] * 5, [math.inf, 6.0, 7.0, 8.0, 1.0]))
+    assert found.kind is Kind.UPPER_BOUND
+    assert (found.value, found.high) == (7.0, math.inf)
+
+
 def test_a_median_over_estimates_is_an_estimate() -> None:
     found = _headline(_batch([Kind.ESTIMATE] * 7, [5.0, 6.0, 7.0, 8.0, 1.0, 2.0, 3.0]))
     assert found.kind is Kind.ESTIMATE

@@ -15,6 +15,7 @@ Shapes: problems are models; u ``(models, n, n_parameters)``. Guarantee: as of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -233,12 +234,14 @@ def _headline(found: BitsBatch) -> Bits:
     """Median over models; a bound, from 0 on, where that of any model is one."""
     bounded = np.array([kind is Kind.UPPER_BOUND for kind in found.kind])
     values = np.where(bounded, found.value, estimated(found))
-    headline = median_bits(values, np.where(bounded | np.isfinite(values), 0.0, found.value), found.method)
+    headline = median_bits(values, np.where(np.isfinite(values), np.inf, found.value), found.method)
     if not bounded.any():
         return headline
-    if headline.kind is Kind.CENSORED:
-        return replace(headline, value=0.0, low=0.0)
-    return replace(headline, kind=Kind.UPPER_BOUND, low=0.0)
+    # the median of upper limits is an upper limit of the median, whatever the others are
+    middle = float(np.sort(values)[(len(values) - 1) // 2 : len(values) // 2 + 1].mean())
+    if math.isinf(middle):
+        return Bits(0.0, 0.0, math.inf, Kind.CENSORED, found.method)
+    return Bits(middle, 0.0, max(headline.high, middle), Kind.UPPER_BOUND, found.method)
 
 
 def _best(found: BitsBatch, bounds: np.ndarray) -> np.ndarray:
