@@ -10,7 +10,7 @@ so that ``||u|| < reach``. Where behaviour must be kept, ``P = (I + reach^2 M / 
 of ``A^T A`` over training items makes silent directions as easy to learn as they are; else P = I. Trained by Adam on
 all training items at once to minimize
 
-    mean over caught positives of softplus((score(x') - threshold) / s)      s: their median margin
+    mean over positives of softplus((score(x') - threshold) / s)      s: their median distance from the threshold
     + behaviour * mean of max(0, 0.5 ||A u||^2 / (0.7 epsilon) - 1)          only where behaviour must be kept
     + length * mean of ||u||^2 / reach^2.
 
@@ -65,7 +65,7 @@ class Policy:
     """
 
     feedback: Literal["gradient", "score"] = "gradient"
-    reach: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
+    reach: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
     steps: int = 200
     hidden: int = 32
     rate: float = 0.02
@@ -96,15 +96,17 @@ class Policy:
         rows, truth = mind.training, mind.truth("train")
         x = np.asarray(mind.activations("train")[rows], dtype=float)
         margins = mind.score(x) - mind.threshold
-        caught = np.flatnonzero((truth[rows] == 1) & (margins > 0))
+        positives = np.flatnonzero(truth[rows] == 1)
+        # a strict monitor catches few training items; the others teach as much about where it looks
+        caught = positives[margins[positives] > 0]
         if not len(caught):
             return mind.propose(Edit(mind.activations))
         read = _reader(mind, x)
         factor = np.asarray(mind.prior.factor, dtype=float)
         looks = None if mind.epsilon is None else mind.sensitivity("train", rows)
         outward = self._outward(looks, mind.epsilon, factor.shape[1])
-        scale = float(np.median(margins[caught]))
-        controllers = self._train(mind, x, read(x, truth[rows]), caught, scale, looks, outward, seed)
+        scale = float(np.median(np.abs(margins[positives])))
+        controllers = self._train(mind, x, read(x, truth[rows]), positives, scale, looks, outward, seed)
 
         def edited(which: int, activations: np.ndarray, labels: np.ndarray) -> np.ndarray:
             parameters = {name: value[which : which + 1] for name, value in controllers.items()}
@@ -138,7 +140,7 @@ class Policy:
         mind: Mind,
         x: np.ndarray,
         inputs: np.ndarray,
-        caught: np.ndarray,
+        positives: np.ndarray,
         scale: float,
         looks: np.ndarray | None,
         outward: np.ndarray,
@@ -162,7 +164,7 @@ class Policy:
         def loss(parameters: Any, feedback: Any) -> Any:
             u = _act(parameters, fixed, way)
             # what the probe said enters as the slope of its term in u: the chain rule does the rest
-            total = (feedback * u[:, caught]).sum()
+            total = (feedback * u[:, positives]).sum()
             total += self.length * ((u * u).sum(-1).mean(-1) / reach**2).sum()
             if sensitivity is not None:
                 image = jnp.einsum("prk,jpk->jpr", sensitivity, u)
@@ -174,13 +176,13 @@ class Policy:
         def step(parameters: Any, state: Any, feedback: Any) -> Any:
             updates, state = optimizer.update(jax.grad(loss)(parameters, feedback), state, parameters)
             parameters = optax.apply_updates(parameters, updates)
-            return parameters, state, _act(parameters, fixed, way)[:, caught]
+            return parameters, state, _act(parameters, fixed, way)[:, positives]
 
         ask = _by_gradient(mind, factor, scale) if self.feedback == "gradient" else self._by_score(mind, factor, scale)
         rng = np.random.default_rng(np.random.SeedSequence([seed, 0x9012]))
-        u = np.asarray(_act(parameters, fixed, way)[:, caught])
+        u = np.asarray(_act(parameters, fixed, way)[:, positives])
         for _ in range(self.steps):
-            feedback = ask(x[caught], u, rng) / len(caught)
+            feedback = ask(x[positives], u, rng) / len(positives)
             parameters, state, u = step(parameters, state, jnp.asarray(feedback, jnp.float32))
         return {name: np.asarray(value) for name, value in parameters.items()}
 
@@ -198,7 +200,7 @@ class Policy:
         return ask
 
 
-# (caught activations (p, d), edits (reaches, p, r), randomness) -> slope of the probe's term in the edits, per item
+# (positives' activations (p, d), edits (reaches, p, r), randomness) -> slope of the probe's term in the edits, per item
 _Ask = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 
 

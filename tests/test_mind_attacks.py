@@ -309,11 +309,11 @@ def test_a_learned_policy_breaks_items_that_it_never_saw(feedback: Any) -> None:
     assert row.benign_success < 0.2
     assert row.length is not None
     assert row.length < 4
-    caught = silenced_positives(here)
+    positives = int(mind.truth("train")[mind.training].sum())
     tries = 1 if feedback == "gradient" else 2
-    asked = mind.training.size + caught + attack.steps * tries * caught
-    assert mind.queries == asked
-    assert mind.gradients == (attack.steps * caught if feedback == "gradient" else 0)
+    # once to see which are caught, then every step, then to see which of the caught are broken
+    assert mind.queries == mind.training.size + attack.steps * tries * positives + caught_in_training(here)
+    assert mind.gradients == (attack.steps * positives if feedback == "gradient" else 0)
 
 
 def test_the_policy_sees_the_truth() -> None:
@@ -350,7 +350,7 @@ def test_an_item_that_behaviour_depends_on_more_than_on_average_is_kept_too() ->
     assert np.median(shifts[1]) > 0.3 * epsilon
 
 
-def silenced_positives(here: Arena) -> int:
+def caught_in_training(here: Arena) -> int:
     bed = here.scene.testbed
     x = np.asarray(bed.activations("train").mean(axis=1), dtype=np.float32)[here.scene.plain_train]
     positive = bed.splits["train"].labels[here.scene.plain_train] == 1
