@@ -5,9 +5,9 @@ training positives. The own prior is Gaussian with the moments of the embedding 
 coordinate, ``z ~ N(0, I)`` of k x e coordinates. The attacker writes ``z = u + noise``, with the prior's own noise, and
 descends by Adam (Kingma & Ba 2014, 1412.6980) from u = 0, under new noise in each step,
 
-``E mean_i softplus(score_i - threshold) + penalty |u|^2 / 2 + behaviour * max(0, mean shift - epsilon)``
+``E mean_i [softplus(score_i - threshold) + behaviour * max(0, shift_i - epsilon)] + penalty |u|^2 / 2``
 
-(the last term where behaviour is constrained). So it draws from ``N(u, I)`` and spends the bits of a mean shift,
+(the second term where behaviour is constrained). So it draws from ``N(u, I)`` and spends the bits of a mean shift,
 ``|u|^2 / (2 ln 2)``: exactly, and DESIGN 2.2 guarantees what that can do. Without noise it writes u itself, from u = 0:
 a jump to one point, which no average over the prior speaks of; what it spends is not known. (In k x e dimensions the
 prior's draws lie at a distance of sqrt(k e) from its mean, so u = 0 itself is a prompt like no other.)
@@ -103,8 +103,8 @@ class SoftPrompt:
             towards = torch.as_tensor(slopes * weight[:, None]).to(activations)
             loss = (activations * towards).sum().cpu() + 0.5 * self.penalty * u.square().sum()
             if epsilon is not None:
-                excess = model.divergence(prefix, items).mean().cpu() - epsilon
-                loss = loss + self.behaviour * excess.clamp(min=0)
+                excess = (model.divergence(prefix, items).cpu() - epsilon).clamp(min=0)
+                loss = loss + self.behaviour * excess.mean()
             adam.zero_grad()
             loss.backward()
             adam.step()

@@ -168,8 +168,8 @@ class _Hunt:
         if self.epsilon is not None:
             order = order[:_CHECKED]
             for i in order:
-                excess = float(self.model.shift_tokens(prefixes[i], self.items).mean()) - self.epsilon
-                losses[i] += self.recipe.behaviour * max(0.0, excess)
+                excess = np.maximum(self.model.shift_tokens(prefixes[i], self.items) - self.epsilon, 0.0)
+                losses[i] += self.recipe.behaviour * excess.mean()
         chosen = order[losses[order].argmin()]
         return prefixes[chosen], float(losses[chosen])
 

@@ -2,10 +2,10 @@ r"""What attacks that write a prefix share: what they learn on, how good a prefi
 
 Learned on training positives, judged on held-out test items. A prefix p is as bad for the attacker as
 
-.. math:: loss(p) = \frac1n \sum_i \log(1 + e^{s_i(p) - \theta}) + w \max(0, \bar{shift}(p) - \epsilon)
+.. math:: loss(p) = \frac1n \sum_i \log(1 + e^{s_i(p) - \theta}) + \frac wn \sum_i \max(0, shift_i(p) - \epsilon)
 
 with ``s_i`` the score of training positive i behind p and ``theta`` the monitor's threshold; the second term is there
-where behaviour is constrained only (nats per token, mean over the same items).
+where behaviour is constrained only (nats per token; item by item, for so it is judged).
 
 Epsilon. A prefix replaces the whole context, so what counts as kept is what an ordinary change of context does:
 ``factor`` x the median shift when neutral contexts of set A replace the host, over the attacked items.
