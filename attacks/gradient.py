@@ -11,14 +11,23 @@ linearizations ("cuts"), and moves to the shortest point that satisfies all of t
 
 With one cut this is the Hasofer-Lind-Rackwitz-Fiessler step; several cuts also hold the corner where "failed" and
 "behaviour kept" meet, at which a single one would jump to and fro. The step a halves whenever the direction turns back.
-Several starts (the origin, and random directions of growing length) look for other modes. At last the segment from the
-origin to the best points is bisected, so that they lie on the boundary.
+Several starts (the origin, and random directions of growing length) look for other modes. The segment from the origin
+to the best points is then bisected, so that they lie on the boundary.
+
+Where g is curved or kinked that search stops early: planes taken far apart contradict each other. What is left of the
+budget is spent on a walk along the boundary from each of those points. With n the unit gradient at the boundary point
+x, the tangent plane is nearest to the origin at ``(n.x) n``; a shortest x on a smooth boundary is at that very point.
+Each round goes a share a of the way there, and the same share of the way to the shortest point within the last few
+planes (at a corner the tangent plane alone leads nowhere); the deeper of the two failing rays is followed to the
+boundary by a bracketed secant. In vain: halve a, and see next what g is like at the point that was tried, so that the
+planes come to describe g near x. So no point that the walk proposes is longer than what the search had found.
 
 Shapes: ``moves (problems, keep, k)``, shortest failing one first; ``centre (problems, k)`` is the first of them:
 importance sampling and the evidence bound want a centre *on* the boundary. Where nothing failed, the point of lowest g.
 Guarantee: none (a local search); the engine decides whether the moves fail.
 
-References: Rackwitz & Fiessler 1978 (Computers & Structures 9); min-norm attacks: DDN 1811.09600, FMN 2102.12827.
+References: Rackwitz & Fiessler 1978 (Computers & Structures 9); min-norm attacks: DDN 1811.09600, FMN 2102.12827;
+walks along the boundary: 1712.04248, with gradients 1907.01003.
 """
 
 from __future__ import annotations
@@ -40,6 +49,10 @@ _BLOCK_ELEMENTS = 1 << 24
 # every so many steps without a shorter failing point old cuts are forgotten (they may be wrong where g is not convex),
 # and after so many a problem is left alone
 _FORGET, _PATIENCE = 5, 15
+# the walk holds few planes (they must describe g near one point), asks two rays a round, takes a ray to the boundary by
+# so many secants, and calls a round in vain that shortens the move by less than this share; a tangent plane that
+# promises less than half of that ends it
+_PLANES, _RAYS, _SECANTS, _GAIN = 8, 2, 6, 1e-4
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,7 @@ class Gradient:
         keep: how many of the starts' results are polished and proposed.
         bisections: halvings of each segment: relative error of the length ``2^-bisections``.
         cuts: linearizations held at once.
+        walk: rounds in vain after which a walk along the boundary ends; 0: no walk.
     """
 
     starts: int = 5
@@ -59,6 +73,7 @@ class Gradient:
     keep: int = 3
     bisections: int = 16
     cuts: int = 16
+    walk: int = 8
 
     name: ClassVar[str] = "gradient"
     access: ClassVar[Access] = "gradient"
@@ -67,7 +82,7 @@ class Gradient:
     priors: ClassVar[tuple[str, ...]] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
-        """Search from all starts of all problems at once, then bisect towards the origin."""
+        """Search from all starts of all problems at once, bisect towards the origin, walk along the boundary."""
         u = _starts(oracle.n_problems, self.starts, oracle.dim, seed)
         moves = np.repeat(u[:, :1], self.keep, axis=1)
         size = max(1, _BLOCK_ELEMENTS // (self.starts * self.cuts * oracle.dim))
@@ -128,10 +143,15 @@ class Gradient:
             active = active[moving & (since[active] < _PATIENCE)]
             if len(active) == 0:
                 break
-        return self._polish(oracle, problems, best, norm)
+        points, norm = self._polish(oracle, problems, best, norm)
+        points, norm = _walk(oracle, problems, points, norm, price, self.walk)
+        return np.take_along_axis(points, np.argsort(norm, axis=1, kind="stable")[..., None], axis=1)
 
-    def _polish(self, oracle: Oracle, problems: np.ndarray, best: np.ndarray, norm: np.ndarray) -> np.ndarray:
-        """The ``keep`` shortest results, pulled back along their rays onto the boundary; shortest first."""
+    def _polish(
+        self, oracle: Oracle, problems: np.ndarray, best: np.ndarray, norm: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ``keep`` shortest results, pulled back along their rays onto the boundary, and their lengths (infinite:
+        does not fail); shortest first."""
         order = np.argsort(norm, axis=1, kind="stable")[:, np.minimum(np.arange(self.keep), best.shape[1] - 1)]
         points = np.take_along_axis(best, order[..., None], axis=1)
         norm = np.take_along_axis(norm, order, axis=1)
@@ -148,7 +168,100 @@ class Gradient:
         scale[found] = outside
         points, norm = points * scale[..., None], norm * scale
         order = np.argsort(norm, axis=1, kind="stable")
-        return np.take_along_axis(points, order[..., None], axis=1)
+        return np.take_along_axis(points, order[..., None], axis=1), np.take_along_axis(norm, order, axis=1)
+
+
+def _walk(
+    oracle: Oracle, problems: np.ndarray, points: np.ndarray, norm: np.ndarray, price: int, patience: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Follow the boundary from ``points (problems, keep, k)`` of length ``norm`` (infinite: none) to shorter ones.
+
+    ``price`` is what a gradient costs. Every point walks on its own: one row each, those of a problem side by side.
+    """
+    n_problems, keep, dim = points.shape
+    owner = np.repeat(np.arange(n_problems), keep)
+    x, length = points.reshape(-1, dim).copy(), norm.ravel().copy()
+    planes = _Cuts.empty(len(x), 1, _PLANES, dim)
+    # where the next plane is taken (x itself, unless the last round was in vain), and the nearest point of x's own
+    at, nearest = x.copy(), x.copy()
+    share, vain = np.ones(len(x)), np.zeros(len(x), dtype=int)
+    # what fails unmoved is done
+    active = np.isfinite(length) & np.repeat(norm.min(axis=1) > 0, keep) & (patience > 0)
+    while True:
+        rows = _affordable(oracle, problems[owner], np.flatnonzero(active), price + _RAYS + _SECANTS)
+        if len(rows) == 0:
+            return x.reshape(points.shape), length.reshape(norm.shape)
+        g, slope = oracle.gradient(problems[owner[rows]], at[rows][:, None])
+        forget = vain[rows] == patience // 2
+        target = planes.add(rows, at[rows][:, None], g, slope, np.zeros_like(g), forget)[:, 0]
+        g, slope = g[:, 0], slope[:, 0]
+
+        steep = np.linalg.norm(slope, axis=1)
+        here, flat = vain[rows] == 0, steep < 1e-30
+        steep = np.where(flat, 1.0, steep)
+        normal = slope / steep[:, None]
+        offset = np.minimum((normal * at[rows]).sum(axis=1) - g / steep, 0.0)
+        nearest[rows] = np.where(here[:, None], offset[:, None] * normal, nearest[rows])
+        arrived = here & (flat | (-offset >= (1 - 0.5 * _GAIN) * length[rows]))
+        active[rows[arrived]] = False
+        rows, target, slope = rows[~arrived], target[~arrived], slope[~arrived]
+        if len(rows) == 0:
+            continue
+
+        # tried at one radius, a little shorter than x's: what fails there is a gain
+        towards = np.stack([target, nearest[rows]], axis=1) - x[rows][:, None]
+        ray = x[rows][:, None] + share[rows][:, None, None] * towards
+        ray /= np.maximum(np.linalg.norm(ray, axis=-1, keepdims=True), 1e-300)
+        tried = ray * ((1 - _GAIN) * length[rows])[:, None, None]
+        # as rows of one point each: jax compiles for every shape
+        asked = np.repeat(problems[owner[rows]], _RAYS)
+        values = oracle.score(asked, tried.reshape(-1, 1, dim)).reshape(-1, _RAYS)
+        deeper = np.arange(len(rows)), values.argmin(axis=1)
+        gained = values[deeper] <= 0
+        won = rows[gained]
+        x[won] = _onto_boundary(
+            oracle, problems[owner[won]], tried[deeper][gained], values[deeper][gained], slope[gained]
+        )
+        length[won] = np.linalg.norm(x[won], axis=1)
+        at[rows] = np.where(gained[:, None], x[rows], tried[:, 0])
+        share[rows] = np.where(gained, np.minimum(1.0, 2 * share[rows]), share[rows] / 2)
+        vain[rows] = np.where(gained, 0, vain[rows] + 1)
+        active[rows] = vain[rows] < patience
+
+
+def _affordable(oracle: Oracle, owner: np.ndarray, rows: np.ndarray, cost: int) -> np.ndarray:
+    """Those of ``rows`` (sorted by ``owner (all rows)``) for which their problem can pay, the first of each first."""
+    mine = owner[rows]
+    left = oracle.budget - (oracle.queries + oracle.gradients)[mine]
+    before = np.arange(len(rows)) - np.searchsorted(mine, mine)
+    return np.asarray(rows[left >= (before + 1) * cost])
+
+
+def _onto_boundary(
+    oracle: Oracle, problems: np.ndarray, points: np.ndarray, g: np.ndarray, slope: np.ndarray
+) -> np.ndarray:
+    """Failing ``points (n, k)`` drawn back along their rays: the shortest of a few secants' that still fails.
+
+    Illinois secants (an end that stays a second time counts half); the first guess is the plane of ``slope``.
+    """
+    low, high, at_low, at_high = np.zeros(len(points)), np.ones(len(points)), np.full(len(points), np.nan), g.copy()
+    failed_last = np.zeros(len(points), dtype=bool)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        guess = high - at_high / (slope * points).sum(axis=1)
+        for step in range(_SECANTS if len(points) else 0):
+            guess = np.where((guess > low) & (guess < high), guess, (low + high) / 2)
+            value = oracle.score(problems, (points * guess[:, None])[:, None])[:, 0]
+            fails = value <= 0
+            again = (fails == failed_last) & (step > 0)
+            low, high = np.where(fails, low, guess), np.where(fails, guess, high)
+            at_low = np.where(fails, np.where(again, at_low / 2, at_low), value)
+            at_high = np.where(fails, value, np.where(again, at_high / 2, at_high))
+            failed_last = fails
+            # no safe point known yet: a bracket that doubles
+            guess = np.where(
+                np.isnan(at_low), high - 2 * (1 - high) - _GAIN, (high * at_low - low * at_high) / (at_low - at_high)
+            )
+    return np.asarray(points * high[:, None])
 
 
 @dataclass
