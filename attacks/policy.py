@@ -40,7 +40,7 @@ from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 from elk_stress.mind import Edit, Mind
 from elk_stress.testbed import SplitName
 
-__all__ = ["Policy"]
+__all__ = ["Policy", "PolicyScore"]
 
 # principal components that the controller reads
 _MOST_INPUTS = 32
@@ -250,6 +250,15 @@ def _act(parameters: Any, inputs: Any, outward: Any) -> Any:
     v = jnp.matmul(hidden, parameters["weight2"]) + parameters["bias2"]
     # P is symmetric
     return jnp.matmul(v / jnp.sqrt(1 + (v * v).sum(-1, keepdims=True)), jnp.asarray(outward, v.dtype))
+
+
+@dataclass(frozen=True)
+class PolicyScore(Policy):
+    """The same by reinforcement: the probe's score is only a reward."""
+
+    feedback: Literal["gradient", "score"] = "score"
+
+    name: ClassVar[str] = "policy_score"
 
 
 if __name__ == "__main__":

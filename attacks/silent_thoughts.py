@@ -6,7 +6,7 @@ space; P projects on it. The shortest silent break of a linear probe, ``g(u) = m
 ``u = m P s / ||P s||^2``,  of length ``m / ||P s||``:  bits ``-log2 Phi(-m / ||P s||)`` as epsilon -> 0,
 
 infinite for an oracle, which has ``P s = 0``. Where some shift is allowed (epsilon > 0) a little noise is worth a
-shorter way: further candidates minimize ``||u||^2 + lambda ||A u||^2``, ``u ~ (I + lambda A^T A)^-1 s``, the most silent
+shorter way: further candidates minimize ``||u||^2 + lambda ||A u||^2``, ``u ~ (I + lambda A^T A)^-1 s``, the quietest
 first. A probe that is not linear is linearized anew at every step, and each candidate is pulled back along its ray onto
 the boundary. Behaviour is verified by the engine.
 

@@ -59,7 +59,8 @@ class SoftPrompt:
     access: ClassVar[Access] = "gradient"
     scopes: ClassVar[tuple[Scope, ...]] = ("item",)
     needs: ClassVar[tuple[Need, ...]] = ("mind", "model")
-    priors: ClassVar[tuple[str, ...]] = ()
+    # what it does to the site is scored under natural thoughts
+    priors: ClassVar[tuple[str, ...]] = ("natural",)
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         """Learn on training positives; the seed decides which. Queries and gradients: one each per step and sentence.

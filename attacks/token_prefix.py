@@ -27,7 +27,7 @@ from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 from elk_stress.mind import Mind
 from elk_stress.prefixes import evasion_loss, natural_epsilon, prefix_edit, sentences
 
-__all__ = ["TokenPrefix"]
+__all__ = ["TokenPrefix", "TokenPrefixRandom", "TokenPrefixSearch"]
 
 # candidates of a step whose behaviour is checked, where it is constrained: each costs whole forward passes
 _CHECKED = 4
@@ -57,7 +57,8 @@ class TokenPrefix:
     name: ClassVar[str] = "token_prefix"
     scopes: ClassVar[tuple[Scope, ...]] = ("item",)
     needs: ClassVar[tuple[Need, ...]] = ("mind", "model")
-    priors: ClassVar[tuple[str, ...]] = ()
+    # what it does to the site is scored under natural thoughts
+    priors: ClassVar[tuple[str, ...]] = ("natural",)
 
     def __post_init__(self) -> None:
         if self.search not in ("gradient", "substitute", "independent"):
@@ -172,6 +173,24 @@ class _Hunt:
                 losses[i] += self.recipe.behaviour * excess.mean()
         chosen = order[losses[order].argmin()]
         return prefixes[chosen], float(losses[chosen])
+
+
+@dataclass(frozen=True)
+class TokenPrefixSearch(TokenPrefix):
+    """The same by scores alone: random substitutions of one token, the best kept."""
+
+    search: Literal["gradient", "substitute", "independent"] = "substitute"
+
+    name: ClassVar[str] = "token_prefix_search"
+
+
+@dataclass(frozen=True)
+class TokenPrefixRandom(TokenPrefix):
+    """The best of as many random prefixes: what a search must beat."""
+
+    search: Literal["gradient", "substitute", "independent"] = "independent"
+
+    name: ClassVar[str] = "token_prefix_random"
 
 
 if __name__ == "__main__":

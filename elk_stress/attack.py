@@ -132,6 +132,9 @@ class Attack(Protocol):
         needs: what it cannot do without: ``pool``, real alternatives to choose among; ``mind``, what the model knows of
             itself; ``output``, behaviour that can be kept; ``model``, a language model that reads prefixes.
         priors: names of the priors it makes sense under; empty for all.
+
+    An attack whose moves no random direction resembles also has ``control(oracle, proposal, *, seed) -> Proposal``: the
+    benign control of equal size (a random prefix for a learned one), which asks the probe nothing.
     """
 
     @property

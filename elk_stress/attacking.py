@@ -139,7 +139,9 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
     problems = np.arange(field.n_problems)
     margin = field.failed.value(problems, moves)
     broken, shift, length = _judge(field, proposal, moves, margin <= 0)
-    benign = _benign(field, length, seed)
+    benign = _control(field, attack, oracle, proposal, seed)
+    if benign is None:
+        benign = _benign(field, length, seed)
     edit = _edit(field, proposal, margin <= 0)
     flags: list[Flag] = []
     origin = field.failed.value(problems, np.zeros((field.n_problems, 1, field.failed.dim)))[:, 0]
@@ -244,6 +246,17 @@ def _subset(field: Arena, chosen: np.ndarray) -> Arena:
     from dataclasses import replace
 
     return replace(field, items=field.items[chosen])
+
+
+def _control(field: Arena, attack: Attack, oracle: Oracle, proposal: Proposal, seed: int) -> float | None:
+    """Share of problems that the attack's own control of equal size breaks (a random prefix for a prefix), if any."""
+    control = getattr(attack, "control", None)
+    if control is None or proposal.spent is None:
+        return None
+    made = control(oracle, proposal, seed=seed)
+    moves = np.asarray(made.moves, dtype=float)
+    fails = field.failed.value(np.arange(field.n_problems), moves) <= 0
+    return float(_judge(field, made, moves, fails)[0].mean())
 
 
 def _benign(field: Arena, length: np.ndarray, seed: int) -> float | None:

@@ -67,6 +67,7 @@ class Mind:
     queries: int = 0
     gradients: int = 0
     _origins: dict[SplitName, np.ndarray] = field(default_factory=dict, repr=False)
+    _compiled: dict[str, Any] = field(default_factory=dict, repr=False)
 
     # -- of itself ------------------------------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ class Mind:
 
         scores = self.score(activations)
         self.gradients += len(activations)
-        slope = score_gradients(self._probe, np.asarray(activations, dtype=np.float32))
+        slope = score_gradients(self._probe, np.asarray(activations, dtype=np.float32), self._compiled)
         return scores, np.broadcast_to(np.asarray(slope, dtype=float), activations.shape)
 
     def _need(self, access: Access) -> None:

@@ -185,13 +185,17 @@ def _auroc_components(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
     return above, below
 
 
-def score_gradients(probe: FittedProbe, x: np.ndarray) -> np.ndarray:
-    """Gradient of the score in activations: ``(d,)`` for a linear probe, else ``(n, d)``."""
+def score_gradients(probe: FittedProbe, x: np.ndarray, compiled: dict[str, Any] | None = None) -> np.ndarray:
+    """Gradient of the score in activations: ``(d,)`` for a linear probe, else ``(n, d)``.
+
+    ``compiled``: kept by whoever asks about one probe again and again, so that it is compiled once.
+    """
     weight = linear_weight(probe)
     if weight is not None:
         return weight
     state = LimitState(
         function=lambda data, v: probe.score(data["x"][:, None, :] + v),
+        _compiled={} if compiled is None else compiled,
         dim=x.shape[1],
         n_problems=len(x),
         backend="jax",

@@ -51,12 +51,13 @@ def test_reads_what_a_plain_forward_pass_has(causal: LanguageModel) -> None:
     assert found["layers.0"].dtype == np.float32
 
 
-def test_shared_prefix_and_padding_side_change_nothing(causal: LanguageModel) -> None:
-    shared = causal.read(TEXTS, ["layers.2"])["layers.2"]
+@pytest.mark.parametrize("site", ["embeddings", "layers.2"])
+def test_shared_prefix_and_padding_side_change_nothing(causal: LanguageModel, site: str) -> None:
+    shared = causal.read(TEXTS, [site])[site]
     for side in ("left", "right"):
-        alone = causal.read(TEXTS, ["layers.2"], share_prefix=False, padding_side=side)["layers.2"]
+        alone = causal.read(TEXTS, [site], share_prefix=False, padding_side=side)[site]
         np.testing.assert_allclose(alone, shared, rtol=1e-4, atol=1e-5)
-        both = causal.read(TEXTS, ["layers.2"], padding_side=side)["layers.2"]
+        both = causal.read(TEXTS, [site], padding_side=side)[site]
         np.testing.assert_allclose(both, shared, rtol=1e-4, atol=1e-5)
 
 

@@ -183,7 +183,8 @@ class LanguageModel:
         prefix = _common_prefix(rows) if share_prefix and self.causal else 0
         prefix = prefix if prefix >= _LEAST_PREFIX and len(rows) > 1 else 0
         past = self._keys_and_values(rows[0][:prefix], deepest) if prefix else None
-        tails = [row[prefix:] for row in rows]
+        # where nothing can be kept, the beginning is read with every text
+        tails = rows if past is None else [row[prefix:] for row in rows]
         for batch in _batches([len(tail) for tail in tails]):
             captured = self._read_batch([tails[i] for i in batch], wanted, deepest, past, padding_side)
             for site in wanted:
