@@ -115,8 +115,8 @@ def _run(name: str, limit_state: LimitState, budget: int = 2000, seed: int = 0, 
     return attack.propose(Oracle(limit_state, attack.access, budget), seed=seed)
 
 
-# nearest failure: RP31 at u = (0, 2), RP33 at (0, 0, 3), RP89 by elimination on its parabola, RP110 at u1 = 4
-NEAREST = {"RP31": 2.0, "RP33": 3.0, "RP89": 2.7881, "RP110": 4.0}
+# nearest failure: RP31 at u = (0, 2), RP33 at (0, 0, 3), RP89 on its parabola, u1^2 = 7.5, RP110 at u1 = 4
+NEAREST = {"RP31": 2.0, "RP33": 3.0, "RP89": 7.75**0.5, "RP110": 4.0}
 
 
 @pytest.mark.parametrize(("name", "distance"), NEAREST.items(), ids=NEAREST)
