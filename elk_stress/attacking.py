@@ -9,8 +9,9 @@ import numpy as np
 
 from elk_stress.attack import Attack, Oracle, Proposal
 from elk_stress.audit import audit_edit
-from elk_stress.bits import Bits, Kind
+from elk_stress.bits import LN2, Bits, Kind
 from elk_stress.detection import auroc, proportion_interval
+from elk_stress.estimators.evidence_bound import EvidenceBound, bound_of, level_of
 from elk_stress.events import item_event, kept_event
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import LimitState, both
@@ -21,7 +22,7 @@ from elk_stress.situation import Situation
 from elk_stress.survival import half_life
 from elk_stress.universal import half_advantage, mean_shifts, universal_event, universal_joint_event
 
-__all__ = ["Arena", "applies", "arena", "compare_attacks", "run_attack"]
+__all__ = ["Arena", "applies", "arena", "compare_attacks", "run_attack", "verified_bound"]
 
 # the quadratic form is a local, sampled approximation of a real model's shift: aim well inside what is allowed
 _SLACK = 0.5
@@ -29,6 +30,9 @@ _HAIR = 0.998
 # proposals per problem whose behaviour is checked by a true forward pass, best first
 _VERIFIED = 8
 _BENIGN_DRAWS = 64
+# forward passes per problem of a bound, and failing ones among the first quarter that fix its level
+_BOUND_DRAWS = 64
+_FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -289,12 +293,14 @@ def _upper_bound(field: Arena, proposal: Proposal, fails: np.ndarray, seed: int)
     """Rigorous upper bound on the threat's B from the distribution that the attack drew from.
 
     Per item at a confidence shared by all items (Bonferroni), so that the half-life of the bounds bounds the half-life.
-    Not given where behaviour is judged by forward passes, or where the attack is no distribution.
+    Where behaviour is judged by forward passes, so is every draw. Not given where the attack is no distribution.
     """
-    if field.epsilon is not None and (field.scene.behaviour is None or not field.scene.behaviour.exact):
-        return None
     confidence = 1 - 0.05 / field.n_problems
-    if proposal.from_prior:
+    if field.epsilon is not None and not (field.scene.behaviour is not None and field.scene.behaviour.exact):
+        if proposal.centre is None or not np.isfinite(proposal.centre).all():
+            return None
+        upper = verified_bound(field, proposal.centre, confidence, seed=seed)
+    elif proposal.from_prior:
         state = field.searched
         kept = fails if state is field.failed else state.value(np.arange(field.n_problems), proposal.moves) <= 0
         n = kept.shape[1]
@@ -302,8 +308,6 @@ def _upper_bound(field: Arena, proposal: Proposal, fails: np.ndarray, seed: int)
         with np.errstate(divide="ignore"):
             upper = -np.log2(low)
     elif proposal.centre is not None and np.isfinite(proposal.centre).all():
-        from elk_stress.estimators.evidence_bound import EvidenceBound
-
         bound = EvidenceBound(confidence=confidence)
         upper = bound(field.searched, seed=seed, centres=proposal.centre[:, None, :]).value
     else:
@@ -312,3 +316,26 @@ def _upper_bound(field: Arena, proposal: Proposal, fails: np.ndarray, seed: int)
     if not math.isfinite(value):
         return None
     return Bits(value, 0.0, value, Kind.UPPER_BOUND, "monte_carlo" if proposal.from_prior else "evidence_bound")
+
+
+def verified_bound(field: Arena, centres: np.ndarray, confidence: float, *, seed: int) -> np.ndarray:
+    """``(problems,)`` bits: evidence bounds from ``N(centre, I)``, behaviour of every draw judged by a forward pass.
+
+    Args:
+        field: a threat that keeps behaviour.
+        centres: ``(problems, dim)`` in u-space.
+        confidence: of each bound.
+        seed: of the draws; a quarter of them fixes the level, the others count.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 0xB0D]))
+    problems = np.arange(field.n_problems)
+    u = centres[:, None] + rng.standard_normal((len(centres), _BOUND_DRAWS, centres.shape[1]))
+    ratio = (np.einsum("pnk,pk->pn", u, centres) - 0.5 * (centres**2).sum(axis=1)[:, None]) / LN2
+    hit = np.asarray(field.failed.value(problems, u) <= 0)
+    active = np.flatnonzero(hit.any(axis=1))
+    if len(active):
+        part = field if field.place.threat.scope == "universal" else _subset(field, active)
+        hit[active] &= part.shift(np.asarray(field.place.prior.move(u[active]))) <= field.epsilon
+    level = np.where(hit, ratio, math.inf)
+    pilot = _BOUND_DRAWS // 4
+    return bound_of(level[:, pilot:], level_of(level[:, :pilot], confidence, _FEWEST), confidence)
