@@ -24,10 +24,29 @@ if TYPE_CHECKING:
 
 __all__ = ["PRESETS", "main"]
 
+_NATURAL = (
+    "item/natural/gaussian",
+    "item/natural/gaussian/kept",
+    "universal/natural/gaussian",
+    "universal/natural/gaussian/kept",
+)
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "demo": {
         "probes": "rock,random_direction,mass_mean,lda,logistic,ccs",
         "attacks": "isotropic_noise,natural_thoughts,gradient,best_of_n",
+    },
+    # the model games the probe by its thoughts: every attack at the site
+    "thoughts": {
+        "probes": "mass_mean,lda,logistic,ccs",
+        "attacks": "all",
+        "threats": ",".join(_NATURAL),
+    },
+    # the same by what it puts into its own context; minutes per attack
+    "prefixes": {
+        "probes": "logistic,ccs",
+        "attacks": "soft_prompt,token_prefix,token_prefix_search,token_prefix_random",
+        "threats": ",".join(_NATURAL[:2]),
     },
 }
 """Named settings; flags given beside ``--preset`` win."""
@@ -257,7 +276,8 @@ def _run(options: argparse.Namespace) -> int:
     probes = _names("probes", options.probes or preset.get("probes", "all"))
     attacks = options.attacks or preset.get("attacks", "all")
     chosen = attacks if attacks == "all" else _names("attacks", attacks)
-    threats = _threats(options.threats, options.epsilon)
+    asked = options.threats if options.threats != "default" else preset.get("threats", "default")
+    threats = _threats(asked, options.epsilon)
     _names("testbeds", options.testbed)
     if options.data is not None and not options.data.is_file():
         raise _BadInput(f"--data {options.data}: no such file; expected JSON lines with fields text and label")

@@ -46,7 +46,7 @@ def one_line(captured: Any) -> str:
         (["run", "--probes", "logistik"], "Did you mean 'logistic'? Known probes: "),
         (["run", "--attacks", "gradint"], "Known attacks: "),
         (["run", "--testbed", "statement"], "Known testbeds: "),
-        (["run", "--preset", "big"], "Known presets: demo"),
+        (["run", "--preset", "big"], "Known presets: demo, thoughts, prefixes"),
         (["run", "--threats", "item/natural"], "a threat reads scope/prior/tail"),
         (["run", "--threats", "item/natural/cauchy"], "a threat's tail is one of"),
         (["run", "--threats", ","], "names nothing"),
@@ -121,6 +121,19 @@ def test_a_run_prints_both_tables_and_says_where(
     assert [c["probe"] for c in engine] == ["rock", "random_direction", "mass_mean", "lda", "logistic"]
     assert engine[0]["attacks"] == ("isotropic_noise", "natural_thoughts", "gradient", "best_of_n")
     assert json.loads((tmp_path / "here" / "result.json").read_text())["config"]["command"]["preset"] == "demo"
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ([], ["item/natural/gaussian", "item/natural/gaussian/kept"]),
+        (["--threats", "universal/natural/gaussian"], ["universal/natural/gaussian"]),
+    ],
+)
+def test_a_presets_threats_give_way_to_a_flag(engine: Calls, flags: list[str], names: list[str]) -> None:
+    assert cli.main(["run", "--preset", "prefixes", "--probes", "logistic", "--out", "here", *flags]) == 0
+    assert [t.name for t in engine[0]["threats"]] == names
+    assert engine[0]["attacks"] == ("soft_prompt", "token_prefix", "token_prefix_search", "token_prefix_random")
 
 
 def test_the_default_folder_names_testbed_preset_and_time(engine: Calls, tmp_path: Path) -> None:
