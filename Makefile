@@ -37,14 +37,15 @@ full: $(INSTALLED)
 
 # four organisms with the bits that each probe needs, then LoRA on the language model
 ORGANISM := mass_mean,lda,logistic,paper,oracle
-LORA := --testbed statements --size full --attack lora --strengths 3 --steps 60 --checkpoints 5 --draws 1
+LORA := --testbed statements --size full --attack lora --strengths 3 --draws 1
 pressure: $(INSTALLED)
 	for testbed in superposition compute_in_superposition vault; do \
 		$(BIN)/elk-stress train --testbed $$testbed --probes $(ORGANISM) --out runs/pressure/$$testbed; done
 	$(BIN)/elk-stress train --testbed quirky --models 6 --probes $(ORGANISM) --out runs/pressure/quirky
-	for probe in logistic lda mass_mean ccs; do \
-		$(BIN)/elk-stress train $(LORA) --probes $$probe --out runs/lora/$$probe; done
-	$(BIN)/elk-stress train $(LORA) --probes logistic --modes refit --out runs/lora/refit
+	for probe in logistic lda mass_mean; do \
+		$(BIN)/elk-stress train $(LORA) --steps 60 --checkpoints 5 --probes $$probe --out runs/lora/$$probe; done
+	$(BIN)/elk-stress train $(LORA) --steps 120 --checkpoints 7 --probes ccs --out runs/lora/ccs
+	$(BIN)/elk-stress train $(LORA) --steps 60 --checkpoints 5 --probes logistic --modes refit --out runs/lora/refit
 
 install-test: $(INSTALLED_TEST)
 
