@@ -123,7 +123,7 @@ class Policy:
         def moved(split: SplitName) -> np.ndarray:
             return edited(which, mind.activations(split), mind.truth(split))
 
-        return mind.propose(Edit(moved))
+        return mind.propose(Edit(moved, uses_truth=True))
 
     def _outward(self, looks: np.ndarray | None, epsilon: float | None, rank: int) -> np.ndarray:
         """``(reaches, r, r)``: ``reach * P``, from what the controller puts out (shorter than 1) to an edit."""

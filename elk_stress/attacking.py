@@ -30,6 +30,8 @@ _HAIR = 0.998
 # proposals per problem whose behaviour is checked by a true forward pass, best first
 _VERIFIED = 8
 _BENIGN_DRAWS = 64
+# fewer where each costs a forward pass
+_BENIGN_PASSES = 16
 # forward passes per problem of a bound, and failing ones among the first quarter that fix its level
 _BOUND_DRAWS = 64
 _FEWEST = 3
@@ -117,6 +119,8 @@ def applies(attack: Attack, field: Arena) -> str | None:
         return f"writes into a language model's context, and {field.scene.testbed.name} is none"
     if attack.priors and threat.prior not in attack.priors:
         return f"makes sense under {', '.join(attack.priors)} only"
+    if threat.kept and field.epsilon is None:
+        return "what counts as kept was not measured"
     if field.n_problems == 0 or field.place.detection.n_caught == 0:
         return "the probe catches nothing to attack"
     return None
@@ -135,6 +139,8 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
     oracle = Oracle(field.searched, attack.access, budget, field.pool, mind)
     proposal = attack.propose(oracle, seed=seed)
     moves = np.asarray(proposal.moves, dtype=float)
+    if proposal.edit is not None and mind is not None:
+        _check_edit(attack, proposal.edit, moves, mind)
     if moves.ndim != 3 or moves.shape[0] != field.n_problems or moves.shape[2] != field.failed.dim:
         raise ValueError(
             f"attack {name!r} proposed moves of shape {moves.shape}; expected "
@@ -142,11 +148,11 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
         )
     problems = np.arange(field.n_problems)
     margin = field.failed.value(problems, moves)
-    broken, shift, length = _judge(field, proposal, moves, margin <= 0)
+    broken, shift, length, chosen = _judge(field, proposal, moves, margin <= 0)
     benign = _control(field, attack, oracle, proposal, seed)
     if benign is None:
         benign = _benign(field, length, seed)
-    edit = _edit(field, proposal, margin <= 0)
+    edit = _edit(field, proposal, chosen if broken.any() else None)
     flags: list[Flag] = []
     origin = field.failed.value(problems, np.zeros((field.n_problems, 1, field.failed.dim)))[:, 0]
     if attack.access in ("score", "gradient") and np.median(margin.min(axis=1) - origin) >= 0:
@@ -170,7 +176,10 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
         access=attack.access,
         judged="model" if edit is not None and edit.shift is not None else "site",
         auroc=None if edit is None else _auroc(field, edit),
-        audit=None if edit is None else audit_edit(field.scene, field.place.probe, edit, threat, seed=seed),
+        # a refit would read the truth where an edit itself writes it
+        audit=None
+        if edit is None or edit.uses_truth
+        else audit_edit(field.scene, field.place.probe, edit, threat, seed=seed),
         flags=tuple(flags),
     )
 
@@ -178,8 +187,8 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
 def compare_attacks(rows: tuple[AttackResult, ...]) -> tuple[Flag, ...]:
     """Flags that only the comparison of attacks on one event can raise."""
     # an edit that is judged elsewhere plays another game
-    ran = {row.attack: row for row in rows if row.status == "ok" and row.judged == "site"}
-    white = [row for row in ran.values() if row.access in ("gradient", "weights")]
+    ran = {row.attack: row for row in rows if row.status == "ok" and row.judged == "site" and row.access != "weights"}
+    white = [row for row in ran.values() if row.access == "gradient"]
     flags: list[Flag] = []
     if white:
         best = max(row.success for row in white)
@@ -215,8 +224,8 @@ def _asked(per_problem: np.ndarray, mind: Mind | None, what: str) -> float:
 
 def _judge(
     field: Arena, proposal: Proposal, moves: np.ndarray, fails: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which problems are broken (failed and, if asked, kept), and shift and length of the first such proposal."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Which problems are broken (failed and, if asked, kept), and shift, length and index of the first such move."""
     n = len(moves)
     order = np.argsort(~fails, axis=1, kind="stable")[:, : min(_VERIFIED, moves.shape[1])]
     first = np.take_along_axis(moves, order[..., None], axis=1)
@@ -243,7 +252,7 @@ def _judge(
     broken = np.asarray(ok.any(axis=1))
     rows = np.arange(n)
     length = np.where(broken, np.linalg.norm(first[rows, hit], axis=-1), math.nan)
-    return broken, np.where(broken, shifts[rows, hit], math.nan), length
+    return broken, np.where(broken, shifts[rows, hit], math.nan), length, order[rows, hit]
 
 
 def _subset(field: Arena, chosen: np.ndarray) -> Arena:
@@ -269,16 +278,31 @@ def _benign(field: Arena, length: np.ndarray, seed: int) -> float | None:
     if len(hit) == 0:
         return None
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0xBE16]))
-    u = rng.standard_normal((len(hit), _BENIGN_DRAWS, field.failed.dim))
+    passes = field.epsilon is not None and not (field.scene.behaviour is None or field.scene.behaviour.exact)
+    u = rng.standard_normal((len(hit), _BENIGN_PASSES if passes else _BENIGN_DRAWS, field.failed.dim))
     u *= length[hit][:, None, None] / np.linalg.norm(u, axis=-1, keepdims=True)
-    return float((field.failed.value(hit, u) <= 0).mean())
+    fails = np.asarray(field.failed.value(hit, u) <= 0)
+    if field.epsilon is not None and fails.any():
+        part = field if field.place.threat.scope == "universal" else _subset(field, hit)
+        fails &= part.shift(np.asarray(field.place.prior.move(u))) <= field.epsilon
+    return float(fails.mean())
 
 
-def _edit(field: Arena, proposal: Proposal, fails: np.ndarray) -> Edit | None:
-    """What the proposal does to all items of all splits: its edit, or its move if that is one for all."""
-    if proposal.edit is not None or field.place.threat.scope != "universal" or not fails.any():
+def _check_edit(attack: Attack, edit: Edit, moves: np.ndarray, mind: Mind) -> None:
+    """An edit's moves are what it does to the attacked items, and nothing else."""
+    own = mind.to_u(np.asarray(edit.moved("test"), dtype=float)[mind.items] - mind.origins)
+    if moves.shape != (len(own), 1, own.shape[1]) or not np.allclose(moves[:, 0], own, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"attack {attack.name!r} proposed moves that are not what its edit does to the attacked items; "
+            "make the proposal with oracle.mind.propose(edit)"
+        )
+
+
+def _edit(field: Arena, proposal: Proposal, chosen: np.ndarray | None) -> Edit | None:
+    """What the proposal does to all items of all splits: its edit, or the one move for all that was judged to break."""
+    if proposal.edit is not None or field.place.threat.scope != "universal" or chosen is None:
         return proposal.edit
-    move = np.asarray(field.place.prior.move(proposal.moves[0, int(fails[0].argmax())]), dtype=np.float32)
+    move = np.asarray(field.place.prior.move(proposal.moves[0, int(chosen[0])]), dtype=np.float32)
     scene = field.scene
     every = {"train": scene.train, "calibration": scene.calibration, "test": scene.test}
     return Edit(lambda split: np.asarray(every[split].mean(axis=1), dtype=np.float32) + move)

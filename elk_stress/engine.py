@@ -270,7 +270,7 @@ def _with_attacks(
         bound = result.upper_bound
         if (
             bound is not None
-            and row.headline.kind in (Kind.EXACT, Kind.ESTIMATE)
+            and row.headline.kind in (Kind.EXACT, Kind.ESTIMATE, Kind.CENSORED, Kind.LOWER_BOUND)
             and row.headline.low > bound.value + 0.5
         ):
             extra.append(flag("bounds_violated", f"{row.headline} above {result.attack}'s bound {bound}"))

@@ -122,7 +122,7 @@ def silent_bits(margin: np.ndarray, slopes: np.ndarray, prior: EllipticalPrior, 
     s = np.asarray(slopes, dtype=float) @ prior.factor
     reach = np.linalg.norm(unseen(prior, factors, s, 0.0)[0], axis=1)
     # a direction of rounding error is no direction
-    reach = np.where(reach > 1e-9 * np.linalg.norm(s, axis=1), reach, 0.0)
+    reach = np.where(reach > _RELATIVE_ZERO * np.linalg.norm(s, axis=1), reach, 0.0)
     with np.errstate(divide="ignore"):
         return np.asarray(prior.tail.bits(np.where(reach > 0, margin / np.where(reach > 0, reach, 1.0), math.inf)))
 

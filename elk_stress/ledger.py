@@ -318,6 +318,8 @@ class Ledger:
                         sum(charge.account == account for charge in own),
                         spent.get(account, 0.0),
                         len(used) > 1,
+                        # a guarantee speaks of all that was done: an untouched account is silent beside a used one
+                        not used or account in used,
                     )
                 )
         return tuple(found)
@@ -416,7 +418,7 @@ class Ledger:
         for message in said:
             warnings.warn(message, BudgetWarning, stacklevel=4)
 
-    def _balance(self, account: Account, lineage: str, count: int, spent: float, mixed: bool) -> Balance:
+    def _balance(self, account: Account, lineage: str, count: int, spent: float, mixed: bool, speaks: bool) -> Balance:
         budget = self.budget(account)
         bound: dict[Account, Callable[..., Any]] = {
             Account.SELECTION: lost_to_selection,
@@ -424,7 +426,7 @@ class Ledger:
             Account.MEAN_SHIFT: lost_to_mean_shift,
         }
         lost = None
-        if account in bound and not mixed:
+        if account in bound and speaks and not mixed:
             lost = float(bound[account](np.asarray(self.terms.bits_low), spent))
         return Balance(account, lineage, count, spent, budget, None if budget is None else budget - spent, lost, mixed)
 

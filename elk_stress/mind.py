@@ -36,12 +36,15 @@ class Edit:
             knows, and nothing of the probe beyond what it has learned.
         shift: ``(p,)`` test items -> ``(p,)`` nats, where the model really runs otherwise (a prefix, recoded weights);
             ``None``: the edit happens at the site alone, and is judged there.
+        uses_truth: whether ``moved`` depends on an item's truth: then the edit writes it into the activations, and no
+            refit can tell what was left from what was put in, so there is no audit.
         epsilon: nats that count as kept under ``shift``, where that is no move at the site; ``None``: the threat's.
     """
 
     moved: Callable[[SplitName], np.ndarray]
     shift: Callable[[np.ndarray], np.ndarray] | None = None
     epsilon: float | None = None
+    uses_truth: bool = False
 
 
 @dataclass

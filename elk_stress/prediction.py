@@ -79,17 +79,29 @@ def best_of_n_curves(
         many, like_observed = _replicates(scene, places[name], bits[name], n, weights)
         predicted[name] = _curve(n, many.mean(axis=0), many)
         agreement[name] = _agreement(like_observed, observed.value)
-    tail = None if epsilon is not None else _left_tail(scene, first, items)
+    tail = None if epsilon is not None else _left_tail(scene, first)
     if tail is not None:
         value, (low, high) = tail.broken(n), tail.band(n)
         predicted["power_law"] = Curve(n, value, np.minimum(low, value), np.maximum(high, value), value, value)
     return BestOfNCurves(epsilon is not None, predicted, observed, n_contexts, len(items), agreement, tail)
 
 
-def _left_tail(scene: Scene, place: Situation, items: np.ndarray) -> LeftTail | None:
-    """Per-item chances as contexts A show them, with no prior in between."""
-    fails = np.asarray(place.probe.score(scene.test[items]), dtype=float) <= place.detection.threshold
-    return fit_left_tail(fails.sum(axis=1), fails.shape[1], seed=scene.seed)
+def _left_tail(scene: Scene, place: Situation) -> LeftTail | None:
+    """Per-item chances as contexts A show them, with no prior in between.
+
+    Who is caught is decided on one half of the contexts and failures are counted on the other, both ways round: an item
+    that was chosen for being caught on the very contexts that count would seem safer than it is.
+    """
+    scores = np.asarray(place.probe.score(scene.test[scene.positives]), dtype=float)
+    half = scores.shape[1] // 2
+    if half < 1:
+        return None
+    folds = [(scores[:, :half], scores[:, half : 2 * half]), (scores[:, half : 2 * half], scores[:, :half])]
+    counts = []
+    for chosen_on, counted_on in folds:
+        caught = chosen_on.mean(axis=1) > place.detection.threshold
+        counts.append((counted_on[caught] <= place.detection.threshold).sum(axis=1))
+    return fit_left_tail(np.concatenate(counts), half, seed=scene.seed)
 
 
 def prediction_flags(curves: BestOfNCurves) -> tuple[Flag, ...]:
@@ -97,7 +109,8 @@ def prediction_flags(curves: BestOfNCurves) -> tuple[Flag, ...]:
     if not curves.p_values or max(curves.p_values.values()) >= _ALARM:
         return ()
     seen = ", ".join(f"{v:.0%}" for v in (curves.observed.value[0], curves.observed.value[-1]))
-    told = "; ".join(f"{name} {c.value[0]:.0%}, {c.value[-1]:.0%}" for name, c in curves.predicted.items())
+    own = {name: curve.value for name, curve in curves.predicted.items() if name in curves.p_values}
+    told = "; ".join(f"{name} {value[0]:.0%}, {value[-1]:.0%}" for name, value in own.items())
     kind = "kept" if curves.kept else "free"
     return (
         flag("prediction_failed", f"best of 1 and {curves.n_contexts} ({kind}): observed {seen}; predicted {told}"),
@@ -140,12 +153,15 @@ def _agreement(seen: np.ndarray, observed: np.ndarray) -> float:
     """Share of simulated curves that lie at least as far out as the observed one, by the depth of their worst point."""
 
     def depth(curves: np.ndarray) -> np.ndarray:
-        pairs = [(np.sort(s), x) for s, x in zip(seen.T, curves.T, strict=True)]
+        pairs = [(np.sort(x), x) for x in curves.T]
         at_most = np.stack([np.searchsorted(s, x, side="right") for s, x in pairs])
         below = np.stack([np.searchsorted(s, x, side="left") for s, x in pairs])
-        return np.asarray(np.minimum(at_most, len(seen) - below).min(axis=0))
+        return np.asarray(np.minimum(at_most, len(curves) - below).min(axis=0))
 
-    return float((depth(seen) <= depth(observed[None])).mean())
+    # the observed curve is one of the pool: without it, rounding alone would be an alarm
+    pool = np.concatenate([seen, observed[None]])
+    ranks = depth(pool)
+    return float((ranks <= ranks[-1]).mean())
 
 
 def _curve(x: np.ndarray, value: np.ndarray, rows: np.ndarray) -> Curve:

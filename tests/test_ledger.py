@@ -289,6 +289,8 @@ def test_accounts_are_separate_and_mixing_is_told(book: Ledger) -> None:
     tuned = {row.account: row for row in book.balances() if row.lineage == "tuned"}
     assert tuned[Account.KL].lost == pytest.approx(1.1 / 13)
     assert not tuned[Account.KL].mixed
+    # what was not spent as selection is no selection guarantee
+    assert tuned[Account.SELECTION].lost is None
 
 
 def test_each_account_has_its_own_budget(book: Ledger) -> None:
