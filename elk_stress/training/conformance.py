@@ -253,7 +253,8 @@ def _same(one: Any, other: Any, what: str) -> None:
 
 def _leaves(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     assert isinstance(state, Mapping), f"a state is a dictionary of numpy arrays, got {type(state).__name__}"
-    for name, value in state.items():
+    # by name: a state that was read from a file comes in whatever order the file had
+    for name, value in sorted(state.items()):
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{name}/")
         else:
