@@ -76,6 +76,10 @@ def incidental_fraction(
 ) -> IncidentalFraction:
     """The share of a probe's gradient, in the metric of natural thoughts, to which behaviour is indifferent.
 
+    Measured on 24 test positives, drawn at random by the scene's seed, or on all if there are no more. The interval is
+    Student's over their entities, with as many degrees of freedom as there are entities less one: items of one entity
+    say nearly the same. One entity alone says nothing of others: ``[0, 1]``.
+
     Args:
         probe: as in :func:`elk_stress.stress`; anything with a gradient, linear or not.
         testbed: a testbed with an output, or a prepared :class:`~elk_stress.scene.Scene`.
@@ -94,14 +98,15 @@ def incidental_fraction(
             f"{scene.testbed.name} has no output that behaviour could be read from; use a testbed that has one"
         )
     fitted = fit_probe(scene, probe)
-    chosen = scene.positives[:_MOST_ITEMS]
+    chosen = _sample(scene.positives, scene.seed)
     prior = scene.prior(Threat())
     slopes = np.atleast_2d(score_gradients(fitted, scene.test_origins[chosen]))
     slopes = np.broadcast_to(slopes, (len(chosen), slopes.shape[-1])) @ prior.factor
     ignored, rank = unseen(prior, scene.behaviour.factors(chosen), slopes, tolerance)
     size = np.linalg.norm(slopes, axis=1)
     share = np.divide(np.linalg.norm(ignored, axis=1), size, out=np.full(len(size), math.nan), where=size > 0)
-    mean, low, high = _mean_interval(share[np.isfinite(share)])
+    known = np.isfinite(share)
+    mean, low, high = _mean_interval(share[known], scene.items.groups[chosen][known])
     return IncidentalFraction(mean, low, high, share, rank, prior.factor.shape[1], tolerance)
 
 
@@ -137,12 +142,30 @@ def unseen(prior: EllipticalPrior, factors: np.ndarray, slopes: np.ndarray, tole
     return slopes - np.einsum("pr,prk->pk", along, basis), int(seen.sum(axis=1).max(initial=0))
 
 
-def _mean_interval(share: np.ndarray) -> tuple[float, float, float]:
+def _sample(items: np.ndarray, seed: int) -> np.ndarray:
+    """At most ``_MOST_ITEMS`` of them. Single items, not whole entities: then as many entities as can be have a say."""
+    if len(items) <= _MOST_ITEMS:
+        return items
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 0x17C1]))
+    return np.sort(rng.choice(items, _MOST_ITEMS, replace=False))
+
+
+def _mean_interval(share: np.ndarray, groups: np.ndarray) -> tuple[float, float, float]:
+    """Mean over items and its 95% interval over entities.
+
+    With ``e_g`` the sum of entity g's deviations from the mean m, the variance of m is ``G/(G-1) sum e_g^2 / n^2``:
+    what a bootstrap over entities tends to, with its small-sample correction.
+    """
     from scipy.special import stdtrit
 
     n = len(share)
     if n == 0:
         return math.nan, math.nan, math.nan
     mean = float(share.mean())
-    half = 0.0 if n == 1 else float(stdtrit(n - 1, 0.975) * share.std(ddof=1) / math.sqrt(n))
+    entity = np.unique(groups, return_inverse=True)[1].ravel()
+    deviations = np.bincount(entity, weights=share - mean)
+    count = len(deviations)
+    if count == 1:
+        return mean, 0.0, 1.0
+    half = float(stdtrit(count - 1, 0.975)) * math.sqrt(count / (count - 1) * float(deviations @ deviations)) / n
     return mean, max(mean - half, 0.0), min(mean + half, 1.0)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 import elk_stress
+from elk_stress import incidental
 from elk_stress.incidental import IncidentalFraction, incidental_fraction, silent_bits
 from elk_stress.priors import StudentT
 from elk_stress.probe import direction
-from elk_stress.scene import Scene, prepare_scene
+from elk_stress.scene import Scene, fit_probe, prepare_scene
 from elk_stress.testbeds.arrays import Arrays
 from elk_stress.testbeds.linear import Linear
 
@@ -107,6 +110,54 @@ def test_half_the_fraction_is_twice_the_margin() -> None:
     margin = 2.0 * float(np.linalg.norm(weight @ prior.factor))
     found = silent_bits(np.array([margin]), weight[None], prior, factors)[0]
     assert found == pytest.approx(float(testbed.exact_bits(weight, margin / share, prior).value), rel=1e-6)
+
+
+def test_items_are_a_seeded_sample_of_all_positives(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = fit_probe(_scene(), "mlp")
+    found, again, other = (
+        incidental_fraction(probe, scene) for scene in (_scene(), replace(_scene()), replace(_scene(), seed=1))
+    )
+    monkeypatch.setattr(incidental, "_MOST_ITEMS", 10_000)
+    whole = incidental_fraction(probe, _scene())
+    assert len(whole.items) == len(_scene().positives) > 48
+    assert len(found.items) == 24
+    np.testing.assert_array_equal(found.items, again.items)
+    assert not np.array_equal(found.items, other.items)
+    # items differ under a probe that is not linear: where a share stands says which item it is
+    assert len(np.unique(whole.items)) == len(whole.items)
+    at = np.array([np.argmin(abs(whole.items - share)) for share in found.items])
+    assert len(np.unique(at)) == 24
+    assert at.max() > len(whole.items) / 2 > at.min()
+    assert (whole.low, whole.high) != (found.low, found.high)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=12), st.integers(2, 5))
+@settings(deadline=None)
+def test_copies_within_an_entity_say_nothing_new(shares: list[float], copies: int) -> None:
+    x = np.array(shares)
+    once = incidental._mean_interval(x, np.arange(len(x)))
+    many = incidental._mean_interval(np.repeat(x, copies), np.repeat(np.arange(len(x)), copies))
+    assert many == pytest.approx(once, abs=1e-9)
+    # each its own entity: Student's interval
+    if np.ptp(x) > 1e-6:
+        low, high = stats.t.interval(0.95, len(x) - 1, x.mean(), stats.sem(x))
+        assert once == pytest.approx((x.mean(), max(low, 0.0), min(high, 1.0)), abs=1e-9)
+
+
+def test_one_entity_says_nothing_of_others() -> None:
+    assert incidental._mean_interval(np.array([0.25, 0.75]), np.array(["a", "a"])) == (0.5, 0.0, 1.0)
+
+
+def test_the_interval_covers_over_entities() -> None:
+    """24 items of 8 entities that lie alike: by items the interval would cover 74%."""
+    rng = np.random.default_rng(np.random.SeedSequence(5))
+    groups, hits = np.repeat(np.arange(8), 3), 0
+    for _ in range(1000):
+        share = np.clip(np.repeat(rng.uniform(0.2, 0.8, 8), 3) + rng.uniform(-0.05, 0.05, 24), 0, 1)
+        _, low, high = incidental._mean_interval(share, groups)
+        hits += low <= 0.5 <= high
+    # below 917 of 1000 is one chance in a million at 95%
+    assert hits >= 917
 
 
 def test_refusals() -> None:
