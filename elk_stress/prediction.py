@@ -97,11 +97,14 @@ def _left_tail(scene: Scene, place: Situation) -> LeftTail | None:
     if half < 1:
         return None
     folds = [(scores[:, :half], scores[:, half : 2 * half]), (scores[:, half : 2 * half], scores[:, :half])]
-    counts = []
+    entities = scene.items.groups[scene.positives]
+    counts, groups = [], []
     for chosen_on, counted_on in folds:
         caught = chosen_on.mean(axis=1) > place.detection.threshold
         counts.append((counted_on[caught] <= place.detection.threshold).sum(axis=1))
-    return fit_left_tail(np.concatenate(counts), half, seed=scene.seed)
+        # an item that both halves catch is counted twice: resampled by entity, both counts come along
+        groups.append(entities[caught])
+    return fit_left_tail(np.concatenate(counts), half, groups=np.concatenate(groups), seed=scene.seed)
 
 
 def prediction_flags(curves: BestOfNCurves) -> tuple[Flag, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -13,6 +16,36 @@ from elk_stress.left_tail import LeftTail, fit_left_tail
 def _counts(a: float, b: float, n_items: int, n_draws: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.binomial(n_draws, rng.beta(a, b, n_items))
+
+
+def _made(a: float, b: float) -> LeftTail:
+    return LeftTail(a, b, np.array([[a, b]]), np.array([[a, b]]), 10, 10, 10)
+
+
+def _entities(a: float, b: float, n: int, n_draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and entities of ``n`` entities of three items each, which share their chance."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
+    return rng.binomial(n_draws, np.repeat(rng.beta(a, b, n), 3)), np.repeat(np.arange(n), 3)
+
+
+def _made(a: float, b: float) -> LeftTail:
+    return LeftTail(a, b, np.array([[a, b]]), np.array([[a, b]]), 10, 10, 10)
+
+
+def _entities(a: float, b: float, n: int, n_draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and entities of ``n`` entities of three items each, which share their chance."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
+    return rng.binomial(n_draws, np.repeat(rng.beta(a, b, n), 3)), np.repeat(np.arange(n), 3)
+
+
+def _made(a: float, b: float) -> LeftTail:
+    return LeftTail(a, b, np.array([[a, b]]), np.array([[a, b]]), 10, 10, 10)
+
+
+def _entities(a: float, b: float, n: int, n_draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and entities of ``n`` entities of three items each, which share their chance."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
+    return rng.binomial(n_draws, np.repeat(rng.beta(a, b, n), 3)), np.repeat(np.arange(n), 3)
 
 
 @pytest.mark.parametrize(("a", "b"), [(0.3, 2.0), (0.8, 0.8), (2.0, 10.0)])
@@ -38,14 +71,14 @@ def test_it_is_at_the_maximum_of_scipys_likelihood() -> None:
 
 
 def test_the_curve_is_the_average_over_chances() -> None:
-    made = LeftTail(0.6, 2.0, np.array([[0.6, 2.0]]), 10, 10)
+    made = _made(0.6, 2.0)
     chances = np.random.default_rng(1).beta(0.6, 2.0, 400_000)
     n = np.array([1, 4, 32])
     assert made.broken(n) == pytest.approx([1 - ((1 - chances) ** k).mean() for k in n], rel=5e-3)
 
 
 def test_survivors_follow_a_power_law() -> None:
-    made = LeftTail(0.4, 1.5, np.array([[0.4, 1.5]]), 10, 10)
+    made = _made(0.4, 1.5)
     n = np.array([1e4, 1e6])
     held = 1 - made.broken(n)
     assert held == pytest.approx(np.exp(gammaln(1.9) - gammaln(1.5)) * n**-0.4, rel=1e-3)
@@ -62,11 +95,118 @@ def test_the_exponents_interval_covers() -> None:
     assert hits >= 33
 
 
+def test_entities_are_resampled_and_not_their_items() -> None:
+    """Three copies of each item say nothing new: the interval is that of the items."""
+    counts = _counts(0.5, 2.0, 60, 8)
+    once = fit_left_tail(counts, 8, seed=4)
+    thrice = fit_left_tail(np.repeat(counts, 3), 8, groups=np.repeat(np.arange(60), 3), seed=4)
+    apart = fit_left_tail(np.repeat(counts, 3), 8, seed=4)
+    assert once is not None
+    assert thrice is not None
+    assert apart is not None
+    assert (thrice.n_items, thrice.n_entities, apart.n_entities) == (180, 60, 180)
+    assert thrice.interval == pytest.approx(once.interval, rel=1e-3)
+    n = np.array([1, 8, 64])
+    for got, wanted, less in zip(thrice.band(n), once.band(n), apart.band(n), strict=True):
+        assert got == pytest.approx(wanted, rel=1e-3)
+        assert (abs(got - thrice.broken(n)) > 1.2 * abs(less - thrice.broken(n))).all()
+
+
+def test_names_of_entities_do_not_matter() -> None:
+    counts, groups = _entities(0.5, 2.0, 20, 8, 0)
+    named = np.array([f"entity {g}" for g in groups])
+    one, other = (fit_left_tail(counts, 8, groups=g, replicates=30) for g in (groups, named))
+    assert one is not None
+    assert other is not None
+    assert other.n_entities == one.n_entities == 20
+    assert other.likely == pytest.approx(one.likely)
+
+
+def test_resamples_without_an_evasion_are_kept() -> None:
+    """One of 20 entities was evaded: more than a third of all resamples have none."""
+    counts = np.zeros(60)
+    counts[:3] = 2
+    found = fit_left_tail(counts, 8, groups=np.repeat(np.arange(20), 3), replicates=400)
+    assert found is not None
+    assert len(found.replicates) == 400
+    none = (found.replicates == [0.0, 1.0]).all(axis=1)
+    # (1 - 1/20)^20 = 36%; five standard deviations
+    assert abs(none.mean() - 0.95**20) < 5 * math.sqrt(0.36 * 0.64 / 400)
+    low, high = found.band(np.array([1, 100]))
+    np.testing.assert_array_equal(low, 0.0)
+    assert (high > found.broken(np.array([1, 100]))).all()
+    # nothing is known of the exponent
+    assert found.interval == (0.0, math.inf)
+
+
+def test_resamples_where_everything_was_evaded_are_kept() -> None:
+    counts = np.full(60, 8)
+    counts[:3] = 6
+    found = fit_left_tail(counts, 8, groups=np.repeat(np.arange(20), 3), replicates=100)
+    assert found is not None
+    assert (found.replicates == [1.0, 0.0]).all(axis=1).any()
+    assert found.band(np.array([1]))[1] == 1.0
+    assert found.interval == (0.0, math.inf)
+
+
+def test_a_few_evasions_do_not_make_a_steep_tail_certain() -> None:
+    """Single evasions resample to single evasions: the bootstrap alone is sure that all items are alike."""
+    counts = np.zeros(120)
+    counts[:24:3] = 1
+    found = fit_left_tail(counts, 8, groups=np.repeat(np.arange(40), 3))
+    assert found is not None
+    assert np.quantile(found.replicates[:, 0], 0.05) > 100
+    low, high = found.interval
+    assert low < 0.5
+    assert high == math.inf
+
+
+def test_intervals_cover_with_entities() -> None:
+    """Items that share their chance in threes; by items the interval of the share that one draw breaks covers 70%."""
+    n = np.array([1, 8, 64])
+    truth = _made(0.5, 2.0).broken(n)
+    hits = np.zeros(4)
+    for seed in range(60):
+        counts, groups = _entities(0.5, 2.0, 40, 8, seed)
+        found = fit_left_tail(counts, 8, groups=groups, replicates=60, seed=seed)
+        assert found is not None
+        low, high = found.band(n)
+        hits += [*((low <= truth) & (truth <= high)), found.interval[0] <= 0.5 <= found.interval[1]]
+    # at 95% fewer than 51 of 60 has a chance of 0.1%
+    assert hits.min() >= 51
+
+
 @pytest.mark.parametrize("count", [0, 8])
 def test_no_tail_where_nothing_or_everything_fails(count: int) -> None:
     assert fit_left_tail(np.full(30, count), 8) is None
 
 
+def test_a_probes_tail_binds_the_items_of_an_entity() -> None:
+    """Two positives an entity, and each may be counted on both halves of the contexts."""
+    from elk_stress import prediction
+
+    rng = np.random.default_rng(np.random.SeedSequence(8))
+    scores = rng.normal(1.0, 1.0, (60, 12))
+    scene = SimpleNamespace(
+        test=scores, positives=np.arange(0, 60, 2), items=SimpleNamespace(groups=np.repeat(np.arange(15), 4)), seed=0
+    )
+    place = SimpleNamespace(
+        probe=SimpleNamespace(score=lambda x: x), detection=SimpleNamespace(threshold=0.5, fpr=0.05), threat=None
+    )
+    found = prediction._left_tail(scene, place)  # type: ignore[arg-type]
+    assert found is not None
+    halves = scores[::2, :6].mean(axis=1) > 0.5, scores[::2, 6:].mean(axis=1) > 0.5
+    assert found.n_items == sum(int(caught.sum()) for caught in halves) > 30
+    assert found.n_draws == 6
+    assert found.n_entities == len(np.unique(np.repeat(np.arange(15), 2)[halves[0] | halves[1]])) <= 15
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="one count of 0 to 8"):
         fit_left_tail(np.array([9.0]), 8)
+    with pytest.raises(ValueError, match="entity of each of 2 items, got 3"):
+        fit_left_tail(np.array([1.0, 2.0]), 8, groups=np.arange(3))
+    with pytest.raises(ValueError, match="entity of each of 2 items, got 3"):
+        fit_left_tail(np.array([1.0, 2.0]), 8, groups=np.arange(3))
+    with pytest.raises(ValueError, match="entity of each of 2 items, got 3"):
+        fit_left_tail(np.array([1.0, 2.0]), 8, groups=np.arange(3))
