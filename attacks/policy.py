@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from scipy.special import expit
 
 from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 from elk_stress.mind import Edit, Mind
@@ -181,7 +182,9 @@ class Policy:
         ask = _by_gradient(mind, factor, scale) if self.feedback == "gradient" else self._by_score(mind, factor, scale)
         rng = np.random.default_rng(np.random.SeedSequence([seed, 0x9012]))
         u = np.asarray(_act(parameters, fixed, way)[:, positives])
-        for _ in range(self.steps):
+        # each step asks two questions of every edit; choosing among the reaches asks once more
+        most = (mind.left - len(self.reach) * len(x)) // (2 * len(self.reach) * len(positives))
+        for _ in range(min(self.steps, max(0, most))):
             feedback = ask(x[positives], u, rng) / len(positives)
             parameters, state, u = step(parameters, state, jnp.asarray(feedback, jnp.float32))
         return {name: np.asarray(value) for name, value in parameters.items()}
@@ -209,7 +212,7 @@ def _by_gradient(mind: Mind, factor: np.ndarray, scale: float) -> _Ask:
         points = (x + u @ factor.T).reshape(-1, x.shape[-1])
         scores, slopes = mind.gradient(points)
         # derivative of softplus(margin / scale)
-        weight = 0.5 * (1 + np.tanh(0.5 * (scores - mind.threshold) / scale)) / scale
+        weight = expit((scores - mind.threshold) / scale) / scale
         return np.asarray(weight[:, None] * (slopes @ factor)).reshape(u.shape)
 
     return ask

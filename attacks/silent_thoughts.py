@@ -105,10 +105,14 @@ class SilentThoughts:
 def _sensitivity(oracle: Oracle) -> tuple[np.ndarray, np.ndarray]:
     """Right singular vectors ``(problems, rank, k)`` and singular values of A."""
     mind = oracle.mind
-    items = mind.items if len(mind.items) == oracle.n_problems else mind.items[:_MOST_ITEMS]
-    a = mind.sensitivity("test", items)
+    if mind.threat.scope == "item":
+        a = mind.sensitivity("test", mind.items)
+    else:
+        # one move for all is searched on training items: some of their positives, evenly spread
+        positives = mind.training[mind.truth("train")[mind.training] == 1]
+        a = mind.sensitivity("train", positives[:: -(-len(positives) // _MOST_ITEMS)])
     assert a is not None, "the engine runs this attack only where there is an output"
-    if len(a) != oracle.n_problems:
+    if mind.threat.scope == "universal":
         a = a.reshape(1, -1, a.shape[-1]) / np.sqrt(len(a))
     if a.shape[-1] < oracle.dim:
         # the scale coordinate of a heavy tail stretches a move, and is silent only with it

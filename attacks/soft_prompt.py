@@ -28,7 +28,7 @@ import numpy as np
 
 from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 from elk_stress.mind import Mind
-from elk_stress.prefixes import natural_epsilon, prefix_edit, sentences
+from elk_stress.prefixes import evasion_slope, natural_epsilon, prefix_edit, sentences
 
 __all__ = ["SoftPrompt"]
 
@@ -98,11 +98,7 @@ class SoftPrompt:
             z = u + torch.as_tensor(self._normal(mind, seed, step), dtype=u.dtype) if self.noise else u
             prefix = (mean + std * z).to(model.subject.device)
             activations = model.read_soft(prefix, items)
-            scores, slopes = mind.gradient(activations.detach().cpu().numpy())
-            # the slope of the mean softplus in each score
-            weight = 0.5 * (1 + np.tanh(0.5 * (scores - mind.threshold))) / len(scores)
-            towards = torch.as_tensor(slopes * weight[:, None]).to(activations)
-            loss = (activations * towards).sum().cpu() + 0.5 * self.penalty * u.square().sum()
+            loss = (activations * evasion_slope(mind, activations)).sum().cpu() + 0.5 * self.penalty * u.square().sum()
             if epsilon is not None:
                 excess = (model.divergence(prefix, items).cpu() - epsilon).clamp(min=0)
                 loss = loss + self.behaviour * excess.mean()
@@ -128,7 +124,7 @@ class SoftPrompt:
             return np.asarray(behind.shift_soft(prefix, items))
 
         spent = float(np.square(u).sum()) / (2 * math.log(2)) if self.noise else None
-        return mind.propose(prefix_edit(mind, read, shift, epsilon), spent=spent)
+        return mind.propose(prefix_edit(mind, read, shift, epsilon), spent=spent, spent_as="kl")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ Threat model: the model cannot tell items apart, or whoever steers it does not c
 * ``"gradient"``: descend ``mean_i max(0, score(x_i + L u) - threshold)`` over training positives in the metric of the
   prior: repeat ``u <- shortest step that brings the mean caught score of a linearization to the threshold``; then the
   length at which half of the training catches are lost, by bisection.
-* ``"none"``: the difference of class means, ``u = L^+ (mean negative - mean positive)``, in a few lengths. It asks the
-  probe nothing (Turner et al. 2023, 2308.10248; Marks & Tegmark 2023, 2310.06824).
+* ``"none"``: the difference of class means, ``u = L^+ (mean negative - mean positive)``, halved and doubled. It asks
+  the probe nothing (Turner et al. 2023, 2308.10248; Marks & Tegmark 2023, 2310.06824).
 
-Searched on training items, judged on test items. Shapes: u ``(1, candidates, k)``, the shortest that halves recall on
-training items first.
+Searched on training items, judged on test items. Shapes: u ``(1, candidates, k)``, shortest first.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ class Steer:
 
     Attributes:
         feedback: ``"gradient"`` or ``"none"``.
-        steps: linearizations, or lengths of the difference of means.
+        steps: linearizations (gradient).
         bisections: halvings of the length (gradient).
-        reach: candidate lengths around the one that halves training recall, as factors: test items differ a little.
+        lengths: of the difference of means, as factors (none).
     """
 
     feedback: Literal["gradient", "none"] = "gradient"
     steps: int = 16
     bisections: int = 12
-    reach: tuple[float, ...] = (1.0, 1.1, 1.25, 1.5, 2.0)
+    lengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
 
     name: ClassVar[str] = "steer"
     scopes: ClassVar[tuple[Scope, ...]] = ("universal",)
@@ -60,11 +59,9 @@ class Steer:
         if self.feedback == "none":
             means = x[rows[truth[rows] == 0]].mean(axis=0) - positives.mean(axis=0)
             u = mind.to_u(means)
-            moves = u * np.linspace(0.0, 2.0, self.steps + 1)[1:, None]
-            return Proposal(moves[None], centre=u[None])
+            return Proposal((u * np.array(self.lengths)[:, None])[None], centre=u[None])
         u = self._descend(oracle, positives)
-        moves = u * np.array(self.reach)[:, None]
-        return Proposal(moves[None], centre=u[None])
+        return Proposal(u[None, None], centre=u[None])
 
     def _descend(self, oracle: Oracle, positives: np.ndarray) -> np.ndarray:
         """``(k,)``: the shortest point found at which half of the training catches are lost."""

@@ -25,7 +25,7 @@ import numpy as np
 
 from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 from elk_stress.mind import Mind
-from elk_stress.prefixes import evasion_loss, natural_epsilon, prefix_edit, sentences
+from elk_stress.prefixes import evasion_loss, evasion_slope, natural_epsilon, prefix_edit, sentences
 
 __all__ = ["TokenPrefix", "TokenPrefixRandom", "TokenPrefixSearch"]
 
@@ -150,11 +150,7 @@ class _Hunt:
         """``(T, top)`` tokens that lower the loss most at each position, to first order."""
 
         def loss(activations: Any) -> Any:
-            import torch
-
-            scores, slopes = self.mind.gradient(activations.detach().cpu().numpy())
-            weight = 0.5 * (1 + np.tanh(0.5 * (scores - self.mind.threshold))) / len(scores)
-            return (activations * torch.as_tensor(slopes * weight[:, None]).to(activations)).sum()
+            return (activations * evasion_slope(self.mind, activations)).sum()
 
         _, slope = self.model.token_gradient(prefix, self.items, loss)
         order = np.argsort(slope, axis=1, kind="stable")[:, : self.recipe.top]

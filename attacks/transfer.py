@@ -11,7 +11,8 @@ the shortest failing move of a linear surrogate ``s = w.x + b`` in the prior's m
 
 that of any other its design point (:mod:`elk_stress.estimators.design_point`). Nobody told the model where the true
 boundary lies: it proposes each move in several lengths, ``f u_i``. An item that the surrogate would not have caught is
-moved by the median margin of the training positives that it does catch.
+moved by the median margin of the training positives that it does catch. Where behaviour must be kept, the move is the
+shortest that fails the surrogate and keeps the quadratic shift (:func:`elk_stress.events.nearest_kept`).
 
 Universal scope: the shortest move after which the surrogate's recall on training positives is halved.
 
@@ -24,18 +25,24 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 from elk_stress.detection import conformal_threshold
 from elk_stress.estimators.design_point import DesignPoint
-from elk_stress.events import linear_weight, nearest_of_linear, universal_recall_event
-from elk_stress.limit_state import LimitState, Linear
+from elk_stress.events import (
+    item_event,
+    kept_event,
+    linear_weight,
+    nearest_kept,
+    nearest_of_linear,
+    universal_recall_event,
+)
+from elk_stress.limit_state import LimitState, both
 from elk_stress.mind import Mind
-from elk_stress.priors import EllipticalPrior
-from elk_stress.probe import FittedProbe, Probe, as_fitted
+from elk_stress.probe import FittedProbe, Probe
 
 __all__ = ["Transfer"]
 
@@ -72,82 +79,50 @@ class Transfer:
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         """Each surrogate's shortest moves, over-shot; zeros where a surrogate has none (it never fails)."""
         mind = oracle.mind
-        each = np.stack([self._shortest(mind, oracle.n_problems, recipe, seed) for recipe in self.surrogates], axis=1)
+        each = np.stack([self._shortest(mind, mind.fit(recipe), seed) for recipe in self.surrogates], axis=1)
         factors = np.array(sorted(self.overshoot))
         # (problems, factors, surrogates, k): all surrogates at one length before any at the next
         moves = factors[None, :, None, None] * each[:, None]
         return Proposal(moves.reshape(len(each), -1, oracle.dim), centre=each[:, 0])
 
-    def _shortest(self, mind: Mind, n_problems: int, recipe: str | Probe, seed: int) -> np.ndarray:
+    def _shortest(self, mind: Mind, surrogate: FittedProbe, seed: int) -> np.ndarray:
         """``(problems, k)``: one surrogate's shortest failing moves."""
-        surrogate = _fitted(mind, recipe, seed)
         threshold = _threshold(mind, surrogate, self.fpr)
-        rows = mind.training
-        positives = mind.activations("train")[rows[mind.truth("train")[rows] == 1]]
+        positives = mind.activations("train")[mind.training[mind.truth("train")[mind.training] == 1]]
         margins = np.asarray(surrogate.score(positives), dtype=float) - threshold
         caught = margins > 0
+        if mind.threat.scope == "universal":
+            if not caught.any():
+                return np.zeros((1, mind.prior.dim))
+            half = np.array([0.5 * float(caught.mean())])
+            return self._nearest(universal_recall_event(surrogate, mind.prior, positives, threshold, half), seed)
         if not caught.any():
-            return np.zeros((n_problems, mind.prior.dim))
-        if n_problems == len(mind.items):
-            state = _item_event(surrogate, mind.prior, mind.origins, threshold, float(np.median(margins[caught])))
-        else:
-            state = universal_recall_event(
-                surrogate, mind.prior, positives, threshold, np.array([0.5 * float(caught.mean())])
-            )
+            return np.zeros((len(mind.items), mind.prior.dim))
+        # an item that it would not have caught falls by as much as those that it does
+        scores = np.asarray(surrogate.score(mind.origins), dtype=float)
+        margin = np.where(scores > threshold, scores - threshold, float(np.median(margins[caught])))
+        looks = None if mind.epsilon is None else mind.looks("test", mind.items)
+        if looks is None or mind.epsilon is None:
+            return self._nearest(item_event(surrogate, mind.prior, mind.origins, scores - margin), seed)
+        weight = linear_weight(surrogate)
+        if weight is not None:
+            # where nothing fails and keeps, it makes no move
+            return np.asarray(np.nan_to_num(nearest_kept(mind.prior, weight, margin, looks, mind.epsilon)[:, 0]))
+        failed = item_event(surrogate, mind.prior, mind.origins, scores - margin)
+        return self._nearest(both(failed, kept_event(mind.prior, looks, mind.epsilon)), seed)
+
+    def _nearest(self, state: LimitState, seed: int) -> np.ndarray:
+        """``(problems, k)``: the design points, in closed form where there is one."""
         if state.linear is not None:
             return nearest_of_linear(state)
         found = DesignPoint(n_starts=self.starts)(state, seed=seed)
-        nearest = np.asarray(found.diagnostics["centres"], dtype=float)[:, 0]
-        return np.asarray(np.nan_to_num(nearest, nan=0.0))
-
-
-def _fitted(mind: Mind, recipe: str | Probe, seed: int) -> FittedProbe:
-    """A surrogate fitted as a monitor's probe is: training items under the contexts for fitting, a row each."""
-    from elk_stress import registry
-
-    probe = registry.load("probes", recipe) if isinstance(recipe, str) else recipe
-    try:
-        thoughts = mind.testbed.activations("train", "fit")
-    except LookupError:
-        thoughts = mind.testbed.activations("train")
-    contexts, pairs = thoughts.shape[1], mind.testbed.splits["train"].pairs
-    rows = mind.training
-    if probe.traits.needs_pairs and pairs is not None:
-        rows = np.arange(len(thoughts))
-        pairs = np.concatenate([pairs * contexts + c for c in range(contexts)])
-    else:
-        pairs = None
-    activations = thoughts[rows].reshape(-1, thoughts.shape[-1])
-    labels = np.repeat(mind.truth("train")[rows], contexts)
-    return as_fitted(probe, activations, labels, pairs=pairs, seed=seed, site=mind.testbed.site)
+        return np.asarray(np.nan_to_num(np.asarray(found.diagnostics["centres"], dtype=float)[:, 0]))
 
 
 def _threshold(mind: Mind, surrogate: FittedProbe, fpr: float) -> float:
     """Conformal on calibration negatives; at the finest rate that these resolve, where ``fpr`` is finer."""
-    negatives = mind.testbed.activations("calibration")[mind.truth("calibration") == 0]
-    scores = np.asarray(surrogate.score(negatives), dtype=float)
+    scores = np.asarray(surrogate.score(mind.scene.negatives), dtype=float)
     return conformal_threshold(scores, max(fpr, 1 / len(scores)), shared=scores.shape[1] > 1)
-
-
-def _item_event(
-    surrogate: FittedProbe, prior: EllipticalPrior, origins: np.ndarray, threshold: float, typical: float
-) -> LimitState:
-    """One problem per origin: the surrogate scores it at most ``threshold``, or ``typical`` less if it does already."""
-    scores = np.asarray(surrogate.score(origins), dtype=float)
-    margin = np.where(scores > threshold, scores - threshold, typical)
-    weight = linear_weight(surrogate)
-    closed = None
-    if weight is not None:
-        inner = weight @ np.asarray(prior.factor, dtype=float)
-        rows = np.broadcast_to(inner, (len(margin), len(inner)))
-        closed = Linear(rows, margin, prior.tail if prior.tail.extra else None)
-
-    def function(data: Any, u: Any) -> Any:
-        moved = data["origin"][:, None, :] + prior.move(u)
-        return (surrogate.score(moved) - data["target"][:, None]) / typical
-
-    data = {"origin": np.asarray(origins, np.float32), "target": np.asarray(scores - margin, np.float32)}
-    return LimitState(function, prior.dim, len(margin), backend="jax", dtype="float32", linear=closed, data=data)
 
 
 if __name__ == "__main__":

@@ -20,17 +20,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from elk_stress import registry
+from elk_stress.arena import arena
 from elk_stress.attack import Attack
-from elk_stress.attacking import arena, run_attack
+from elk_stress.attacking import run_attack
 from elk_stress.bits import Bits
 from elk_stress.probe import FittedProbe, Probe
 from elk_stress.scene import Scene, fit_probe
 from elk_stress.situation import situation
 from elk_stress.threat import Threat
 
-__all__ = ["SURROGATES", "Agreement", "agreement"]
-
-SURROGATES = ("logistic", "lda", "mass_mean")
+__all__ = ["Agreement", "agreement"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def agreement(
     scene: Scene,
     probe: FittedProbe,
     *,
-    surrogates: Sequence[str] = SURROGATES,
+    surrogates: Sequence[str] | None = None,
     threat: Threat | None = None,
     fpr: float = 0.05,
     attack: Callable[[str], Attack] | None = None,
@@ -71,7 +70,7 @@ def agreement(
     Args:
         scene: a prepared testbed.
         probe: the probe that is attacked; no surrogate is told anything of it.
-        surrogates: registered names of probes.
+        surrogates: registered names of probes; by default those of ``transfer``.
         threat: per item under natural thoughts by default.
         fpr: of the probe's threshold.
         attack: from a surrogate's name to the attack through it; by default the registered ``transfer``.
@@ -88,7 +87,7 @@ def agreement(
     labels = scene.items.labels
     own = np.asarray(probe.score(scene.test_origins), dtype=float)
     rows = []
-    for name in surrogates:
+    for name in surrogates or registry.load("attacks", "transfer").surrogates:
         recipe: Probe = registry.load("probes", name)
         other = np.asarray(fit_probe(scene, recipe).score(scene.test_origins), dtype=float)
         row = run_attack(through(name), field, budget=1, seed=seed)

@@ -16,11 +16,13 @@ from elk_stress.limit_state import LimitState, Meter
 if TYPE_CHECKING:
     from elk_stress.mind import Edit, Mind
 
-__all__ = ["Access", "Attack", "Need", "Oracle", "Proposal", "Scope", "allows"]
+__all__ = ["Access", "Attack", "Need", "Oracle", "Proposal", "Scope", "SpentAs", "allows"]
 
 Scope = Literal["item", "universal"]
 Access = Literal["none", "label", "score", "gradient", "weights"]
 Need = Literal["pool", "mind", "output", "model"]
+# D_inf: choosing among draws of the prior; KL: an average over the prior, e.g. a mean shift (never summed, DESIGN 2.2)
+SpentAs = Literal["selection", "kl"]
 
 _ORDER: tuple[Access, ...] = ("none", "label", "score", "gradient", "weights")
 
@@ -110,6 +112,7 @@ class Proposal:
             turns it into a rigorous evidence bound. ``None`` if it is no such thing. An edit's own moves are centres.
         from_prior: the candidates are independent draws from the prior, so counting them bounds B.
         spent: bits spent per problem where exactly known, in the attack's own prior (best-of-n: log2 n).
+        spent_as: what kind of bits these are: they guarantee different things, and are not compared across kinds.
         edit: how the model thinks about every item from now on, of which the moves are what happens to these problems;
             the engine applies it again, to items of all splits (:meth:`elk_stress.mind.Mind.propose` makes one).
     """
@@ -118,6 +121,7 @@ class Proposal:
     centre: np.ndarray | None = None
     from_prior: bool = False
     spent: np.ndarray | None = None
+    spent_as: SpentAs = "selection"
     edit: Edit | None = None
 
 

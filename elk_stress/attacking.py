@@ -7,101 +7,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from elk_stress.arena import Arena
 from elk_stress.attack import Attack, Oracle, Proposal
 from elk_stress.audit import audit_edit
-from elk_stress.bits import LN2, Bits, Kind
+from elk_stress.bits import Bits, Kind
 from elk_stress.detection import auroc, proportion_interval
-from elk_stress.estimators.evidence_bound import EvidenceBound, bound_of, level_of
-from elk_stress.events import item_event, kept_event
+from elk_stress.estimators.evidence_bound import EvidenceBound
 from elk_stress.flags import Flag, flag
-from elk_stress.limit_state import LimitState, both
+from elk_stress.limit_state import BudgetExhausted
 from elk_stress.mind import Edit, Mind
 from elk_stress.result import AttackResult
-from elk_stress.scene import Scene
-from elk_stress.situation import Situation
 from elk_stress.survival import half_life
-from elk_stress.universal import half_advantage, mean_shifts, universal_event, universal_joint_event
 
-__all__ = ["Arena", "applies", "arena", "compare_attacks", "run_attack", "verified_bound"]
+__all__ = ["applies", "compare_attacks", "run_attack"]
 
-# the quadratic form is a local, sampled approximation of a real model's shift: aim well inside what is allowed
-_SLACK = 0.5
-_HAIR = 0.998
 # proposals per problem whose behaviour is checked by a true forward pass, best first
 _VERIFIED = 8
+# lengths in which one move for all is tried: it was searched on training items, and beyond half of their advantage
+_REACH = np.array([0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5])
 _BENIGN_DRAWS = 64
 # fewer where each costs a forward pass
 _BENIGN_PASSES = 16
-# forward passes per problem of a bound, and failing ones among the first quarter that fix its level
-_BOUND_DRAWS = 64
-_FEWEST = 3
-
-
-@dataclass(frozen=True)
-class Arena:
-    """One (probe, threat) as attacks see it.
-
-    Attributes:
-        failed: the true event of failing.
-        searched: what the oracle answers: failed, and kept by the quadratic shift where behaviour is constrained (on a
-            real model within half of epsilon, for the quadratic form is only local).
-        items: test items of the problems (item scope).
-        pool: real contexts B in u-space, ``(problems, n, dim)``, or ``None``.
-        epsilon: nats, where behaviour is constrained.
-    """
-
-    scene: Scene
-    place: Situation
-    failed: LimitState
-    searched: LimitState
-    items: np.ndarray
-    pool: np.ndarray | None
-    epsilon: float | None
-
-    @property
-    def n_problems(self) -> int:
-        """Items, or 1 for a universal move."""
-        return self.failed.n_problems
-
-    def shift(self, moves: np.ndarray) -> np.ndarray:
-        """True behaviour shift of ``moves (problems, n, d)``."""
-        behaviour = self.scene.behaviour
-        assert behaviour is not None
-        if self.place.threat.scope == "universal":
-            return mean_shifts(self.scene, behaviour, moves[0])[None]
-        if behaviour.exact:
-            image = np.einsum("pnd,prd->pnr", moves, behaviour.factors(self.items))
-            return np.asarray(0.5 * (image**2).sum(-1))
-        return behaviour.shift(self.items, moves)
-
-
-def arena(scene: Scene, place: Situation, epsilon: float | None) -> Arena:
-    """Build the events of a threat for its attacks."""
-    items = scene.positives[place.caught]
-    exact = scene.behaviour is None or scene.behaviour.exact
-    aimed = 0.0 if epsilon is None else (_HAIR if exact else _SLACK) * epsilon
-    # joint events are searched in single precision, judged in double: a hair beyond the boundary is beyond it in both
-    slack = (1 - _HAIR) * float(np.median(place.margin[place.caught])) if len(items) else 0.0
-    if place.threat.scope == "universal":
-        failed = universal_event(scene, place, np.array([half_advantage(place)]))
-        searched = failed
-        if place.threat.kept and epsilon is not None and place.detection.n_caught:
-            searched, _ = universal_joint_event(scene, place, aimed, slack=slack)
-    else:
-        failed = item_event(place.probe, place.prior, scene.test_origins[items], place.detection.threshold)
-        searched = failed
-        if place.threat.kept and epsilon is not None and len(items):
-            assert scene.behaviour is not None
-            opened = item_event(
-                place.probe, place.prior, scene.test_origins[items], place.detection.threshold - slack, closed=False
-            )
-            searched = both(opened, kept_event(place.prior, scene.behaviour.factors(items), aimed))
-    pool = None
-    if scene.observed is not None:
-        edits = scene.observed - scene.test_origins[:, None, :]
-        chosen = edits.mean(axis=0)[None] if place.threat.scope == "universal" else edits[items]
-        pool = place.prior.inverse(chosen)
-    return Arena(scene, place, failed, searched, items, pool, epsilon if place.threat.kept else None)
+# draws of a bound where each costs a forward pass; a quarter of them fixes the level, the others count
+_BOUND_PASSES, _PILOT = 64, 0.25
+# an edit of which a larger share lies outside of what the prior can do is no move under it
+_OUTSIDE = 0.01
 
 
 def applies(attack: Attack, field: Arena) -> str | None:
@@ -127,51 +57,46 @@ def applies(attack: Attack, field: Arena) -> str | None:
 
 
 def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> AttackResult:
-    """Let an attack propose, then judge its proposals by the true event."""
+    """Let an attack propose, then judge its proposals by the true event.
+
+    One move for all is searched on training items and judged on test items, in a few lengths.
+    """
     reason = applies(attack, field)
-    name, threat = attack.name, field.place.threat.name
     if reason is not None:
-        return AttackResult(
-            name, threat, math.nan, (0.0, 1.0), None, None, 0, 0, None, None,
-            access=attack.access, status=f"does not apply: {reason}",
-        )  # fmt: skip
-    mind = _mind(field, attack) if "mind" in attack.needs else None
+        return _not_run(attack, field, f"does not apply: {reason}")
+    mind = field.mind(attack.access, budget) if "mind" in attack.needs else None
     oracle = Oracle(field.searched, attack.access, budget, field.pool, mind)
-    proposal = attack.propose(oracle, seed=seed)
-    moves = np.asarray(proposal.moves, dtype=float)
-    if proposal.edit is not None and mind is not None:
-        _check_edit(attack, proposal.edit, moves, mind)
-    if moves.ndim != 3 or moves.shape[0] != field.n_problems or moves.shape[2] != field.failed.dim:
-        raise ValueError(
-            f"attack {name!r} proposed moves of shape {moves.shape}; expected "
-            f"({field.n_problems} problems, candidates, {field.failed.dim})"
-        )
-    problems = np.arange(field.n_problems)
-    margin = field.failed.value(problems, moves)
-    broken, shift, length, chosen = _judge(field, proposal, moves, margin <= 0)
+    try:
+        proposal = attack.propose(oracle, seed=seed)
+    except BudgetExhausted as error:
+        return _not_run(attack, field, f"proposed nothing within its budget: {error}")
+    tried = _tried(attack, field, proposal, mind)
+    verdict = _judge(field, tried)
+    broken, length = verdict.broken, verdict.length
     benign = _control(field, attack, oracle, proposal, seed)
     if benign is None:
         benign = _benign(field, length, seed)
-    edit = _edit(field, proposal, chosen if broken.any() else None)
+    edit = _edit(field, tried, verdict)
     flags: list[Flag] = []
-    origin = field.failed.value(problems, np.zeros((field.n_problems, 1, field.failed.dim)))[:, 0]
-    if attack.access in ("score", "gradient") and np.median(margin.min(axis=1) - origin) >= 0:
+    origin = field.failed.value(np.arange(field.n_problems), np.zeros((field.n_problems, 1, field.failed.dim)))[:, 0]
+    if attack.access in ("score", "gradient") and np.median(tried.margin.min(axis=1) - origin) >= 0:
         flags.append(flag("did_not_engage", "the best proposal scores no lower than the unmoved item"))
     if benign is not None and benign > 0.5:
         flags.append(flag("benign_broke_it", f"{benign:.0%} of random moves of the same length broke it"))
-    success = float(broken.mean())
     return AttackResult(
-        attack=name,
-        threat=threat,
-        success=success,
+        attack=attack.name,
+        threat=field.place.threat.name,
+        success=float(broken.mean()),
         success_interval=proportion_interval(int(broken.sum()), len(broken)),
-        shift=None if np.isnan(shift).all() else float(np.nanmedian(shift)),
+        shift=None if np.isnan(verdict.shift).all() else float(np.nanmedian(verdict.shift)),
+        epsilon=_allowed(field, proposal),
         length=None if np.isnan(length).all() else float(np.nanmedian(length)),
-        # draws that the attack asked nothing about are put to the probe all the same, by the engine
-        queries=_asked(oracle.queries, mind, "queries") if attack.access != "none" else float(moves.shape[1]),
+        # a proposal that is put to the probe is a question too, whoever asks it
+        queries=_asked(oracle.queries, mind, "queries") + float(tried.u.shape[1]),
         gradients=_asked(oracle.gradients, mind, "gradients"),
         spent=None if proposal.spent is None else float(np.median(proposal.spent)),
-        upper_bound=_upper_bound(field, proposal, margin <= 0, seed),
+        spent_as=proposal.spent_as,
+        upper_bound=_upper_bound(field, proposal, tried, verdict, seed),
         benign_success=benign,
         access=attack.access,
         judged="model" if edit is not None and edit.shift is not None else "site",
@@ -179,7 +104,7 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
         # a refit would read the truth where an edit itself writes it
         audit=None
         if edit is None or edit.uses_truth
-        else audit_edit(field.scene, field.place.probe, edit, threat, seed=seed),
+        else audit_edit(field.scene, field.place.probe, edit, field.place.threat.name, seed=seed),
         flags=tuple(flags),
     )
 
@@ -204,17 +129,11 @@ def compare_attacks(rows: tuple[AttackResult, ...]) -> tuple[Flag, ...]:
     return tuple(flags)
 
 
-def _mind(field: Arena, attack: Attack) -> Mind:
-    place = field.place
-    return Mind(
-        field.scene.testbed,
-        place.prior,
-        field.items,
-        field.epsilon,
-        place.probe,
-        place.detection.threshold,
-        attack.access,
-    )
+def _not_run(attack: Attack, field: Arena, status: str) -> AttackResult:
+    return AttackResult(
+        attack.name, field.place.threat.name, math.nan, (0.0, 1.0), None, None, 0, 0, None, None,
+        access=attack.access, status=status,
+    )  # fmt: skip
 
 
 def _asked(per_problem: np.ndarray, mind: Mind | None, what: str) -> float:
@@ -222,43 +141,101 @@ def _asked(per_problem: np.ndarray, mind: Mind | None, what: str) -> float:
     return float(np.median(per_problem)) + (0.0 if mind is None else float(getattr(mind, what)))
 
 
-def _judge(
-    field: Arena, proposal: Proposal, moves: np.ndarray, fails: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Which problems are broken (failed and, if asked, kept), and shift, length and index of the first such move."""
+@dataclass(frozen=True)
+class _Tried:
+    """What is put to the probe: ``u (problems, candidates, k)``, best first, and the true ``margin`` of each (<= 0:
+    failed). An edit has one candidate per problem, and knows what it really writes, ``written (problems, d)``."""
+
+    u: np.ndarray
+    margin: np.ndarray
+    edit: Edit | None = None
+    written: np.ndarray | None = None
+    inside: bool = True
+
+    def activations(self, field: Arena, rows: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """``(rows, n, d)``: candidates ``u (rows, n, k)`` as edits of activations."""
+        return np.asarray(field.place.prior.move(u)) if self.written is None else self.written[rows][:, None]
+
+
+def _tried(attack: Attack, field: Arena, proposal: Proposal, mind: Mind | None) -> _Tried:
+    """The candidates, checked; one move for all in several lengths.
+
+    Raises:
+        ValueError: moves of a wrong shape, or not what their edit does.
+    """
+    u = np.asarray(proposal.moves, dtype=float)
+    if u.ndim != 3 or u.shape[0] != field.n_problems or u.shape[2] != field.failed.dim:
+        raise ValueError(
+            f"attack {attack.name!r} proposed moves of shape {u.shape}; expected "
+            f"({field.n_problems} problems, candidates, {field.failed.dim})"
+        )
+    problems = np.arange(field.n_problems)
+    if proposal.edit is not None and mind is not None:
+        return _edited(attack, field, proposal.edit, u, mind)
+    if field.crowd is not None and proposal.centre is not None:
+        # a designed move (no real context); every candidate in one length before any in the next
+        u = (_REACH[:, None, None] * u[0]).reshape(1, -1, u.shape[2])
+    return _Tried(u, field.failed.value(problems, u))
+
+
+def _edited(attack: Attack, field: Arena, edit: Edit, u: np.ndarray, mind: Mind) -> _Tried:
+    """An edit's moves are what it does to the attacked items, and nothing else; its scores are those of its own."""
+    after = np.asarray(edit.moved("test"), dtype=float)[mind.items]
+    written = after - mind.origins
+    own = mind.to_u(written)
+    if u.shape != (len(own), 1, own.shape[1]) or not np.allclose(u[:, 0], own, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"attack {attack.name!r} proposed moves that are not what its edit does to the attacked items; "
+            "make the proposal with oracle.mind.propose(edit)"
+        )
+    place = field.place
+    margin = np.asarray(place.probe.score(after.astype(np.float32)), dtype=float) - place.detection.threshold
+    left = np.linalg.norm(written - mind.to_edit(own), axis=1)
+    inside = bool((left <= _OUTSIDE * np.linalg.norm(written, axis=1)).all())
+    return _Tried(u, margin[:, None], edit, written, inside)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Per problem: broken (failed and, if asked, kept) or not, and shift, length and index of the first such move."""
+
+    broken: np.ndarray
+    shift: np.ndarray
+    length: np.ndarray
+    chosen: np.ndarray
+
+
+def _judge(field: Arena, tried: _Tried) -> _Verdict:
+    moves, fails = tried.u, tried.margin <= 0
     n = len(moves)
     order = np.argsort(~fails, axis=1, kind="stable")[:, : min(_VERIFIED, moves.shape[1])]
     first = np.take_along_axis(moves, order[..., None], axis=1)
     ok = np.take_along_axis(fails, order, axis=1)
     shifts = np.full(ok.shape, math.nan)
-    constrained = field.epsilon is not None
     if field.scene.behaviour is not None:
         # free threats report the shift of one successful move each; kept ones judge every candidate
-        width = ok.shape[1] if constrained else 1
+        width = ok.shape[1] if field.epsilon is not None else 1
         active = np.flatnonzero(ok[:, 0])
-        own = None if proposal.edit is None else proposal.edit.shift
+        own = None if tried.edit is None else tried.edit.shift
         if len(active) and own is not None:
             shifts[active, 0] = own(field.items[active])
         elif len(active):
-            chosen = np.asarray(field.place.prior.move(first[active][:, :width]))
-            part = field if field.place.threat.scope == "universal" else _subset(field, active)
-            shifts[active, :width] = part.shift(chosen)
-    if constrained:
-        allowed = field.epsilon
-        if proposal.edit is not None and proposal.edit.epsilon is not None:
-            allowed = proposal.edit.epsilon
+            shifts[active, :width] = field.shift(active, tried.activations(field, active, first[active][:, :width]))
+    allowed = _allowed(field, tried)
+    if allowed is not None:
         ok = np.asarray(ok & (shifts <= allowed))
     hit = ok.argmax(axis=1)
     broken = np.asarray(ok.any(axis=1))
     rows = np.arange(n)
     length = np.where(broken, np.linalg.norm(first[rows, hit], axis=-1), math.nan)
-    return broken, np.where(broken, shifts[rows, hit], math.nan), length, order[rows, hit]
+    return _Verdict(broken, np.where(broken, shifts[rows, hit], math.nan), length, order[rows, hit])
 
 
-def _subset(field: Arena, chosen: np.ndarray) -> Arena:
-    from dataclasses import replace
-
-    return replace(field, items=field.items[chosen])
+def _allowed(field: Arena, proposal: Proposal | _Tried) -> float | None:
+    """Nats that count as kept, where behaviour is constrained: the threat's, or an edit's own."""
+    if field.epsilon is None or proposal.edit is None or proposal.edit.epsilon is None:
+        return field.epsilon
+    return proposal.edit.epsilon
 
 
 def _control(field: Arena, attack: Attack, oracle: Oracle, proposal: Proposal, seed: int) -> float | None:
@@ -267,9 +244,7 @@ def _control(field: Arena, attack: Attack, oracle: Oracle, proposal: Proposal, s
     if control is None or proposal.spent is None:
         return None
     made = control(oracle, proposal, seed=seed)
-    moves = np.asarray(made.moves, dtype=float)
-    fails = field.failed.value(np.arange(field.n_problems), moves) <= 0
-    return float(_judge(field, made, moves, fails)[0].mean())
+    return float(_judge(field, _tried(attack, field, made, oracle.mind)).broken.mean())
 
 
 def _benign(field: Arena, length: np.ndarray, seed: int) -> float | None:
@@ -283,29 +258,16 @@ def _benign(field: Arena, length: np.ndarray, seed: int) -> float | None:
     u *= length[hit][:, None, None] / np.linalg.norm(u, axis=-1, keepdims=True)
     fails = np.asarray(field.failed.value(hit, u) <= 0)
     if field.epsilon is not None and fails.any():
-        part = field if field.place.threat.scope == "universal" else _subset(field, hit)
-        fails &= part.shift(np.asarray(field.place.prior.move(u))) <= field.epsilon
+        fails &= field.shift(hit, np.asarray(field.place.prior.move(u))) <= field.epsilon
     return float(fails.mean())
 
 
-def _check_edit(attack: Attack, edit: Edit, moves: np.ndarray, mind: Mind) -> None:
-    """An edit's moves are what it does to the attacked items, and nothing else."""
-    own = mind.to_u(np.asarray(edit.moved("test"), dtype=float)[mind.items] - mind.origins)
-    if moves.shape != (len(own), 1, own.shape[1]) or not np.allclose(moves[:, 0], own, rtol=1e-3, atol=1e-3):
-        raise ValueError(
-            f"attack {attack.name!r} proposed moves that are not what its edit does to the attacked items; "
-            "make the proposal with oracle.mind.propose(edit)"
-        )
-
-
-def _edit(field: Arena, proposal: Proposal, chosen: np.ndarray | None) -> Edit | None:
+def _edit(field: Arena, tried: _Tried, verdict: _Verdict) -> Edit | None:
     """What the proposal does to all items of all splits: its edit, or the one move for all that was judged to break."""
-    if proposal.edit is not None or field.place.threat.scope != "universal" or chosen is None:
-        return proposal.edit
-    move = np.asarray(field.place.prior.move(proposal.moves[0, int(chosen[0])]), dtype=np.float32)
-    scene = field.scene
-    every = {"train": scene.train, "calibration": scene.calibration, "test": scene.test}
-    return Edit(lambda split: np.asarray(every[split].mean(axis=1), dtype=np.float32) + move)
+    if tried.edit is not None or field.crowd is None or not verdict.broken.any():
+        return tried.edit
+    move = np.asarray(field.place.prior.move(tried.u[0, int(verdict.chosen[0])]), dtype=np.float32)
+    return Edit(lambda split: field.scene.origins(split) + move)
 
 
 def _auroc(field: Arena, edit: Edit) -> float:
@@ -313,53 +275,32 @@ def _auroc(field: Arena, edit: Edit) -> float:
     return auroc(scores, field.scene.items.labels)
 
 
-def _upper_bound(field: Arena, proposal: Proposal, fails: np.ndarray, seed: int) -> Bits | None:
+def _upper_bound(field: Arena, proposal: Proposal, tried: _Tried, verdict: _Verdict, seed: int) -> Bits | None:
     """Rigorous upper bound on the threat's B from the distribution that the attack drew from.
 
     Per item at a confidence shared by all items (Bonferroni), so that the half-life of the bounds bounds the half-life.
     Where behaviour is judged by forward passes, so is every draw. Not given where the attack is no distribution.
     """
     confidence = 1 - 0.05 / field.n_problems
-    if field.epsilon is not None and not (field.scene.behaviour is not None and field.scene.behaviour.exact):
-        if proposal.centre is None or not np.isfinite(proposal.centre).all():
-            return None
-        upper = verified_bound(field, proposal.centre, confidence, seed=seed)
-    elif proposal.from_prior:
-        state = field.searched
-        kept = fails if state is field.failed else state.value(np.arange(field.n_problems), proposal.moves) <= 0
-        n = kept.shape[1]
-        low = np.array([proportion_interval(int(c), n, 2 * confidence - 1)[0] for c in kept.sum(axis=1)])
+    passes = field.epsilon is not None and not (field.scene.behaviour is not None and field.scene.behaviour.exact)
+    centre = proposal.centre
+    if field.crowd is not None and verdict.broken.any() and centre is not None:
+        # the event is fixed: a centre may be chosen by looking at it, the draws are fresh
+        centre = tried.u[:, int(verdict.chosen[0])]
+    if proposal.from_prior and not passes:
+        joint = tried.margin <= 0
+        if field.joint is not field.failed:
+            joint = field.joint.value(np.arange(field.n_problems), tried.u) <= 0
+        n = joint.shape[1]
+        low = np.array([proportion_interval(int(c), n, 2 * confidence - 1)[0] for c in joint.sum(axis=1)])
         with np.errstate(divide="ignore"):
             upper = -np.log2(low)
-    elif proposal.centre is not None and np.isfinite(proposal.centre).all():
-        bound = EvidenceBound(confidence=confidence)
-        upper = bound(field.searched, seed=seed, centres=proposal.centre[:, None, :]).value
+    elif centre is not None and tried.inside and np.isfinite(centre).all():
+        bound = EvidenceBound(_BOUND_PASSES, _PILOT, confidence) if passes else EvidenceBound(confidence=confidence)
+        upper = bound(field.joint, seed=seed, centres=centre[:, None]).value
     else:
         return None
     value = half_life(upper)
     if not math.isfinite(value):
         return None
     return Bits(value, 0.0, value, Kind.UPPER_BOUND, "monte_carlo" if proposal.from_prior else "evidence_bound")
-
-
-def verified_bound(field: Arena, centres: np.ndarray, confidence: float, *, seed: int) -> np.ndarray:
-    """``(problems,)`` bits: evidence bounds from ``N(centre, I)``, behaviour of every draw judged by a forward pass.
-
-    Args:
-        field: a threat that keeps behaviour.
-        centres: ``(problems, dim)`` in u-space.
-        confidence: of each bound.
-        seed: of the draws; a quarter of them fixes the level, the others count.
-    """
-    rng = np.random.default_rng(np.random.SeedSequence([seed, 0xB0D]))
-    problems = np.arange(field.n_problems)
-    u = centres[:, None] + rng.standard_normal((len(centres), _BOUND_DRAWS, centres.shape[1]))
-    ratio = (np.einsum("pnk,pk->pn", u, centres) - 0.5 * (centres**2).sum(axis=1)[:, None]) / LN2
-    hit = np.asarray(field.failed.value(problems, u) <= 0)
-    active = np.flatnonzero(hit.any(axis=1))
-    if len(active):
-        part = field if field.place.threat.scope == "universal" else _subset(field, active)
-        hit[active] &= part.shift(np.asarray(field.place.prior.move(u[active]))) <= field.epsilon
-    level = np.where(hit, ratio, math.inf)
-    pilot = _BOUND_DRAWS // 4
-    return bound_of(level[:, pilot:], level_of(level[:, :pilot], confidence, _FEWEST), confidence)

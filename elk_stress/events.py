@@ -44,23 +44,29 @@ def linear_weight(probe: FittedProbe) -> np.ndarray | None:
 
 
 def item_event(
-    probe: FittedProbe, prior: EllipticalPrior, origins: np.ndarray, threshold: float, *, closed: bool = True
+    probe: FittedProbe,
+    prior: EllipticalPrior,
+    origins: np.ndarray,
+    threshold: float | np.ndarray,
+    *,
+    closed: bool = True,
 ) -> LimitState:
-    """One problem per row of ``origins (n, d)``: the probe no longer scores it above ``threshold``.
+    """One problem per row of ``origins (n, d)``: the probe no longer scores it above ``threshold``, one or ``(n,)``.
 
     A linear probe carries its closed form unless ``closed`` is false (joint events have none).
     """
     weight = linear_weight(probe)
-    if weight is not None and closed:
-        return _linear_state(prior, weight, np.asarray(probe.score(origins), dtype=float) - threshold)
     margins = np.asarray(probe.score(origins), dtype=float) - threshold
+    if weight is not None and closed:
+        return _linear_state(prior, weight, margins)
     scale = _size(margins)
 
     def function(data: Any, u: Any) -> Any:
         x = data["origin"][:, None, :] + prior.move(u)
-        return (probe.score(x) - threshold) / scale
+        return (probe.score(x) - data["threshold"][:, None]) / scale
 
-    return _searched(function, prior, {"origin": np.asarray(origins, dtype=np.float32)})
+    thresholds = np.broadcast_to(np.asarray(threshold, dtype=np.float32), len(origins))
+    return _searched(function, prior, {"origin": np.asarray(origins, dtype=np.float32), "threshold": thresholds})
 
 
 def kept_event(prior: EllipticalPrior, factors: np.ndarray, epsilon: float) -> LimitState:

@@ -2,7 +2,8 @@ r"""What the thinking model knows of itself, and the edits by which it thinks di
 
 An attack that games a probe is the model's own doing: it knows its activations, which of its items are positive, how
 differently it could think (the prior) and what its output depends on. What it knows of the *probe* is limited by the
-access that the attack declares: scores and gradients at activations of its choice are counted like an oracle's.
+access that the attack declares: scores and gradients at activations of its choice are counted like an oracle's, and
+limited by the same budget, once per training item.
 
 An :class:`Edit` is a rule for every item of every split. The engine applies it, scores it, judges behaviour, and takes
 ``u_i = L^+ (x'_i - x_i)``: whatever the attack was, it is a move under the threat's own prior, so that all attacks
@@ -15,14 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from elk_stress.attack import Access, Proposal, allows
+from elk_stress.attack import Access, Proposal, SpentAs, allows
+from elk_stress.limit_state import BudgetExhausted
 from elk_stress.priors import EllipticalPrior
-from elk_stress.probe import FittedProbe
+from elk_stress.probe import FittedProbe, Probe
+from elk_stress.scene import Scene, fit_probe
+from elk_stress.situation import score_gradients
 from elk_stress.testbed import SplitName, Testbed
+from elk_stress.threat import Threat
 
 __all__ = ["Edit", "Mind"]
 
@@ -32,8 +38,8 @@ class Edit:
     """How the model thinks about any item from now on.
 
     Attributes:
-        moved: split -> ``(n, dim)`` activations of all its items, edited. It may use an item's truth, which the model
-            knows, and nothing of the probe beyond what it has learned.
+        moved: split -> ``(n, dim)`` activations of all its items, edited; made once. It may use an item's truth, which
+            the model knows, and nothing of the probe beyond what it has learned.
         shift: ``(p,)`` test items -> ``(p,)`` nats, where the model really runs otherwise (a prefix, recoded weights);
             ``None``: the edit happens at the site alone, and is judged there.
         uses_truth: whether ``moved`` depends on an item's truth: then the edit writes it into the activations, and no
@@ -46,39 +52,46 @@ class Edit:
     epsilon: float | None = None
     uses_truth: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "moved", cache(self.moved))
+
 
 @dataclass
 class Mind:
     """What an attack with ``needs = ("mind",)`` finds in ``oracle.mind``.
 
     Attributes:
-        testbed: model and items.
-        prior: of the threat.
+        scene: model, items and what they are like.
+        threat, prior: what the attack is up to, and how differently the model could think.
         items: ``(problems,)`` test items that are attacked (in universal scope: all caught positives).
         epsilon: nats within which behaviour must stay, or ``None``.
-        seed: of the testbed's draws.
+        budget: questions per training item.
         queries, gradients: rows that were scored, and differentiated.
     """
 
-    testbed: Testbed
+    scene: Scene
+    threat: Threat
     prior: EllipticalPrior
     items: np.ndarray
     epsilon: float | None
     _probe: FittedProbe
     _threshold: float
     _access: Access
+    budget: int
     queries: int = 0
     gradients: int = 0
-    _origins: dict[SplitName, np.ndarray] = field(default_factory=dict, repr=False)
     _compiled: dict[str, Any] = field(default_factory=dict, repr=False)
 
     # -- of itself ------------------------------------------------------------------------------------------------
 
+    @property
+    def testbed(self) -> Testbed:
+        """Model and items."""
+        return self.scene.testbed
+
     def activations(self, split: SplitName) -> np.ndarray:
         """``(n, dim)`` float32: every item of the split, as the model thinks of it on average."""
-        if split not in self._origins:
-            self._origins[split] = np.asarray(self.testbed.activations(split).mean(axis=1), dtype=np.float32)
-        return self._origins[split]
+        return self.scene.origins(split)
 
     def truth(self, split: SplitName) -> np.ndarray:
         """``(n,)`` in {0, 1}: the latent that the probe is about; 1 = positive."""
@@ -87,9 +100,7 @@ class Mind:
     @property
     def training(self) -> np.ndarray:
         """Training items to learn on: all but the negated halves of contrast pairs."""
-        items = self.testbed.splits["train"]
-        every = np.arange(len(items))
-        return every if items.pairs is None else np.setdiff1d(every, items.pairs[:, 1])
+        return self.scene.plain_train
 
     @property
     def origins(self) -> np.ndarray:
@@ -98,10 +109,17 @@ class Mind:
 
     def sensitivity(self, split: SplitName, items: np.ndarray) -> np.ndarray | None:
         """``(p, rank, k)``: A with ``shift(u) ~ 0.5 ||A u||^2`` near u = 0; ``None`` where there is no output."""
-        if self.testbed.shift_cost == "none":
-            return None
-        factor = np.asarray(self.testbed.shift_factor(split, np.asarray(items)), dtype=float)
-        return np.asarray(factor @ np.asarray(self.prior.factor, dtype=float))
+        factors = self.looks(split, items)
+        return None if factors is None else np.asarray(factors @ np.asarray(self.prior.factor, dtype=float))
+
+    def looks(self, split: SplitName, items: np.ndarray) -> np.ndarray | None:
+        """``(p, rank, dim)``: F with ``shift(edit) ~ 0.5 ||F edit||^2`` for small edits, or ``None``: no output."""
+        behaviour = self.scene.train_behaviour if split == "train" else self.scene.behaviour
+        return None if behaviour is None else behaviour.factors(np.asarray(items)).astype(float)
+
+    def fit(self, probe: str | Probe) -> FittedProbe:
+        """A probe that the model fits on its own training thoughts, as a monitor would; asks the monitor's nothing."""
+        return fit_probe(self.scene, probe)
 
     def to_u(self, edits: np.ndarray) -> np.ndarray:
         """``(..., dim)`` edits of activations -> points in u-space."""
@@ -111,14 +129,14 @@ class Mind:
         """Points in u-space -> ``(..., dim)`` edits of activations."""
         return np.asarray(self.prior.move(np.asarray(u, dtype=float)))
 
-    def propose(self, edit: Edit, *, spent: float | None = None) -> Proposal:
+    def propose(self, edit: Edit, *, spent: float | None = None, spent_as: SpentAs = "selection") -> Proposal:
         """An edit as a proposal: one deterministic move per problem, ``u_i = L^+ (x'_i - x_i)``.
 
-        ``spent``: bits in the attack's own prior, where it has one.
+        ``spent``: bits in the attack's own prior, where it has one; ``spent_as``: of which kind.
         """
         u = self.to_u(edit.moved("test")[self.items] - self.origins)
         bits = None if spent is None else np.full(len(u), float(spent))
-        return Proposal(u[:, None], centre=u, spent=bits, edit=edit)
+        return Proposal(u[:, None], centre=u, spent=bits, spent_as=spent_as, edit=edit)
 
     # -- of the probe, counted ------------------------------------------------------------------------------------
 
@@ -128,21 +146,36 @@ class Mind:
         self._need("score")
         return self._threshold
 
+    @property
+    def left(self) -> int:
+        """Questions that may still be asked: ``budget`` for every training item, less what was asked."""
+        return self.budget * len(self.training) - self.queries - self.gradients
+
     def score(self, activations: np.ndarray) -> np.ndarray:
-        """``(n,)`` scores of ``(n, dim)`` activations: needs ``score`` access; n queries."""
+        """``(n,)`` scores of ``(n, dim)`` activations: needs ``score`` access; n queries.
+
+        Raises:
+            BudgetExhausted: fewer than n questions are left.
+        """
         self._need("score")
+        self._afford(len(activations))
         self.queries += len(activations)
         return np.asarray(self._probe.score(np.asarray(activations, dtype=np.float32)), dtype=float)
 
     def gradient(self, activations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scores ``(n,)`` and their gradients ``(n, dim)``: needs ``gradient`` access; n queries and n gradients."""
         self._need("gradient")
-        from elk_stress.situation import score_gradients
-
+        self._afford(2 * len(activations))
         scores = self.score(activations)
         self.gradients += len(activations)
         slope = score_gradients(self._probe, np.asarray(activations, dtype=np.float32), self._compiled)
         return scores, np.broadcast_to(np.asarray(slope, dtype=float), activations.shape)
+
+    def _afford(self, rows: int) -> None:
+        if rows > self.left:
+            raise BudgetExhausted(
+                f"{rows} questions asked with {self.left} left of {self.budget} per training item; raise the budget"
+            )
 
     def _need(self, access: Access) -> None:
         if not allows(self._access, access):

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from elk_stress.arena import Arena, arena
 from elk_stress.attack import Attack, Oracle, Proposal
-from elk_stress.attacking import Arena, arena, run_attack
+from elk_stress.attacking import run_attack
 from elk_stress.mind import Mind
 from elk_stress.result import AttackResult
 from elk_stress.scene import Scene, prepare_scene
@@ -33,11 +34,7 @@ def checks_for_mind(attack: Attack, well_formed: Any, *, seed: int = 0) -> dict[
         return {}
 
     def propose(field: Arena) -> tuple[Proposal, Oracle, Mind]:
-        place = field.place
-        mind = Mind(
-            field.scene.testbed, place.prior, field.items, field.epsilon, place.probe, place.detection.threshold,
-            attack.access,
-        )  # fmt: skip
+        mind = field.mind(attack.access, _BUDGET)
         oracle = Oracle(field.searched, attack.access, _BUDGET, field.pool, mind)
         return attack.propose(oracle, seed=seed), oracle, mind
 

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from elk_stress.mind import Edit, Mind
 from elk_stress.testbed import SplitName
 from elk_stress.testbeds.contexts import contexts
 from elk_stress.threat import DEFAULT_EPSILON_FACTOR
 
-__all__ = ["evasion_loss", "natural_epsilon", "prefix_edit", "sentences"]
+__all__ = ["evasion_loss", "evasion_slope", "natural_epsilon", "prefix_edit", "sentences"]
 
 # ordinary changes of context, and attacked items, over which the median shift is taken: a forward pass each
 _CONTEXTS = 8
@@ -44,14 +45,26 @@ def sentences(mind: Mind, most: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def evasion_loss(scores: np.ndarray, threshold: float) -> np.ndarray:
-    """``mean softplus(score - threshold)`` over the last axis: its slope in a score is that score's sigmoid over n."""
+    """``mean softplus(score - threshold)`` over the last axis."""
     return np.asarray(np.logaddexp(0.0, np.asarray(scores, dtype=float) - threshold).mean(axis=-1))
 
 
+def evasion_slope(mind: Mind, activations: Any) -> Any:
+    """Gradient of the evasion loss in a tensor of ``activations (n, dim)``, like it; asks the probe n gradients."""
+    import torch
+
+    scores, slopes = mind.gradient(activations.detach().cpu().numpy())
+    weight = expit(scores - mind.threshold) / len(scores)
+    return torch.as_tensor(slopes * weight[:, None]).to(activations)
+
+
 def natural_epsilon(mind: Mind) -> float | None:
-    """Nats per token that an ordinary change of context costs at most; ``None`` where behaviour is free."""
-    if mind.epsilon is None:
-        return None
+    """Nats per token that an ordinary change of context costs at most; ``None`` where behaviour is free.
+
+    An epsilon that the threat states (``Threat(kept=True, epsilon=...)``) holds for prefixes too.
+    """
+    if mind.epsilon is None or mind.threat.epsilon is not None:
+        return mind.epsilon
     model = mind.model("test")
     ordinary = [context for context in contexts("prior", _CONTEXTS + 1) if context != model.host][:_CONTEXTS]
     return DEFAULT_EPSILON_FACTOR * float(np.median(model.shift_texts(ordinary, mind.items[:_ITEMS])))
@@ -71,11 +84,8 @@ def prefix_edit(
         shift: ``(model of a split, items) -> (n,)`` nats per token.
         epsilon: what counts as kept.
     """
-    kept: dict[SplitName, np.ndarray] = {}
 
     def moved(split: SplitName) -> np.ndarray:
-        if split not in kept:
-            kept[split] = read(mind.model(split), np.arange(len(mind.truth(split))))
-        return kept[split]
+        return read(mind.model(split), np.arange(len(mind.truth(split))))
 
     return Edit(moved, shift=lambda items: shift(mind.model("test"), items), epsilon=epsilon)

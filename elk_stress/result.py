@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from elk_stress.attack import SpentAs
 from elk_stress.bits import Bits, BitsBatch
 from elk_stress.flags import Flag
 from elk_stress.threat import Threat
@@ -109,9 +110,11 @@ class AttackResult:
     Attributes:
         success, success_interval: share of caught items broken (item scope), or 1/0 (universal).
         shift: median behaviour shift of the successful moves in nats, or ``None`` if not measured.
+        epsilon: nats that counted as kept, where behaviour was constrained: the threat's, or an edit's own.
         length: median length in u of the successful moves.
-        queries, gradients: median spent per problem.
-        spent: bits of selection spent, where exactly known.
+        queries, gradients: median spent per problem; every candidate that is put to the probe is a query too.
+        spent: bits spent in the attack's own prior, where exactly known.
+        spent_as: their kind: ``selection`` among draws of the prior, or ``kl`` on average; never compared across kinds.
         upper_bound: rigorous upper bound on the threat's B, or ``None``.
         benign_success: share of random moves of the same length that broke the probe too, or ``None``.
         access: what the attack declared.
@@ -136,6 +139,8 @@ class AttackResult:
     benign_success: float | None = None
     access: str = "none"
     judged: Literal["site", "model"] = "site"
+    epsilon: float | None = None
+    spent_as: SpentAs = "selection"
     auroc: float | None = None
     audit: Audit | None = None
     status: str = "ok"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -62,6 +62,7 @@ class Scene:
     epsilon_factor: float = DEFAULT_EPSILON_FACTOR
     _priors: dict[tuple[Any, ...], EllipticalPrior] = field(default_factory=dict, repr=False)
     _controls: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _origins: dict[SplitName, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def items(self) -> Items:
@@ -73,10 +74,10 @@ class Scene:
         """The items of ``train``."""
         return self.testbed.splits["train"] if self.train_items is None else self.train_items
 
-    @cached_property
+    @property
     def test_origins(self) -> np.ndarray:
         """``(n, d)`` float32 means over contexts A."""
-        return np.asarray(self.test.mean(axis=1), dtype=np.float32)
+        return self.origins("test")
 
     @cached_property
     def positives(self) -> np.ndarray:
@@ -95,10 +96,22 @@ class Scene:
         every = np.arange(len(self.train))
         return every if pairs is None else np.setdiff1d(every, pairs[:, 1])
 
+    def origins(self, split: SplitName) -> np.ndarray:
+        """``(n, d)`` float32 means over contexts A of all items of a split, negated halves of pairs included."""
+        if split not in self._origins:
+            thoughts = {"train": self.train, "calibration": self.calibration, "test": self.test}[split]
+            self._origins[split] = np.asarray(thoughts.mean(axis=1), dtype=np.float32)
+        return self._origins[split]
+
     @cached_property
     def behaviour(self) -> Behaviour | None:
-        """True shifts, or ``None`` where the testbed has no output (arrays alone)."""
+        """True shifts of test items, or ``None`` where the testbed has no output (arrays alone)."""
         return None if self.testbed.shift_cost == "none" else Behaviour(self.testbed, self.n_verify, self.seed)
+
+    @cached_property
+    def train_behaviour(self) -> Behaviour | None:
+        """The same of training items."""
+        return None if self.behaviour is None else replace(self.behaviour, split="train", _natural={}, _factors={})
 
     @cached_property
     def epsilon(self) -> float:
@@ -261,6 +274,4 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
 
 
 def _gaussian(threat: Threat) -> Threat:
-    from dataclasses import replace
-
     return replace(threat, tail="gaussian")

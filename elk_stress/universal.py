@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from elk_stress.behaviour import Behaviour
 from elk_stress.bits import Bits, BitsBatch, Kind
+from elk_stress.crowd import Crowd, tested
 from elk_stress.detection import proportion_interval
 from elk_stress.event_bits import event_bits, joint_bits
 from elk_stress.events import (
@@ -28,31 +28,21 @@ from elk_stress.scene import Scene
 from elk_stress.situation import Situation, score_gradients
 from elk_stress.survival import bits_of_margin, grid_of
 
-__all__ = ["half_advantage", "mean_shifts", "stress_universal", "universal_event", "universal_joint_event"]
-
-# test items over which the shift of one move for all is averaged on a real model
-_BEHAVIOUR_ITEMS = 12
+__all__ = ["stress_universal", "universal_event", "universal_joint_event"]
 
 
-def half_advantage(place: Situation) -> float:
-    """tau: halfway between the clean metric and the rock's (recall 0, AUROC 1/2)."""
+def universal_event(crowd: Crowd, place: Situation, levels: np.ndarray) -> LimitState:
+    """One problem per level: the real metric on the crowd is at most that level."""
     if place.threat.metric == "auroc":
-        return 0.5 * (place.detection.auroc + 0.5)
-    return 0.5 * place.detection.recall
-
-
-def universal_event(scene: Scene, place: Situation, levels: np.ndarray) -> LimitState:
-    """One problem per level: the real metric on the test set is at most that level."""
-    if place.threat.metric == "auroc":
-        return universal_auroc_event(place.probe, place.prior, scene.test_origins, scene.items.labels, levels)
-    positives = scene.test_origins[scene.positives]
-    return universal_recall_event(place.probe, place.prior, positives, place.detection.threshold, levels)
+        return universal_auroc_event(place.probe, place.prior, crowd.origins, crowd.labels, levels)
+    return universal_recall_event(place.probe, place.prior, crowd.positives, place.detection.threshold, levels)
 
 
 def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_particles: int, seed: int) -> ThreatResult:
     """B at half advantage with its interval, and the metric at b bits over the whole curve."""
     threat = place.threat
-    tau = half_advantage(place)
+    crowd = tested(scene, place)
+    tau = crowd.tau
     clean = place.detection.recall if threat.metric == "recall" else place.detection.auroc
     floor = 0.0 if threat.metric == "recall" else 0.5
     worthless = clean <= floor
@@ -61,7 +51,7 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
         np.unique(np.concatenate([[tau], np.arange(n) / n])) if threat.metric == "recall" else np.linspace(0.5, 1, 21)
     )
     levels = np.unique(np.concatenate([[tau], levels[levels < clean]]))
-    every = event_bits(universal_event(scene, place, levels), max_bits=max_bits, n_particles=n_particles, seed=seed)
+    every = event_bits(universal_event(crowd, place, levels), max_bits=max_bits, n_particles=n_particles, seed=seed)
     at_tau = int(np.searchsorted(levels, tau))
     bits = every[at_tau]
     epsilon: float | None = None
@@ -71,7 +61,7 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
     if threat.kept and not worthless and not (math.isinf(bits.value) and bits.kind is Kind.EXACT):
         epsilon = threat.epsilon if threat.epsilon is not None else scene.epsilon
         bits, b_kept, note = _kept(
-            scene, place, universal_event(scene, place, np.array([tau])), bits, epsilon, max_bits, seed
+            crowd, place, universal_event(crowd, place, np.array([tau])), bits, epsilon, max_bits, seed
         )
         status = note if note != "ok" else status
         if b_kept.kind is not Kind.CENSORED and bits.value - every[at_tau].value > 1 and b_kept.value < 1:
@@ -119,74 +109,54 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
     )
 
 
-def mean_shifts(scene: Scene, behaviour: Behaviour, moves: np.ndarray) -> np.ndarray:
-    """``(n,)`` shift of each universal move ``(n, d)``, averaged over a fixed, seeded set of test items."""
-    chosen = _behaviour_items(scene)
-    shared = np.broadcast_to(moves[None], (len(chosen), *moves.shape))
-    if behaviour.exact:
-        image = np.einsum("nd,prd->pnr", moves, behaviour.factors(chosen))
-        return np.asarray(0.5 * (image**2).sum(-1).mean(axis=0))
-    return np.asarray(behaviour.shift(chosen, shared).mean(axis=0))
-
-
 def universal_joint_event(
-    scene: Scene, place: Situation, epsilon: float, *, slack: float = 0.0
+    crowd: Crowd, place: Situation, epsilon: float, *, slack: float = 0.0
 ) -> tuple[LimitState, LimitState]:
     """Half advantage lost *and* the mean quadratic shift kept, and the latter alone: one problem each.
 
     The mean of the items' quadratic forms is that of their stacked factors. Recall under a linear probe is decided by
     one positive, whose own event is the universal one; with ``slack`` it must fall that far below the threshold.
     """
-    behaviour = scene.behaviour
-    assert behaviour is not None
-    chosen = _behaviour_items(scene)
-    stacked = behaviour.factors(chosen).reshape(1, -1, scene.testbed.dim) / math.sqrt(len(chosen))
+    assert crowd.behaviour is not None
+    stacked = crowd.behaviour.factors(crowd.watched).reshape(1, -1, crowd.origins.shape[1])
+    stacked = stacked / math.sqrt(len(crowd.watched))
     kept = kept_event(place.prior, stacked, epsilon)
-    tau = half_advantage(place)
-    i = _deciding(place, tau)
-    origin = scene.test_origins[scene.positives[i]][None]
+    i = _deciding(crowd.margin, crowd.tau)
+    origin = crowd.positives[i][None]
     if place.threat.metric == "recall" and place.probe.traits.linear:
         failing = item_event(place.probe, place.prior, origin, place.detection.threshold - slack, closed=False)
     else:
-        failing = universal_event(scene, place, np.array([tau]))
+        failing = universal_event(crowd, place, np.array([crowd.tau]))
     if failing.backend != kept.backend:
         raise ValueError(
             "a common shift of all items never changes the AUROC of a linear probe, with or without behaviour kept; "
             "use the metric 'recall'"
         )
     slope = score_gradients(place.probe, origin)
-    corner = nearest_kept(place.prior, slope, place.margin[i : i + 1], stacked, epsilon)
+    corner = nearest_kept(place.prior, slope, crowd.margin[i : i + 1], stacked, epsilon)
     return replace(both(failing, kept), starts=corner), kept
 
 
-def _behaviour_items(scene: Scene) -> np.ndarray:
-    count = len(scene.items)
-    if count <= _BEHAVIOUR_ITEMS:
-        return np.arange(count)
-    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0x0B5E]))
-    return np.sort(rng.choice(count, _BEHAVIOUR_ITEMS, replace=False))
-
-
 def _kept(
-    scene: Scene, place: Situation, failed: LimitState, bits: Bits, epsilon: float, max_bits: float, seed: int
+    crowd: Crowd, place: Situation, failed: LimitState, bits: Bits, epsilon: float, max_bits: float, seed: int
 ) -> tuple[Bits, Bits, str]:
     """B_joint and B_kept of one move for all.
 
     Where the shift is its quadratic form, from limit states; on a real model ``B_failed - log2 P[kept | failed]``,
     counted on draws given failure with the true mean shift.
     """
-    behaviour = scene.behaviour
+    behaviour = crowd.behaviour
     assert behaviour is not None
     n = behaviour.n_verify
     prior = place.prior
     if behaviour.exact:
-        joint, kept = universal_joint_event(scene, place, epsilon)
+        joint, kept = universal_joint_event(crowd, place, epsilon)
         ends = (np.array([x]) for x in (bits.value, bits.low, bits.high))
         found = BitsBatch.build(next(ends), next(ends), next(ends), bits.kind, bits.method)
         options: dict[str, Any] = {"max_bits": max_bits, "n_particles": 1000, "seed": seed}
         return joint_bits(joint, found, place.probe, prior, **options)[0], event_bits(kept, **options)[0], "ok"
     moves = prior.sample(n, np.random.SeedSequence([seed, 0x0C0F]))
-    b_kept = _count(mean_shifts(scene, behaviour, moves) <= epsilon)
+    b_kept = _count(crowd.mean_shifts(moves) <= epsilon)
     if math.isinf(bits.value):
         return bits, b_kept, "ok"
     if failed.linear is not None:
@@ -195,7 +165,7 @@ def _kept(
         again = event_bits(failed, max_bits=max_bits, n_particles=max(1000, n), seed=seed, keep_failures=n)
         draws = np.asarray(again.diagnostics["failures"])[0]
         draws = draws[np.isfinite(draws).all(axis=1)]
-    share = _count(mean_shifts(scene, behaviour, np.asarray(prior.move(draws))) <= epsilon)
+    share = _count(crowd.mean_shifts(np.asarray(prior.move(draws))) <= epsilon)
     if share.kind is Kind.CENSORED or bits.kind is Kind.CENSORED:
         value = min(bits.low + share.value, max_bits)
         return (
@@ -273,7 +243,7 @@ def _other_tails(place: Situation, tau: float, max_bits: float) -> dict[str, flo
     """B at half advantage under other tails of the same covariance: closed forms of the deciding positive."""
     if place.threat.metric == "auroc":
         return {}
-    i = _deciding(place, tau)
+    i = _deciding(place.margin, tau)
     margin, deviation = place.margin[i], place.deviation[i]
     return {t.name: float(np.clip(bits_of_margin(t, margin, deviation), 0.0, max_bits)) for t in TAILS}
 
@@ -284,15 +254,15 @@ def _at_scale(scene: Scene, place: Situation, tau: float, c: float, max_bits: fl
     return float(np.clip(_deciding_bits(place, tau, c), 0.0, max_bits))
 
 
-def _deciding(place: Situation, tau: float) -> int:
+def _deciding(margin: np.ndarray, tau: float) -> int:
     """The positive whose fall brings recall down to tau."""
-    rank = min(int(np.floor(tau * len(place.margin) + 1e-9)), len(place.margin) - 1)
-    return int(np.argsort(-place.margin, kind="stable")[rank])
+    rank = min(int(np.floor(tau * len(margin) + 1e-9)), len(margin) - 1)
+    return int(np.argsort(-margin, kind="stable")[rank])
 
 
 def _deciding_bits(place: Situation, tau: float, scale: float = 1.0) -> float:
     """Closed-form bits of the positive whose fall brings recall down to tau (linearized if the probe is not linear)."""
-    i = _deciding(place, tau)
+    i = _deciding(place.margin, tau)
     return float(bits_of_margin(place.prior.tail, place.margin[i], place.deviation[i] * scale))
 
 

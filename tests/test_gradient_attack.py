@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from known_answers import KNOWN
 
+from elk_stress.arena import arena
 from elk_stress.attack import Oracle
-from elk_stress.attacking import arena
 from elk_stress.attacks.gradient import Gradient
 from elk_stress.events import linear_weight, nearest_kept, nearest_of_linear
 from elk_stress.limit_state import LimitState, from_function

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from elk_stress import registry
+from elk_stress.arena import Arena, arena
 from elk_stress.attack import Oracle, Proposal
-from elk_stress.attacking import Arena, arena, run_attack
+from elk_stress.attacking import run_attack
 from elk_stress.mind import Edit
 from elk_stress.scene import prepare_scene
 from elk_stress.situation import situation

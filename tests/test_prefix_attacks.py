@@ -14,8 +14,9 @@ import pytest
 import tiny_models as tiny
 from scipy.stats import wilcoxon
 
+from elk_stress.arena import Arena, arena
 from elk_stress.attack import Access, Attack, Oracle, Proposal
-from elk_stress.attacking import Arena, arena, run_attack
+from elk_stress.attacking import run_attack
 from elk_stress.attacks.soft_prompt import SoftPrompt
 from elk_stress.attacks.token_prefix import TokenPrefix
 from elk_stress.mind import Mind
@@ -71,16 +72,7 @@ def field(kept: bool = False) -> Arena:
 
 
 def mind_for(access: Access, kept: bool = False) -> Mind:
-    place = field(kept).place
-    return Mind(
-        scene().testbed,
-        place.prior,
-        field(kept).items,
-        field(kept).epsilon,
-        place.probe,
-        place.detection.threshold,
-        access,
-    )
+    return field(kept).mind(access, 2000)
 
 
 def propose(attack: Attack, kept: bool = False, seed: int = 0) -> tuple[Proposal, Mind, Oracle]:

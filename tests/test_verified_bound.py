@@ -8,7 +8,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from elk_stress.attacking import Arena, arena, verified_bound
+from elk_stress.arena import Arena, arena, judged_event
+from elk_stress.estimators.evidence_bound import EvidenceBound
 from elk_stress.events import nearest_of_linear
 from elk_stress.scene import prepare_scene
 from elk_stress.situation import situation
@@ -33,6 +34,13 @@ def _exact(field: Arena) -> np.ndarray:
     margin = field.place.margin[field.place.caught]
     weight = testbed.known_probes()["paper"].parameters["weight"]
     return np.array([testbed.exact_bits(weight, float(m), field.place.prior, field.epsilon).value for m in margin])
+
+
+def verified_bound(field: Arena, centres: np.ndarray, confidence: float, *, seed: int) -> np.ndarray:
+    """As on a real model: 64 draws, each that fails judged by its own forward pass."""
+    assert field.epsilon is not None
+    event = judged_event(field.scene, field.place, field.failed, field.items, field.crowd, field.epsilon)
+    return EvidenceBound(64, 0.25, confidence)(event, seed=seed, centres=centres[:, None]).value
 
 
 def test_it_lies_above_the_exact_bits_and_not_far() -> None:

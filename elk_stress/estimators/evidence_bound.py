@@ -82,7 +82,9 @@ class EvidenceBound:
         n_pilot = max(1, round(self.pilot * n)) if n >= 2 else 0
         pilot = self._ratios(meter, centres, n_pilot, rng)
         fresh = self._ratios(meter, centres, n - n_pilot if n_pilot else 0, rng)
-        bound = bound_of(fresh, level_of(pilot, self.confidence), self.confidence)
+        # with three times as many fresh draws as pilot draws, half as many failing ones fix a level that is met again
+        fewest = max(3, round(_PILOT_FAILURES * min(1.0, self.pilot / (1 - self.pilot))))
+        bound = bound_of(fresh, level_of(pilot, self.confidence, fewest), self.confidence)
         jensen, success, error = _jensen(fresh)
         flags: tuple[tuple[Flag, ...], ...] = ()
         if n < self.n_particles:

@@ -175,7 +175,8 @@ def attacks(results: Sequence[StressResult]) -> list[str]:
         "An attack only proposes; the engine re-scores and decides. Bits belong to the threat; an attack bounds them "
         "at most. Medians per problem. Benign: the share that random moves of the same length break. AUROC after and "
         "left: the probe's, and the audit's verdict, once an attack has changed how the model thinks about all items. "
-        "Shift with a star: of the whole model as it then runs, not of a move at the site.",
+        "Shift with a star: of the whole model as it then runs, not of a move at the site; after the stroke, what "
+        "counts as kept. Bits spent: of a selection among draws of the attack's own prior, or on average (KL).",
     ]
     head = [
         "threat",
@@ -206,14 +207,23 @@ def _attack_row(threat: ThreatResult, a: AttackResult) -> list[str]:
     share = f"{a.success:.0%} [{a.success_interval[0]:.0%}, {a.success_interval[1]:.0%}]"
     if threat.threat.scope == "universal":
         share = "broke it" if a.success >= 0.5 else "held"
+    star = "*" if a.judged == "model" and a.shift is not None else ""
+    kept = "" if a.epsilon is None else f" / {words.number(a.epsilon, 4)}"
+    kind = " (KL)" if a.spent is not None and a.spent_as == "kl" else ""
     return [
-        *name, share, words.number(a.auroc, 2), "-" if a.audit is None else a.audit.verdict,
-        words.number(a.shift, 4) + ("*" if a.judged == "model" and a.shift is not None else ""),
+        *name,
+        share,
+        words.number(a.auroc, 2),
+        "-" if a.audit is None else a.audit.verdict,
+        f"{words.number(a.shift, 4)}{star}{kept}",
         "-" if a.benign_success is None else f"{a.benign_success:.0%}",
-        words.number(a.length, 2), words.count(a.queries),
-        words.count(a.gradients), words.number(a.spent), words.number(a.upper_bound.value) if a.upper_bound else "-",
+        words.number(a.length, 2),
+        words.count(a.queries),
+        words.count(a.gradients),
+        f"{words.number(a.spent)}{kind}",
+        words.number(a.upper_bound.value) if a.upper_bound else "-",
         " ".join(words.codes(a.flags)),
-    ]  # fmt: skip
+    ]
 
 
 def tails(results: Sequence[StressResult]) -> list[str]:
