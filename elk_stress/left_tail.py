@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import betaln
+from scipy.special import betaln, psi
 
 __all__ = ["LeftTail", "fit_left_tail"]
 
@@ -127,12 +127,19 @@ def _fit(weights: np.ndarray, n_draws: int, start: np.ndarray | None) -> np.ndar
     if mean == 0 or weights[:-1].sum() == 0:
         return np.array(_NEVER if mean == 0 else _ALWAYS)
     first = np.array([mean, 1 - mean]) if start is None else start
+    c = np.arange(n_draws + 1)
+
+    def loss(logs: np.ndarray) -> tuple[float, np.ndarray]:
+        a, b = np.exp(logs)
+        both = psi(a + b) - psi(a + b + n_draws)
+        slope_a = weights @ (psi(a + c) - psi(a) + both)
+        slope_b = weights @ (psi(b + n_draws - c) - psi(b) + both)
+        return -float(_log_likelihood(weights, np.exp(logs)[None])[0]), -np.array([a * slope_a, b * slope_b])
+
+    # with its gradient: where the likelihood is nearly flat, differences would be rounding errors
     found = minimize(
-        lambda logs: -float(_log_likelihood(weights, np.exp(logs)[None])[0]),
-        np.log(first),
-        method="L-BFGS-B",
-        bounds=[(math.log(_LEAST), math.log(_MOST))] * 2,
-    )
+        loss, np.log(first), jac=True, method="L-BFGS-B", bounds=[(math.log(_LEAST), math.log(_MOST))] * 2
+    )  # fmt: skip
     return np.asarray(np.exp(found.x))
 
 
