@@ -21,50 +21,23 @@ counts as ignored, so the fraction is an upper limit there, and ``rank`` says ho
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe, Probe
+from elk_stress.result import IncidentalFraction
 from elk_stress.scene import Scene, fit_probe, prepare_scene
 from elk_stress.situation import score_gradients
 from elk_stress.tails import Gaussian
 from elk_stress.threat import Threat
 
-__all__ = ["IncidentalFraction", "incidental_fraction", "silent_bits", "unseen"]
+__all__ = ["incidental_fraction", "silent_bits", "unseen"]
 
 _RELATIVE_ZERO = 1e-6
 # each costs a real model as many backward passes as its form has rows
 _MOST_ITEMS = 24
-
-
-@dataclass(frozen=True)
-class IncidentalFraction:
-    """Mean over items of ``||P s|| / ||s||``, with a 95% interval of that mean over items.
-
-    Attributes:
-        value: in [0, 1]; NaN for a probe without a gradient (a constant).
-        low, high: Student-t interval over items; equal to the value where items do not differ.
-        items: ``(n,)`` per test positive.
-        rank: of the behaviour form, of ``dim`` directions in which the model can think differently.
-        tolerance: nats per natural standard deviation below which a direction counts as ignored.
-    """
-
-    value: float
-    low: float
-    high: float
-    items: np.ndarray
-    rank: int
-    dim: int
-    tolerance: float
-
-    def __float__(self) -> float:
-        return self.value
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] (behaviour reads {self.rank} of {self.dim})"
 
 
 def incidental_fraction(

@@ -20,7 +20,6 @@ from elk_stress.flags import Flag
 from elk_stress.threat import Threat
 
 if TYPE_CHECKING:
-    from elk_stress.incidental import IncidentalFraction
     from elk_stress.left_tail import LeftTail
 
 __all__ = [
@@ -30,6 +29,7 @@ __all__ = [
     "BestOfNCurves",
     "Curve",
     "Detection",
+    "IncidentalFraction",
     "ItemBits",
     "StressResult",
     "ThreatResult",
@@ -101,6 +101,33 @@ class ItemBits:
     kept: np.ndarray | None
     margin: np.ndarray
     distance: np.ndarray
+
+
+@dataclass(frozen=True)
+class IncidentalFraction:
+    """Mean over items of ``||P s|| / ||s||``, with a 95% interval of that mean over items.
+
+    Attributes:
+        value: in [0, 1]; NaN for a probe without a gradient (a constant).
+        low, high: Student-t interval over items; equal to the value where items do not differ.
+        items: ``(n,)`` per test positive.
+        rank: of the behaviour form, of ``dim`` directions in which the model can think differently.
+        tolerance: nats per natural standard deviation below which a direction counts as ignored.
+    """
+
+    value: float
+    low: float
+    high: float
+    items: np.ndarray
+    rank: int
+    dim: int
+    tolerance: float
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] (behaviour reads {self.rank} of {self.dim})"
 
 
 @dataclass(frozen=True)
