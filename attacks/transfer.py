@@ -24,7 +24,7 @@ Shapes: ``moves (problems, factors x surrogates, k)``, shorter factors first and
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -35,7 +35,6 @@ from elk_stress.estimators.design_point import DesignPoint
 from elk_stress.events import (
     item_event,
     kept_event,
-    linear_weight,
     nearest_kept,
     nearest_of_linear,
     universal_recall_event,
@@ -43,6 +42,7 @@ from elk_stress.events import (
 from elk_stress.limit_state import LimitState, both
 from elk_stress.mind import Mind
 from elk_stress.probe import FittedProbe, Probe
+from elk_stress.situation import score_gradients
 
 __all__ = ["Transfer"]
 
@@ -104,12 +104,14 @@ class Transfer:
         looks = None if mind.epsilon is None else mind.looks("test", mind.items)
         if looks is None or mind.epsilon is None:
             return self._nearest(item_event(surrogate, mind.prior, mind.origins, scores - margin), seed)
-        weight = linear_weight(surrogate)
-        if weight is not None:
+        slopes = score_gradients(surrogate, mind.origins)
+        corner = nearest_kept(mind.prior, slopes, margin, looks, mind.epsilon)
+        if surrogate.traits.linear:
             # where nothing fails and keeps, it makes no move
-            return np.asarray(np.nan_to_num(nearest_kept(mind.prior, weight, margin, looks, mind.epsilon)[:, 0]))
+            return np.asarray(np.nan_to_num(corner[:, 0]))
         failed = item_event(surrogate, mind.prior, mind.origins, scores - margin)
-        return self._nearest(both(failed, kept_event(mind.prior, looks, mind.epsilon)), seed)
+        kept = kept_event(mind.prior, looks, mind.epsilon)
+        return self._nearest(replace(both(failed, kept), starts=corner), seed)
 
     def _nearest(self, state: LimitState, seed: int) -> np.ndarray:
         """``(problems, k)``: the design points, in closed form where there is one."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elk_stress.attack import Access
-from elk_stress.crowd import Crowd, tested, trained_on
+from elk_stress.crowd import Crowd, judged_on, searched_on
 from elk_stress.events import item_event, kept_event
 from elk_stress.limit_state import LimitState, both
 from elk_stress.mind import Mind
@@ -82,9 +82,9 @@ def arena(scene: Scene, place: Situation, epsilon: float | None) -> Arena:
     exact = scene.behaviour is None or scene.behaviour.exact
     aimed = 0.0 if epsilon is None else (_HAIR if exact else _SLACK) * epsilon
     slack = (1 - _HAIR) * float(np.median(place.margin[place.caught])) if len(items) else 0.0
-    crowd = tested(scene, place) if threat.scope == "universal" else None
+    crowd = judged_on(scene, place) if threat.scope == "universal" else None
     if crowd is not None:
-        train = trained_on(scene, place)
+        train = searched_on(scene, place)
         failed = universal_event(crowd, place, np.array([crowd.tau]))
         searched = universal_event(train, place, np.array([train.tau]))
         joint = failed

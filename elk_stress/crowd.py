@@ -13,7 +13,7 @@ from elk_stress.detection import auroc
 from elk_stress.scene import Scene
 from elk_stress.situation import Situation
 
-__all__ = ["Crowd", "tested", "trained_on"]
+__all__ = ["Crowd", "judged_on", "searched_on"]
 
 # items over which the shift of one move for all is averaged on a real model
 _BEHAVIOUR_ITEMS = 12
@@ -69,12 +69,12 @@ class Crowd:
         return np.asarray(self.behaviour.shift(self.watched, shared).mean(axis=0))
 
 
-def tested(scene: Scene, place: Situation) -> Crowd:
+def judged_on(scene: Scene, place: Situation) -> Crowd:
     """The test set: what one move for all is judged on."""
     return _crowd(scene, place, np.arange(len(scene.items)), scene.test_origins, scene.items.labels, scene.behaviour)
 
 
-def trained_on(scene: Scene, place: Situation) -> Crowd:
+def searched_on(scene: Scene, place: Situation) -> Crowd:
     """Training items (a seeded sample of 400, where there are more): what one move for all is searched on.
 
     A share of a half among n training and m test positives differs by ``sqrt(1/n + 1/m) / 2`` (standard error), so a

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from elk_stress.bits import Bits, BitsBatch, Kind
-from elk_stress.crowd import Crowd, tested
+from elk_stress.crowd import Crowd, judged_on
 from elk_stress.detection import proportion_interval
 from elk_stress.event_bits import event_bits, joint_bits
 from elk_stress.events import (
@@ -41,7 +41,7 @@ def universal_event(crowd: Crowd, place: Situation, levels: np.ndarray) -> Limit
 def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_particles: int, seed: int) -> ThreatResult:
     """B at half advantage with its interval, and the metric at b bits over the whole curve."""
     threat = place.threat
-    crowd = tested(scene, place)
+    crowd = judged_on(scene, place)
     tau = crowd.tau
     clean = place.detection.recall if threat.metric == "recall" else place.detection.auroc
     floor = 0.0 if threat.metric == "recall" else 0.5
