@@ -1,17 +1,10 @@
 r"""The ledger of bits: a probe that is not robust is still useful, as long as nobody spends too many bits against it.
 
 Whoever picks the run that a probe likes best, or trains until it is content, optimizes against it. A ledger beside the
-probe counts what was spent, refuses what is too much, and outlives the process. With ``B_i`` the bits of caught item i
-under one threat (the lower ends of their intervals), ``t`` the tolerated loss of catches and ``mean_i`` over items:
-
-==============  ================================  =================================================
-account         spent                             what remains: the largest budget with
-==============  ================================  =================================================
-``selection``   k bits, log2(N/kept) a time       ``mean_i min(1, 2^(k-B_i)) <= t``
-``kl``          k bits, E_q log2 dq/dprior        ``mean_i min(1, (k+1)/B_i) <= t``; far weaker
-``mean_shift``  r, standard deviations in u       ``mean_i Phi(r - beta_i) <= t``, beta = -Phi^-1(2^-B)
-``queries``     designed moves that were scored   no guarantee: one answer can be worth any number of bits
-==============  ================================  =================================================
+probe counts what was spent, refuses what is too much, and outlives the process. Each account (``selection``, ``kl``,
+``mean_shift``, ``queries``) has its own unit, guarantee and budget: :mod:`elk_stress.budget` has the formulas. They
+start from the bits of the caught items under one threat, of each the lower end of its interval, and the least over the
+tails that were measured (:mod:`elk_stress.ledger_terms`); the prior and its scale are taken as fitted.
 
 Accounts are never summed across kinds. Each guarantee is about moves that came *from the prior* and were changed in
 that one way: a lineage with charges of two kinds has none of them, which the ledger says. What a guarantee bounds is
@@ -34,10 +27,9 @@ for the guarantees.
 
 from __future__ import annotations
 
-import enum
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,12 +37,13 @@ from typing import Any, Literal
 import numpy as np
 
 from elk_stress import ledger_store
+from elk_stress.budget import Account as Account
 from elk_stress.ledger_store import Charge as Charge
 from elk_stress.ledger_store import LedgerDamaged as LedgerDamaged
 from elk_stress.ledger_store import LedgerError as LedgerError
-from elk_stress.ledger_store import Terms as Terms
-from elk_stress.ledger_store import checked, disagreement
-from elk_stress.ledger_store import fingerprint as fingerprint
+from elk_stress.ledger_terms import Terms as Terms
+from elk_stress.ledger_terms import disagreement
+from elk_stress.ledger_terms import fingerprint as fingerprint
 
 __all__ = [
     "Account",
@@ -63,40 +56,10 @@ __all__ = [
     "LedgerError",
     "Terms",
     "fingerprint",
-    "lost_to_kl",
-    "lost_to_mean_shift",
-    "lost_to_selection",
-    "remaining_kl",
-    "remaining_mean_shift",
-    "remaining_selection",
 ]
 
 _SLACK = 1e-9
 """Bits by which rounding may overdraw an account: a budget of exactly 7 bits pays for 1 of 128."""
-
-
-class Account(enum.StrEnum):
-    """What was spent; each kind has its own unit, guarantee and budget."""
-
-    SELECTION = "selection"
-    KL = "kl"
-    MEAN_SHIFT = "mean_shift"
-    QUERIES = "queries"
-
-    @property
-    def unit(self) -> str:
-        """Of amounts."""
-        return {"mean_shift": "standard deviations", "queries": "queries"}.get(self.value, "bits")
-
-    @property
-    def guarantee(self) -> str:
-        """What the charges promise about the chance a that an item is lost."""
-        return {
-            "selection": "a <= 2^-(B-k)",
-            "kl": "a <= (k+1)/B",
-            "mean_shift": "a <= Phi(r - beta)",
-            "queries": "none: an answer to a designed move can be worth any number of bits",
-        }[self.value]
 
 
 class BudgetWarning(UserWarning):
@@ -126,6 +89,8 @@ class Balance:
         n_charges, spent: rows and their sum, in ``account.unit``.
         budget, remaining: ``None`` for queries; negative where the guarantee promises too little from the start.
         lost: bound on the expected share of catches lost; ``None`` where nothing is promised.
+        worst_tail, remaining_worst: which of the tails in the result would leave the least, and how much; ``None`` if
+            fewer than two are known. For the reader: nothing is refused by it.
         mixed: this lineage has charges of another kind, so that no guarantee holds.
     """
 
@@ -137,6 +102,8 @@ class Balance:
     remaining: float | None
     lost: float | None
     mixed: bool
+    worst_tail: str | None = None
+    remaining_worst: float | None = None
 
 
 class Ledger:
@@ -283,13 +250,7 @@ class Ledger:
         """What may be spent on a lineage in all; ``None`` for queries, which carry no guarantee; may be negative."""
         kind = _account(account)
         if kind not in self._budgets:
-            remaining = {
-                Account.SELECTION: remaining_selection,
-                Account.KL: remaining_kl,
-                Account.MEAN_SHIFT: remaining_mean_shift,
-            }.get(kind)
-            bits = np.asarray(self.terms.bits_low)
-            self._budgets[kind] = None if remaining is None else float(remaining(bits, self.terms.tolerated))
+            self._budgets[kind] = kind.remaining(np.asarray(self.terms.bits_low), self.terms.tolerated)
         return self._budgets[kind]
 
     def spent(self, account: Account | str, lineage: str = "main") -> float:
@@ -420,15 +381,14 @@ class Ledger:
 
     def _balance(self, account: Account, lineage: str, count: int, spent: float, mixed: bool, speaks: bool) -> Balance:
         budget = self.budget(account)
-        bound: dict[Account, Callable[..., Any]] = {
-            Account.SELECTION: lost_to_selection,
-            Account.KL: lost_to_kl,
-            Account.MEAN_SHIFT: lost_to_mean_shift,
-        }
-        lost = None
-        if account in bound and speaks and not mixed:
-            lost = float(bound[account](np.asarray(self.terms.bits_low), spent))
-        return Balance(account, lineage, count, spent, budget, None if budget is None else budget - spent, lost, mixed)
+        lost = account.lost(np.asarray(self.terms.bits_low), spent) if speaks and not mixed else None
+        if budget is None:
+            return Balance(account, lineage, count, spent, None, None, lost, mixed)
+        tails = {row.name: row.budget(account) for row in self.terms.elsewhere if row.of == "tail"}
+        known = {name: other - spent for name, other in tails.items() if other is not None}
+        worst = min(known, key=known.__getitem__) if len(known) > 1 else None
+        least = None if worst is None else known[worst]
+        return Balance(account, lineage, count, spent, budget, budget - spent, lost, mixed, worst, least)
 
     def _scores(self, candidates: Any, score: Any) -> np.ndarray:
         if callable(getattr(score, "score", None)):
@@ -452,110 +412,6 @@ class Ledger:
                 "cannot be scored cannot be chosen"
             )
         return scores
-
-
-def lost_to_selection(bits_low: np.ndarray, spent: Any) -> Any:
-    """``mean_i min(1, 2^(k-B_i))``: items on the last axis of ``(*batch, n_items)``, ``spent`` ``(*batch,)`` bits."""
-    bits = np.asarray(bits_low, dtype=float)
-    return np.exp2(np.minimum(np.asarray(spent, dtype=float)[..., None] - bits, 0.0)).mean(axis=-1)
-
-
-def lost_to_kl(bits_low: np.ndarray, spent: Any) -> Any:
-    """``mean_i min(1, (k+1)/B_i)``; shapes as in :func:`lost_to_selection`."""
-    bits = np.asarray(bits_low, dtype=float)
-    ahead = np.asarray(spent, dtype=float)[..., None] + 1.0
-    # where ahead >= bits the share is 1, without dividing by bits, which may be 0
-    return np.where(ahead >= bits, 1.0, ahead / np.where(ahead >= bits, 1.0, bits)).mean(axis=-1)
-
-
-def lost_to_mean_shift(bits_low: np.ndarray, spent: Any) -> Any:
-    """``mean_i Phi(r - beta_i)``; shapes as in :func:`lost_to_selection`, ``spent`` r in standard deviations."""
-    from scipy.special import ndtr
-
-    return ndtr(np.asarray(spent, dtype=float)[..., None] - _beta(np.asarray(bits_low, dtype=float))).mean(axis=-1)
-
-
-def remaining_selection(bits_low: np.ndarray, tolerated: Any) -> Any:
-    r"""Largest k in bits with ``mean_i min(1, 2^(k-B_i)) <= tolerated``.
-
-    For j saturated items (those of the j smallest B_i) the mean is ``j/n + 2^k S_j/n``, ``S_j = sum_{i>j} 2^-B_i``; the
-    true mean is the smallest of these over j. Hence ``k = max_j log2((tolerated - j/n) / (S_j/n))``: exact, no search.
-    All ``B_i = B``: ``k = B + log2 tolerated``.
-
-    Args:
-        bits_low: ``(*batch, n_items)`` bits from 0 on; ``inf`` for items that no move breaks.
-        tolerated: share in (0, 1), ``(*batch,)``.
-
-    Returns:
-        ``(*batch,)``; ``inf`` where losing every breakable item would be tolerated, negative where more is lost though
-        nobody optimizes.
-
-    Raises:
-        ValueError: no items, NaN or negative bits, or a tolerance outside (0, 1).
-    """
-    bits, share = checked(bits_low, tolerated)
-    slack = share[..., None] - np.arange(bits.shape[-1] + 1) / bits.shape[-1]
-    tail = np.logaddexp2.accumulate(-np.sort(bits, axis=-1)[..., ::-1], axis=-1)[..., ::-1]
-    tail = np.concatenate([tail, np.full((*tail.shape[:-1], 1), -np.inf)], axis=-1) - math.log2(bits.shape[-1])
-    tail, slack = np.broadcast_arrays(tail, slack)
-    room = np.log2(slack, out=np.full(slack.shape, -np.inf), where=slack > 0)
-    # nothing left to lose: no k is too large
-    room = np.where((slack >= 0) & np.isneginf(tail), np.inf, room - np.where(np.isneginf(tail), 0.0, tail))
-    return room.max(axis=-1)[()]
-
-
-def remaining_kl(bits_low: np.ndarray, tolerated: Any) -> Any:
-    """Largest k in bits with ``mean_i min(1, (k+1)/B_i) <= tolerated``; otherwise as :func:`remaining_selection`.
-
-    ``-inf`` where items of 0 bits alone are more than is tolerated. Any other negative number means that the guarantee
-    promises nothing at this tolerance (it needs B above ``1/tolerated``), not that anything is lost.
-    """
-    bits, share = checked(bits_low, tolerated)
-    n = bits.shape[-1]
-    slack = share[..., None] - np.arange(n + 1) / n
-    ordered = np.sort(bits, axis=-1)[..., ::-1]
-    # bits so few that their inverses would overflow count as 0: lost already
-    inverse = np.divide(1.0, ordered, out=np.full(ordered.shape, np.inf), where=ordered > 1e-300)
-    tail = np.cumsum(inverse, axis=-1)[..., ::-1] / n
-    tail = np.concatenate([tail, np.zeros((*tail.shape[:-1], 1))], axis=-1)
-    tail, slack = np.broadcast_arrays(tail, slack)
-    possible = (slack >= 0) & np.isfinite(tail)
-    ahead = np.divide(slack, tail, out=np.full(slack.shape, -np.inf), where=possible & (tail > 0))
-    return (np.where(possible & (tail == 0), np.inf, ahead).max(axis=-1) - 1.0)[()]
-
-
-def remaining_mean_shift(bits_low: np.ndarray, tolerated: Any) -> Any:
-    """Largest r with ``mean_i Phi(r - beta_i) <= tolerated``; as :func:`remaining_selection`, by bisection.
-
-    All ``B_i = B``: ``r = beta + Phi^-1(tolerated)``. ``-inf`` where items of 0 bits alone are more than is tolerated.
-    """
-    from scipy.special import ndtr, ndtri
-
-    bits, share = checked(bits_low, tolerated)
-    beta = _beta(bits)
-    shape = np.broadcast_shapes(beta.shape[:-1], share.shape)
-    beta = np.broadcast_to(beta, (*shape, bits.shape[-1]))
-    # the breakable items must pay for themselves with what the already lost ones leave of the tolerance
-    finite, lost = np.isfinite(beta), np.isneginf(beta).mean(axis=-1)
-    movable = finite.mean(axis=-1)
-    target = np.divide(share - lost, movable, out=np.full(shape, np.nan), where=movable > 0)
-    inside = (target > 0) & (target < 1)
-    edge = ndtri(np.where(inside, target, 0.5))
-    low = np.where(inside, np.where(finite, beta, np.inf).min(axis=-1) + edge, 0.0)
-    high = np.where(inside, np.where(finite, beta, -np.inf).max(axis=-1) + edge, 0.0)
-    # to the last bit of a double
-    for _ in range(70):
-        middle = 0.5 * (low + high)
-        fits = ndtr(middle[..., None] - beta).mean(axis=-1) <= share
-        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-    return np.where(inside, low, np.where(share >= lost + movable, np.inf, -np.inf))[()]
-
-
-def _beta(bits: np.ndarray) -> np.ndarray:
-    from scipy.special import ndtri_exp
-
-    # 0 bits: lost already (-inf); inf bits: never (inf)
-    return np.asarray(-ndtri_exp(-bits * math.log(2.0)))
 
 
 def _account(account: Account | str) -> Account:

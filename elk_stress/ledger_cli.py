@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elk_stress.ledger import Balance, Ledger
+    from elk_stress.ledger import Balance, Ledger, Terms
 
 __all__ = ["add_ledger", "run_ledger"]
 
@@ -113,12 +113,24 @@ def _show(options: argparse.Namespace) -> int:
         f"at most {100 * terms.tolerated:.3g}% of the catches may be lost"
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=Text(title), title_justify="left")
-    for heading in ("lineage", "account", "charges", "spent", "budget", "remains", "lost, at most", "guarantee"):
+    for heading in (
+        "lineage",
+        "account",
+        "charges",
+        "spent",
+        "budget",
+        "remains",
+        "worst tail",
+        "lost, at most",
+        "guarantee",
+    ):
         right = heading not in ("lineage", "account", "guarantee")
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for row in balances:
         table.add_row(*(Text(cell) for cell in _cells(row)))
     console.print(table)
+    for line in _conditions(terms):
+        console.print(Text(line))
     console.print(
         "Accounts are never summed: each guarantee is about moves from the prior that were changed in one way."
     )
@@ -194,6 +206,21 @@ def _opened(options: argparse.Namespace, *, readonly: bool = False) -> Ledger:
     return Ledger(options.file, terms, timeout=options.timeout)
 
 
+def _conditions(terms: Terms) -> list[str]:
+    """Under which prior, tail and scale the budgets hold, and what they would be elsewhere."""
+    prior = terms.threat.split("/")[1] if "/" in terms.threat else terms.threat
+    if not terms.least_of:
+        lines = [f"The budgets hold for the prior, tail and scale of {terms.threat}, as its bits were given."]
+    else:
+        tails = ", ".join(terms.least_of)
+        lines = [f"The budgets hold for the {prior} prior at its fitted scale, under each measured tail: {tails}."]
+    for of, what in (("tail", "under one tail alone"), ("scale", "at multiples of the scale, Gaussian tails")):
+        rows = [f"{row.name} {_number(row.selection)}" for row in terms.elsewhere if row.of == of]
+        if rows:
+            lines.append(f"Selection budget {what}: {', '.join(rows)} bits.")
+    return lines
+
+
 def _cells(row: Balance) -> list[str]:
     if row.mixed:
         guarantee, lost = "none: charges of several kinds", "-"
@@ -202,7 +229,8 @@ def _cells(row: Balance) -> list[str]:
     unit = {"selection": " bits", "kl": " bits", "mean_shift": " sd"}.get(row.account, "")
     spent = _number(row.spent) + unit
     budget, remaining = ("-" if x is None else _number(x) for x in (row.budget, row.remaining))
-    return [row.lineage, row.account.value, str(row.n_charges), spent, budget, remaining, lost, guarantee]
+    worst = "-" if row.remaining_worst is None else f"{_number(row.remaining_worst)} {row.worst_tail}"
+    return [row.lineage, row.account.value, str(row.n_charges), spent, budget, remaining, worst, lost, guarantee]
 
 
 def _number(value: float) -> str:

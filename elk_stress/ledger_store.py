@@ -1,4 +1,4 @@
-"""The file of a ledger of bits: its terms and every charge, in an SQLite database (WAL) that only grows.
+"""The file of a ledger of bits: its terms (a text) and every charge, in an SQLite database (WAL) that only grows.
 
 Nothing acknowledged is lost: a charge is acknowledged when its transaction is committed with ``synchronous=FULL``, so a
 process killed at any moment leaves all its acknowledged charges and never half of one. Writers take the write lock
@@ -20,38 +20,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import sqlite3
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 __all__ = [
     "Charge",
     "LedgerDamaged",
     "LedgerError",
     "Store",
-    "Terms",
     "append",
     "canonical",
-    "checked",
-    "disagreement",
-    "fingerprint",
+    "digest",
     "lineages",
     "spent",
 ]
 
 SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x454C4B4C  # "ELKL": tells a ledger from any other database
-_USABLE = ("exact", "estimate", "censored", "lower_bound")
 _CHECKPOINT_EVERY = 256  # charges; keeps the WAL near 4 MB
 
 
@@ -119,91 +111,9 @@ def canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What a ledger was opened for; fixed for its life.
-
-    Attributes:
-        probe: its name, for the reader.
-        fingerprint: tells this probe from any other; see :func:`fingerprint`.
-        threat: what the bits are relative to.
-        bits_low: ``(n_items,)`` lower ends of ``B_i`` over the caught items, ascending; ``inf`` where no move fails.
-        tolerated: share of the catches that may be lost, in (0, 1).
-        warn_at: share of a budget from which on charges warn.
-    """
-
-    probe: str
-    fingerprint: str
-    threat: str
-    bits_low: tuple[float, ...]
-    tolerated: float = 0.1
-    warn_at: float = 0.8
-
-    def __post_init__(self) -> None:
-        bits = np.sort(checked(self.bits_low, self.tolerated)[0])
-        if bits.ndim != 1:
-            raise ValueError(f"bits_low is one number per caught item, shape (n_items,), got shape {bits.shape}")
-        if not 0 < self.warn_at <= 1:
-            raise ValueError(f"warn_at is a share of the budget, above 0 and at most 1, got {self.warn_at}")
-        object.__setattr__(self, "bits_low", tuple(bits.tolist()))
-        object.__setattr__(self, "tolerated", float(self.tolerated))
-        object.__setattr__(self, "warn_at", float(self.warn_at))
-
-    @classmethod
-    def of_result(
-        cls,
-        result: Any,
-        threat: str,
-        *,
-        probe: Any = None,
-        tolerated: float = 0.1,
-        warn_at: float = 0.8,
-    ) -> Terms:
-        """From what a stress test found.
-
-        Args:
-            result: a ``StressResult``, a ``RunResult``, their JSON, or the path of a ``result.json``.
-            threat: name of a per-item threat, e.g. ``item/natural/gaussian``.
-            probe: which probe, where the result holds several: its name, or the fitted probe itself, whose parameters
-                are then part of the fingerprint. Otherwise the fingerprint is that of the measurement.
-            tolerated, warn_at: see :class:`Terms`.
-
-        Raises:
-            ValueError: no such probe or threat; a threat without per-item bits; a probe that catches nothing; numbers
-                that are no lower ends (distances, upper bounds).
-        """
-        name = probe if probe is None or isinstance(probe, str) else str(probe.name)
-        record = _one_result(result, name)
-        items = _items(record, threat)
-        where = f"{record['probe']} on {record['testbed']} at {record['site']}"
-        poor = sorted({str(row["kind"]) for row in items} - set(_USABLE))
-        if poor:
-            raise ValueError(
-                f"some items of {where} under {threat} have bits of kind {', '.join(poor)}, which have no lower end; "
-                "measure them with method='auto'"
-            )
-        if not items:
-            raise ValueError(f"{where} catches nothing under {threat}: there are no catches to guard")
-        low = tuple(max(0.0, float(row["low"])) for row in items)
-        measured = [record[key] for key in ("probe", "testbed", "site", "seed")]
-        measured.append(record["threats"][threat]["detection"]["threshold"])
-        mark = f"result:{_digest(canonical(measured))}"
-        return cls(
-            where, mark if probe is None or probe is name else fingerprint(probe), threat, low, tolerated, warn_at
-        )
-
-    def to_record(self) -> str:
-        """Canonical JSON; two terms agree exactly if their records do."""
-        record = {f.name: getattr(self, f.name) for f in fields(self)}
-        return canonical(
-            record | {"bits_low": ["inf" if math.isinf(b) else b for b in self.bits_low]},
-        )
-
-    @classmethod
-    def of_record(cls, record: str) -> Terms:
-        """Read back."""
-        read = json.loads(record)
-        return cls(**{**read, "bits_low": tuple(float(b) for b in read["bits_low"])})
+def digest(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Store:
@@ -292,7 +202,7 @@ class Store:
                 )
             record, head = connection.execute("SELECT record, hash FROM terms").fetchone() or ("", "")
             charges = _charges(connection)
-        if head != _digest(record):
+        if head != digest(record):
             raise LedgerDamaged(f"the terms of the ledger {self.path} were altered; restore a copy")
         sums: dict[tuple[str, str], float] = {}
         for expected, charge in enumerate(charges, 1):
@@ -413,75 +323,6 @@ def append(
     return charge
 
 
-def fingerprint(probe: Any) -> str:
-    """``probe:`` and a hash of a fitted probe's name, recipe, site and parameters, bit for bit."""
-    digest = hashlib.sha256(f"{probe.name}\0{probe.probe!r}\0{probe.site}".encode())
-    for name in sorted(probe.parameters):
-        value = np.ascontiguousarray(probe.parameters[name])
-        digest.update(f"\0{name}\0{value.dtype.str}\0{value.shape}\0".encode())
-        digest.update(value.tobytes())
-    return f"probe:{digest.hexdigest()}"
-
-
-def checked(bits_low: Any, tolerated: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Bits and tolerance as arrays of floats; refuses what no budget can be worked out from."""
-    bits, share = np.asarray(bits_low, dtype=float), np.asarray(tolerated, dtype=float)
-    if bits.ndim < 1 or bits.shape[-1] == 0:
-        raise ValueError("no items: a probe that catches nothing has no catches to guard")
-    bad = int((~(bits >= 0)).sum())
-    if bad:
-        raise ValueError(
-            f"bits are numbers from 0 on (inf: no move breaks it), and {bad} of {bits.size} are not; leave out the "
-            "items that the probe does not catch"
-        )
-    if not ((share > 0) & (share < 1)).all():
-        raise ValueError(f"the tolerated loss is a share of the catches between 0 and 1, got {tolerated}")
-    return bits, share
-
-
-def disagreement(path: Path, kept: Terms, given: Terms) -> str:
-    """Why a ledger kept for some terms cannot be used for others."""
-    told = []
-    for field in fields(Terms):
-        old, new = getattr(kept, field.name), getattr(given, field.name)
-        if old != new and field.name == "bits_low":
-            was, now = (f"{len(bits)} items with median {np.median(bits):.6g}" for bits in (old, new))
-            told.append(f"the bits of {was}, not of {now}")
-        elif old != new:
-            told.append(f"{field.name} {old!r}, not {new!r}")
-    return (
-        f"the ledger {path} was opened for {'; '.join(told)}. What was spent there stays spent: open it with its own "
-        "terms, or give a new measurement a new file and charge to it what was spent before"
-    )
-
-
-def _one_result(result: Any, probe: str | None) -> Mapping[str, Any]:
-    if isinstance(result, (str, Path)):
-        try:
-            result = json.loads(Path(result).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{result} is no JSON ({error}); expected a result.json of elk-stress run") from None
-    record = result.to_json() if hasattr(result, "to_json") else result
-    if not isinstance(record, Mapping) or not ("results" in record or "threats" in record):
-        raise ValueError("expected a result of elk-stress run: one probe with its threats, or several under 'results'")
-    rows = record.get("results", [record])
-    names = [str(row.get("probe")) for row in rows]
-    matches = [row for row in rows if probe is None or row.get("probe") == probe]
-    if len(matches) != 1:
-        what = "which probe?" if probe is None else f"{len(matches)} results of a probe {probe!r}"
-        raise ValueError(f"{what} the result holds: {', '.join(names) or 'none'}; name one that is there once")
-    found: Mapping[str, Any] = matches[0]
-    return found
-
-
-def _items(record: Mapping[str, Any], threat: str) -> list[Mapping[str, Any]]:
-    known = [name for name, row in record["threats"].items() if row.get("items") is not None]
-    if threat not in known:
-        why = "has no bits per item" if threat in record["threats"] else "was not measured"
-        raise ValueError(f"threat {threat!r} {why}; threats with bits per item: {', '.join(known) or 'none'}")
-    return list(record["threats"][threat]["items"]["bits"])
-
-
 def _build(path: Path, record: str) -> None:
     connection = sqlite3.connect(path, isolation_level=None)
     try:
@@ -493,7 +334,7 @@ def _build(path: Path, record: str) -> None:
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         for statement in _SCHEMA:
             connection.execute(statement)
-        connection.execute("INSERT INTO terms VALUES (1, ?, ?)", (record, _digest(record)))
+        connection.execute("INSERT INTO terms VALUES (1, ?, ?)", (record, digest(record)))
     finally:
         connection.close()
 
@@ -505,14 +346,10 @@ def _charges(connection: sqlite3.Connection) -> list[Charge]:
 def _link(head: str, charge: Charge) -> str:
     content = [getattr(charge, f.name) for f in fields(Charge) if f.name not in ("previous", "hash")]
     try:
-        return _digest(head + canonical(content))
+        return digest(head + canonical(content))
     except (TypeError, ValueError):
         # a row written by somebody else may hold what JSON does not, an infinite amount or bytes: it matches no hash
         return ""
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _schema(connection: sqlite3.Connection) -> set[tuple[str, str]]:

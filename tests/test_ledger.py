@@ -25,11 +25,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import ndtri
-from scipy.stats import norm
+from scipy.stats import norm, t
 
 from elk_stress import bits as guarantees
 from elk_stress import cli, ledger, ledger_cli, ledger_store
 from elk_stress.bits import Bits, BitsBatch, Kind
+from elk_stress.budget import (
+    lost_to_kl,
+    lost_to_mean_shift,
+    lost_to_selection,
+    remaining_kl,
+    remaining_mean_shift,
+    remaining_selection,
+)
 from elk_stress.ledger import (
     Account,
     BudgetExceeded,
@@ -39,12 +47,6 @@ from elk_stress.ledger import (
     LedgerError,
     Terms,
     fingerprint,
-    lost_to_kl,
-    lost_to_mean_shift,
-    lost_to_selection,
-    remaining_kl,
-    remaining_mean_shift,
-    remaining_selection,
 )
 from elk_stress.probe import direction
 
@@ -425,8 +427,17 @@ def test_terms_of_a_result(tmp_path: Path) -> None:
     results = fabricated.six()
     result = next(r for r in results if len(r.threats[ITEM].items.bits))  # type: ignore[union-attr]
     terms = Terms.of_result(result, ITEM)
-    low = np.sort(result.threats[ITEM].items.bits.low)  # type: ignore[union-attr]
-    np.testing.assert_array_equal(terms.bits_low, low)
+    # of each item the least over both tails under which it was measured
+    rows = [result.threats[name].items.bits.low for name in (ITEM, "item/natural/best")]  # type: ignore[union-attr]
+    assert (rows[0] != rows[1]).any()
+    np.testing.assert_array_equal(terms.bits_low, np.sort(np.maximum(np.minimum(*rows), 0.0)))
+    assert terms.least_of == ("gaussian", "best")
+    assert Terms.of_result(result, "item/natural/best").bits_low == terms.bits_low
+    # another prior, and behaviour that must be kept, are other threats
+    assert Terms.of_result(result, "item/isotropic0.3/gaussian").least_of == ("gaussian",)
+    kept = Terms.of_result(result, ITEM + "/kept")
+    assert kept.least_of == ("gaussian", "best")
+    assert {row.name for row in kept.elsewhere if row.of == "tail"} == {"gaussian", "best"}
     assert terms.probe == f"{result.probe} on {result.testbed} at {result.site}"
     file = tmp_path / "result.json"
     file.write_text(json.dumps({"results": [r.to_json() for r in results]}))
@@ -448,7 +459,8 @@ def test_terms_of_a_result(tmp_path: Path) -> None:
 
 def test_terms_of_a_result_need_lower_ends() -> None:
     def record(bits: BitsBatch) -> dict[str, Any]:
-        row = {"items": {"bits": [b.to_json() for b in bits]}, "detection": {"threshold": 0.0}}
+        ids = [f"item{i}" for i in range(len(bits))]
+        row = {"items": {"ids": ids, "bits": [b.to_json() for b in bits]}, "detection": {"threshold": 0.0}}
         return {"probe": "p", "testbed": "t", "site": "s", "seed": 0, "threats": {ITEM: row}}
 
     def batch(kind: Kind) -> BitsBatch:
@@ -460,6 +472,81 @@ def test_terms_of_a_result_need_lower_ends() -> None:
         Terms.of_result(record(batch(Kind.DISTANCE)), ITEM)
     with pytest.raises(ValueError, match="catches nothing under"):
         Terms.of_result(record(BitsBatch.build(np.empty(0), 0.0, 0.0, (), "x")), ITEM)  # type: ignore[arg-type]
+
+
+def _record(tails: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Bits per item under each tail, as a result holds them, with the rows of a free threat."""
+
+    def row(bits: dict[str, float]) -> dict[str, Any]:
+        each = [Bits(b, b, b, Kind.EXACT, "x").to_json() for b in bits.values()]
+        rows = {"tails": dict.fromkeys(("gaussian", "logistic", "student_t(5)"), 1.0), "scale": {"1": 1.0, "2": 1.0}}
+        return {"items": {"ids": list(bits), "bits": each}, "detection": {"threshold": 0.0}, **rows}
+
+    threats = {f"item/natural/{tail}": row(bits) for tail, bits in tails.items()}
+    return {"probe": "p", "testbed": "t", "site": "s", "seed": 0, "threats": threats}
+
+
+def test_items_are_matched_by_name_and_each_takes_its_least() -> None:
+    record = _record({"gaussian": {"a": 20.0, "b": 1.0, "c": 30.0}, "best": {"b": 1.5, "a": 12.0}})
+    # c is not caught where the tail is another: it is lost there already
+    assert Terms.of_result(record, ITEM).bits_low == (0.0, 1.0, 12.0)
+    assert Terms.of_result(record, "item/natural/best").bits_low == (1.0, 12.0)
+    twice = _record({"gaussian": {"a": 20.0, "b": 1.0}})
+    twice["threats"][ITEM]["items"]["ids"] = ["a", "a"]
+    with pytest.raises(ValueError, match="two items of p on t at s under item/natural/gaussian have the same name"):
+        Terms.of_result(twice, ITEM)
+
+
+def test_budgets_elsewhere_are_those_of_the_same_margins() -> None:
+    """Margins z of a linear probe: the bits under every tail and scale have closed forms."""
+    z = np.array([2.0, 5.0, 7.0, 7.1])
+    record = _record({"gaussian": dict(zip("abcd", -norm.logsf(z) / math.log(2), strict=True))})
+    terms = Terms.of_result(record, ITEM, tolerated=0.4)
+    found = {(row.of, row.name): row for row in terms.elsewhere}
+    assert set(found) == {("tail", t) for t in ("gaussian", "logistic", "student_t(5)")} | {
+        ("scale", c) for c in ("1", "2")
+    }
+    for key, bits in {
+        ("tail", "gaussian"): -norm.logsf(z) / math.log(2),
+        ("tail", "logistic"): np.log2(1 + np.exp(math.pi * z / math.sqrt(3))),
+        ("tail", "student_t(5)"): -t.logsf(z * math.sqrt(5 / 3), 5) / math.log(2),
+        ("scale", "2"): -norm.logsf(z / 2) / math.log(2),
+    }.items():
+        assert found[key].selection == pytest.approx(float(remaining_selection(bits, 0.4)), rel=1e-6)
+        assert found[key].kl == pytest.approx(float(remaining_kl(bits, 0.4)), rel=1e-6)
+        assert found[key].mean_shift == pytest.approx(float(remaining_mean_shift(bits, 0.4)), rel=1e-6)
+    assert found["tail", "student_t(5)"].selection < found["tail", "logistic"].selection < found["scale", "1"].selection
+    again = Terms.of_record(terms.to_record())
+    assert (again, again.elsewhere) == (terms, terms.elsewhere)
+
+
+def test_ends_of_the_scale_elsewhere() -> None:
+    record = _record({"gaussian": {"a": 0.0, "b": math.inf}})
+    terms = Terms.of_result(record, ITEM, tolerated=0.6)
+    assert {row.selection for row in terms.elsewhere} == {math.inf}
+    assert Terms.of_record(terms.to_record()).elsewhere == terms.elsewhere
+
+
+def test_the_ledger_tells_what_the_worst_tail_would_leave(path: Path) -> None:
+    record = _record({"gaussian": dict.fromkeys("abc", 30.0), "best": dict.fromkeys("abc", 20.0)})
+    with Ledger(path, Terms.of_result(record, ITEM, tolerated=0.25)) as book:
+        book.spend("selection", 3)
+        rows = {row.account: row for row in book.balances()}
+        assert rows[Account.SELECTION].remaining == pytest.approx(15.0)
+        assert rows[Account.SELECTION].worst_tail == "student_t(5)"
+        elsewhere = next(row for row in book.terms.elsewhere if row.name == "student_t(5)")
+        assert rows[Account.SELECTION].remaining_worst == pytest.approx(elsewhere.selection - 3)
+        assert rows[Account.QUERIES].worst_tail is None
+        # it refuses by the measured tails, and not by the worst
+        assert elsewhere.selection - 3 < 12
+        with pytest.warns(BudgetWarning, match="15 of 18"):
+            book.spend("selection", 12)
+
+
+def test_terms_of_an_older_ledger_are_read() -> None:
+    old = json.loads(TERMS.to_record())
+    del old["least_of"], old["elsewhere"]
+    assert Terms.of_record(json.dumps(old)) == TERMS
 
 
 def test_the_score_must_be_this_probes(path: Path) -> None:
@@ -973,7 +1060,9 @@ def command(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture
 def measured(tmp_path: Path) -> list[object]:
     file = tmp_path / "result.json"
-    row = {"items": {"bits": [Bits(13, 13, 14, Kind.ESTIMATE, "x").to_json()] * 5}, "detection": {"threshold": 0.0}}
+    ids, bits = [f"item{i}" for i in range(5)], [Bits(13, 13, 14, Kind.ESTIMATE, "x").to_json()] * 5
+    more = {"tails": {"gaussian": 13.0, "student_t(5)": 7.0}, "scale": {"2": 4.0}}
+    row = {"items": {"ids": ids, "bits": bits}, "detection": {"threshold": 0.0}, **more}
     record = {"probe": "mine", "testbed": "t", "site": "s", "seed": 0, "threats": {ITEM: row}}
     file.write_text(json.dumps({"results": [record]}))
     return ["--result", file, "--probe", "mine", "--threat", ITEM, "--tolerated", 0.125]
@@ -982,7 +1071,13 @@ def measured(tmp_path: Path) -> list[object]:
 def test_command_line(command: Run, path: Path, measured: list[object]) -> None:
     code, out, err = command("show", path, *measured)
     assert (code, err) == (0, "")
-    assert "Spent against mine on t at s under item/natural/gaussian: 5 caught items" in " ".join(out.split())
+    said = " ".join(out.split())
+    assert "Spent against mine on t at s under item/natural/gaussian: 5 caught items" in said
+    assert "hold for the natural prior at its fitted scale, under each measured tail: gaussian." in said
+    selection = re.search(r"Selection budget under one tail alone: gaussian 10, student_t\(5\) ([\d.]+) bits", said)
+    assert selection is not None
+    assert f"10 {selection[1]} student_t(5)" in said
+    assert "Selection budget at multiples of the scale, Gaussian tails: 2 " in said
     assert command("spend", path, "selection", "--of", 16, "--note", "a seed") == (
         0,
         "charge 1: 4 to selection on main; 4 spent, 6 remain\n",
@@ -1005,6 +1100,8 @@ def test_command_line(command: Run, path: Path, measured: list[object]) -> None:
     code, out, err = command("show", path, "--json")
     rows = {(row["lineage"], row["account"]): row for row in json.loads(out)["balances"]}
     assert rows["main", "selection"]["spent"] == 8.5
+    assert rows["main", "selection"]["worst_tail"] == "student_t(5)"
+    assert rows["main", "selection"]["remaining_worst"] < rows["main", "selection"]["remaining"]
     assert rows["tuned", "selection"]["mixed"]
     code, out, err = command("show", path)
     assert "charges of several kinds" in " ".join(out.split())
