@@ -10,7 +10,8 @@ class-balanced log-loss in nats per item on attacked test rows, beside the rock'
 raw           scores Platt-scaled on clean calibration rows, then frozen (can be worse than a rock)
 recalibrated  an affine map of the score, refitted on attacked calibration rows
 refitted      the same recipe fitted on attacked training rows
-strongest     the best of several recipes fitted there, chosen on attacked calibration rows
+strongest     the best of several recipes fitted there, one of them not linear, chosen on attacked
+              calibration rows
 ============  ====================================================================================
 
 The verdict is the first stage whose gain over the rock is at least half of the clean gain at its 95% lower bound
@@ -33,12 +34,13 @@ from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
 from elk_stress.result import Audit, AuditStage
 from elk_stress.scene import Scene, fit_probe
+from elk_stress.testbed import SplitName
 from elk_stress.threat import Threat
 
 __all__ = ["CANDIDATES", "audit", "audit_edit", "examine"]
 
 _VERDICTS = {"raw": "still works", "recalibrated": "miscalibrated", "refitted": "moved", "strongest": "hidden"}
-CANDIDATES = ("logistic", "lda", "mass_mean")
+CANDIDATES = ("logistic", "lda", "mass_mean", "mlp")
 # coordinates of moves searched at once (64 MB)
 _ELEMENTS = 1 << 23
 # (item, context) rows of a split that are attacked at most
@@ -52,32 +54,43 @@ def audit(scene: Scene, probe: FittedProbe, *, seed: int = 0) -> Audit:
     target = float(np.median(_scores(probe, scene.negatives)))
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0xA0D1]))
     splits = scene.testbed.splits
-    every = {"train": scene.train, "calibration": scene.calibration, "test": scene.test}
-    chosen = {name: _sample(rows, splits[name].pairs, rng) for name, rows in every.items()}  # type: ignore[index]
-    labels = {name: splits[name].labels[chosen[name]] for name in every}  # type: ignore[index]
-    clean = {name: rows[chosen[name]] for name, rows in every.items()}
+    chosen = {name: _sample(rows, splits[name].pairs, rng) for name, rows in _every(scene).items()}
+    clean = {name: rows[chosen[name]] for name, rows in _every(scene).items()}
     attacked = {name: _attack(probe, prior, rows, target, seed) for name, rows in clean.items()}
-
-    moved_scene = _with_train(scene, attacked["train"], chosen["train"])
-    tried = {name: _refit(moved_scene, name) for name in CANDIDATES}
-    refits = {name: fitted for name, fitted in tried.items() if fitted is not None}
-    same = _refit(moved_scene, probe)
-    weights = scene.resamples.test[:, chosen["test"]]
-    return examine(probe, same, refits, clean, attacked, labels, weights, threat.name)
+    return _after(scene, probe, clean, attacked, chosen, threat.name)
 
 
 def audit_edit(scene: Scene, probe: FittedProbe, edit: Edit, threat: str, *, seed: int = 0) -> Audit:
-    """The same stages after an edit that the model applies to every item of every split, on items' mean activations."""
-    splits = scene.testbed.splits
-    origins = {"train": scene.train, "calibration": scene.calibration, "test": scene.test}
-    clean = {name: np.asarray(rows.mean(axis=1, keepdims=True)) for name, rows in origins.items()}
-    attacked = {name: np.asarray(edit.moved(name), dtype=np.float32)[:, None] for name in clean}  # type: ignore[arg-type]
-    moved_scene = _with_train(scene, attacked["train"], np.arange(len(clean["train"])))
-    tried = {name: _refit(moved_scene, name) for name in CANDIDATES}
+    """The same stages after an edit that the model applies to every item of every split, on items' mean activations.
+
+    ``edit.moved`` is asked once for each split; nothing is random.
+    """
+    clean = {name: np.asarray(rows.mean(axis=1, keepdims=True)) for name, rows in _every(scene).items()}
+    attacked = {name: np.asarray(edit.moved(name), dtype=np.float32)[:, None] for name in clean}
+    return _after(scene, probe, clean, attacked, {name: np.arange(len(rows)) for name, rows in clean.items()}, threat)
+
+
+def _every(scene: Scene) -> dict[SplitName, np.ndarray]:
+    return {"train": scene.train, "calibration": scene.calibration, "test": scene.test}
+
+
+def _after(
+    scene: Scene,
+    probe: FittedProbe,
+    clean: Mapping[SplitName, np.ndarray],
+    attacked: Mapping[SplitName, np.ndarray],
+    chosen: Mapping[SplitName, np.ndarray],
+    threat: str,
+) -> Audit:
+    """Refit the probe and every candidate on attacked training rows, and examine them all on the other splits."""
+    moved = _with_train(scene, attacked["train"], chosen["train"])
+    same = _refit(moved, probe)
+    # the probe's own recipe is a candidate already, and is not fitted twice
+    tried = {name: _refit(moved, name) for name in CANDIDATES if same is None or name != probe.name}
     refits = {name: fitted for name, fitted in tried.items() if fitted is not None}
-    same = _refit(moved_scene, probe)
-    labels = {name: splits[name].labels for name in clean}  # type: ignore[index]
-    return examine(probe, same, refits, clean, attacked, labels, scene.resamples.test, threat)
+    labels = {name: scene.testbed.splits[name].labels[rows] for name, rows in chosen.items()}
+    weights = scene.resamples.test[:, chosen["test"]]
+    return examine(probe, same, refits, clean, attacked, labels, weights, threat)  # type: ignore[arg-type]
 
 
 def examine(
@@ -187,12 +200,9 @@ def _nearest(
 
 def _refit(scene: Scene, probe: FittedProbe | str) -> FittedProbe | None:
     """The recipe fitted on this scene's training rows; ``None`` if it cannot be (not registered, or no recipe)."""
-    recipe = probe.probe if isinstance(probe, FittedProbe) else probe
-    if isinstance(probe, FittedProbe) and not probe.traits.learns:
-        return None
-    if isinstance(recipe, str) and recipe not in registry.names("probes"):
-        return None
-    return fit_probe(scene, recipe)
+    if isinstance(probe, FittedProbe):
+        return fit_probe(scene, probe.probe) if probe.traits.learns else None
+    return fit_probe(scene, probe) if probe in registry.names("probes") else None
 
 
 def _with_train(scene: Scene, train: np.ndarray, chosen: np.ndarray) -> Scene:

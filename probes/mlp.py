@@ -223,9 +223,9 @@ def _program(width: int, checks: int, learning_rate: float) -> Any:
                 step, (at, state), count * _CHECK_EVERY + jnp.arange(_CHECK_EVERY, dtype=jnp.int32)
             )
             seen = margins(at, rows, signs)
-            by_factor = jnp.stack([(judged * jax.nn.softplus(f * seen)).sum(axis=(0, 1)) for f in _FACTORS])
-            loss = by_factor.min(axis=0)
-            factor = jnp.asarray(_FACTORS, dtype=loss.dtype)[by_factor.argmin(axis=0)]
+            factors = jnp.asarray(_FACTORS, dtype=seen.dtype)
+            by_factor = (judged * jax.nn.softplus(factors[:, None, None, None] * seen)).sum(axis=(1, 2))
+            loss, factor = by_factor.min(axis=0), factors[by_factor.argmin(axis=0)]
             better = loss < least
             scaled = {**at, "readout": at["readout"] * factor[:, None], "bias": at["bias"] * factor}
             now = {**scaled, "step": jnp.full_like(best["step"], _CHECK_EVERY) * (count + 1)}
