@@ -89,8 +89,8 @@ class Balance:
         n_charges, spent: rows and their sum, in ``account.unit``.
         budget, remaining: ``None`` for queries; negative where the guarantee promises too little from the start.
         lost: bound on the expected share of catches lost; ``None`` where nothing is promised.
-        worst_tail, remaining_worst: which of the tails in the result would leave the least, and how much; ``None`` if
-            fewer than two are known. For the reader: nothing is refused by it.
+        worst_tail, remaining_worst: which of the result's tails would leave the least, and how much, if that is less
+            than ``remaining``; else ``None``. For the reader: nothing is refused by it.
         mixed: this lineage has charges of another kind, so that no guarantee holds.
     """
 
@@ -385,9 +385,9 @@ class Ledger:
         if budget is None:
             return Balance(account, lineage, count, spent, None, None, lost, mixed)
         tails = {row.name: row.budget(account) for row in self.terms.elsewhere if row.of == "tail"}
-        known = {name: other - spent for name, other in tails.items() if other is not None}
-        worst = min(known, key=known.__getitem__) if len(known) > 1 else None
-        least = None if worst is None else known[worst]
+        left = {name: other - spent for name, other in tails.items() if other is not None and other < budget}
+        worst = min(left, key=left.__getitem__, default=None)
+        least = None if worst is None else left[worst]
         return Balance(account, lineage, count, spent, budget, budget - spent, lost, mixed, worst, least)
 
     def _scores(self, candidates: Any, score: Any) -> np.ndarray:

@@ -537,6 +537,10 @@ def test_the_ledger_tells_what_the_worst_tail_would_leave(path: Path) -> None:
         elsewhere = next(row for row in book.terms.elsewhere if row.name == "student_t(5)")
         assert rows[Account.SELECTION].remaining_worst == pytest.approx(elsewhere.selection - 3)
         assert rows[Account.QUERIES].worst_tail is None
+        # few bits are more under a heavy tail: none leaves less than what remains
+        few = Terms.of_result(_record({"gaussian": {"a": 1.2}, "best": {"a": 1.3}}), ITEM, tolerated=0.9)
+        with Ledger(path.with_name("few"), few) as other:
+            assert {row.worst_tail for row in other.balances()} == {None}
         # it refuses by the measured tails, and not by the worst
         assert elsewhere.selection - 3 < 12
         with pytest.warns(BudgetWarning, match="15 of 18"):
