@@ -105,12 +105,12 @@ class ItemBits:
 
 @dataclass(frozen=True)
 class IncidentalFraction:
-    """Mean over items of ``||P s|| / ||s||``, with a 95% interval of that mean over items.
+    """Mean over items of ``||P s|| / ||s||``, with a 95% interval of that mean over entities.
 
     Attributes:
         value: in [0, 1]; NaN for a probe without a gradient (a constant).
-        low, high: Student-t interval over items; equal to the value where items do not differ.
-        items: ``(n,)`` per test positive.
+        low, high: Student-t interval over entities; equal to the value where these do not differ.
+        items: ``(n,)`` per sampled test positive.
         rank: of the behaviour form, of ``dim`` directions in which the model can think differently.
         tolerance: nats per natural standard deviation below which a direction counts as ignored.
     """
