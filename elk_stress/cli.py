@@ -66,6 +66,7 @@ examples:
       and optionally group (items of one group stay in one split) and pair (contrast pairs)
   elk-stress probes --json
       what is registered, yours included
+  a killed run goes on where it stopped when the same command is given with the same --out
 """
 _TRAIN_EXAMPLES = """\
 examples:
@@ -162,6 +163,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     how.add_argument("--epsilon", type=_positive, metavar="NATS", help="behaviour kept: shift at most this")
     how.add_argument("--max-bits", type=_positive, metavar="BITS", help="items are censored beyond")
     how.add_argument("--seed", type=_natural, default=0, help="all randomness (default: 0)")
+    how.add_argument("--fresh", action="store_true", help="compute everything, whatever --out holds of an earlier run")
     _add_output(run, "<testbed>-<preset>")
 
 
@@ -309,6 +311,8 @@ def _run(options: argparse.Namespace) -> int:
                 fpr=options.fpr,
                 progress=progress,
                 config={"command": _settings(options)},
+                fresh=options.fresh,
+                tell=lambda line: _tell(progress, line),
             )
     except Interrupted as interrupted:
         result, code = interrupted.result, INTERRUPTED
@@ -450,12 +454,20 @@ def _progress(options: argparse.Namespace) -> Any:
     )
 
 
+def _tell(progress: Any, line: str) -> None:
+    """A line to stderr, above the progress bars if there are any."""
+    if progress is None:
+        print(f"elk-stress: {line}", file=sys.stderr)
+    else:
+        progress.console.print(f"elk-stress: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     # only the name of a file: where it lies is nobody's business and no part of the result
     return {
         name: value.name if isinstance(value, Path) else value
         for name, value in vars(options).items()
-        if value is not None and name not in ("command", "json", "no_progress", "strict", "traceback")
+        if value is not None and name not in ("command", "fresh", "json", "no_progress", "strict", "traceback")
     }
 
 

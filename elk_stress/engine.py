@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from elk_stress import registry
+from elk_stress.arena import arena
 from elk_stress.attack import Attack
-from elk_stress.attacking import arena, compare_attacks, run_attack
+from elk_stress.attacking import compare_attacks, run_attack
 from elk_stress.audit import audit
 from elk_stress.bits import Bits, Kind
 from elk_stress.comparison import Comparison as Comparison
@@ -19,6 +21,7 @@ from elk_stress.comparison import compare as compare
 from elk_stress.comparison import compare_all as compare_all
 from elk_stress.flags import Flag, flag
 from elk_stress.incidental import incidental_fraction
+from elk_stress.memory import FORGETFUL, Keeps, Memory
 from elk_stress.per_item import stress_items
 from elk_stress.prediction import best_of_n_curves, prediction_flags
 from elk_stress.priors import EllipticalPrior
@@ -65,6 +68,7 @@ def stress(
     budget: int = 2000,
     controls: bool = True,
     progress: Any = None,
+    memory: Memory | None = None,
 ) -> StressResult:
     """Measure how many bits of optimization a probe survives.
 
@@ -85,6 +89,8 @@ def stress(
         budget: questions per item that an attack may ask.
         controls: also measure the rock, a random direction and the testbed's own oracle and paper probes.
         progress: a ``rich.progress.Progress`` to report to.
+        memory: keeps every finished piece, and gives back those of an earlier call with the same settings on the same
+            scene (:mod:`elk_stress.memory`); by default everything is computed.
 
     Returns:
         A :class:`StressResult`; ``result.threats[name].headline`` is the number.
@@ -98,35 +104,44 @@ def stress(
     chosen = _threats(threats, behaviour_epsilon)
     recipes = _attacks(attacks)
     fitted = fit_probe(scene, probe)
+    pieces: Keeps = FORGETFUL
+    if memory is not None:
+        shared = {"max_bits": max_bits, "fpr": fpr, "seed": seed, "n_particles": n_particles, "budget": budget}
+        pieces = memory.under(scene, {**shared, "behaviour_epsilon": behaviour_epsilon})
     task = None
     if progress is not None:
         task = progress.add_task(f"stress {fitted.name}", total=len(chosen) + 2)
 
     found: dict[str, ThreatResult] = {}
-    places: dict[str, Situation] = {}
     skipped: dict[str, str] = {}
+    places = _Places(scene, fitted, chosen, fpr)
     for threat in chosen:
         if threat.kept and scene.behaviour is None:
             skipped[threat.name] = f"{scene.testbed.name} has no output whose behaviour could be kept"
         else:
-            place = situation(scene, fitted, threat, fpr)
-            row = _one(scene, place, max_bits, n_particles, seed)
+            row = _row(scene, places, threat, max_bits, n_particles, seed, pieces)
             if threat.tail == "gaussian":
-                row = _with_attacks(scene, place, row, recipes, budget, seed, skipped)
-            found[threat.name], places[threat.name] = row, place
+                row = _with_attacks(scene, places, row, recipes, budget, seed, skipped, pieces)
+            found[threat.name] = row
         if task is not None:
             progress.advance(task)
 
-    curves = _best_of_n(scene, places, found)
-    examined = audit(scene, fitted, seed=seed)
+    who = _identity(fitted)
+    measured = [row.threat for row in found.values()]
+    curves = pieces.keep("best-of-n", [who, measured], lambda: _best_of_n(scene, places, found))
+    examined = pieces.keep("audit", who, lambda: audit(scene, fitted, seed=seed))
     if task is not None:
         progress.advance(task)
     kept_controls, control_flags = (
-        _controls(scene, fitted, chosen, fpr, max_bits, n_particles, seed) if controls else ({}, ())
+        _controls(scene, fitted, chosen, fpr, max_bits, n_particles, seed, pieces) if controls else ({}, ())
     )
     if task is not None:
         progress.advance(task)
-    tails = _tails(scene, fitted)
+    tails = pieces.keep("tails", who, lambda: _tails(scene, fitted))
+    epsilon = None if scene.behaviour is None else pieces.keep("epsilon", None, lambda: scene.epsilon)
+    incidental = None
+    if scene.behaviour is not None:
+        incidental = pieces.keep("incidental", who, lambda: incidental_fraction(fitted, scene))
     return StressResult(
         probe=fitted.name,
         testbed=scene.testbed.name,
@@ -144,7 +159,7 @@ def stress(
             "n_particles": n_particles,
             "budget": budget,
             "behaviour_epsilon": behaviour_epsilon,
-            "epsilon_used": None if scene.behaviour is None else scene.epsilon,
+            "epsilon_used": epsilon,
             "n_verify": scene.n_verify,
             "replicates": len(scene.resamples.positives),
             "threats": [t.to_json() for t in chosen],
@@ -156,7 +171,7 @@ def stress(
         versions=versions(),
         seed=seed,
         seconds=time.perf_counter() - started,
-        incidental=None if scene.behaviour is None else incidental_fraction(fitted, scene),
+        incidental=incidental,
     )
 
 
@@ -241,27 +256,59 @@ def _attacks(attacks: Sequence[str | Attack] | str) -> tuple[Attack, ...]:
     return made
 
 
-def _one(scene: Scene, place: Situation, max_bits: float, n_particles: int, seed: int) -> ThreatResult:
-    measure = stress_universal if place.threat.scope == "universal" else stress_items
-    return measure(scene, place, max_bits=max_bits, n_particles=n_particles, seed=seed)
+class _Places(dict[str, Situation]):
+    """Situations of one probe by the name of the threat, each made when it is first asked for."""
+
+    def __init__(self, scene: Scene, probe: FittedProbe, threats: Sequence[Threat], fpr: float) -> None:
+        super().__init__()
+        self.scene, self.probe, self.fpr = scene, probe, fpr
+        self.threats = {threat.name: threat for threat in threats}
+
+    def __missing__(self, name: str) -> Situation:
+        self[name] = situation(self.scene, self.probe, self.threats[name], self.fpr)
+        return self[name]
+
+
+def _identity(probe: FittedProbe) -> Any:
+    # notes are for the reader
+    return {"recipe": probe.probe, "parameters": probe.parameters, "site": probe.site}
+
+
+def _row(
+    scene: Scene, places: _Places, threat: Threat, max_bits: float, n_particles: int, seed: int, pieces: Keeps
+) -> ThreatResult:
+    measure = stress_universal if threat.scope == "universal" else stress_items
+    return pieces.keep(
+        "threat",
+        [_identity(places.probe), threat],
+        lambda: measure(scene, places[threat.name], max_bits=max_bits, n_particles=n_particles, seed=seed),
+    )
 
 
 def _with_attacks(
     scene: Scene,
-    place: Situation,
+    places: _Places,
     row: ThreatResult,
     recipes: tuple[Attack, ...],
     budget: int,
     seed: int,
     skipped: dict[str, str],
+    pieces: Keeps,
 ) -> ThreatResult:
     if not recipes:
         return row
-    if place.detection.n_caught == 0:
+    if row.detection.n_caught == 0:
         skipped["every attack"] = "the probe catches nothing to attack"
         return row
-    field = arena(scene, place, row.epsilon)
-    rows = tuple(run_attack(recipe, field, budget=budget, seed=seed) for recipe in recipes)
+
+    # built once, and only if some attack is still to run
+    field = cache(lambda: arena(scene, places[row.threat.name], row.epsilon))
+
+    def attacked(recipe: Attack) -> AttackResult:
+        key = [_identity(places.probe), row.threat, row.epsilon, recipe]
+        return pieces.keep("attack", key, lambda: run_attack(recipe, field(), budget=budget, seed=seed))
+
+    rows = tuple(attacked(recipe) for recipe in recipes)
     for result in rows:
         if result.status != "ok":
             skipped[f"{result.attack} under {result.threat}"] = result.status
@@ -277,9 +324,7 @@ def _with_attacks(
     return replace(row, attacks=rows, flags=row.flags + tuple(extra))
 
 
-def _best_of_n(
-    scene: Scene, places: Mapping[str, Situation], found: Mapping[str, ThreatResult]
-) -> tuple[BestOfNCurves, ...]:
+def _best_of_n(scene: Scene, places: _Places, found: Mapping[str, ThreatResult]) -> tuple[BestOfNCurves, ...]:
     """Predicted beside observed, free and kept, from the per-item natural threats that were measured."""
     out = []
     for kept in (False, True):
@@ -314,6 +359,7 @@ def _controls(
     max_bits: float,
     n_particles: int,
     seed: int,
+    pieces: Keeps,
 ) -> tuple[dict[str, Mapping[str, Bits] | str], tuple[Flag, ...]]:
     """Headlines of the controls, measured once per scene. On a real model only without the behaviour constraint."""
     affordable = tuple(t for t in threats if not t.kept or (scene.behaviour is not None and scene.behaviour.exact))
@@ -326,10 +372,9 @@ def _controls(
             **known,
         }
         for name, control in candidates.items():
-            fitted = fit_probe(scene, control)
+            places = _Places(scene, fit_probe(scene, control), affordable, fpr)
             made[name] = {
-                t.name: _one(scene, situation(scene, fitted, t, fpr), max_bits, n_particles, seed).headline
-                for t in affordable
+                t.name: _row(scene, places, t, max_bits, n_particles, seed, pieces).headline for t in affordable
             }
         for name in ("oracle", "paper"):
             if name not in made:

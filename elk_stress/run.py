@@ -4,13 +4,17 @@ The output folder is checked before the long work. After every finished probe ``
 with everything so far (status ``partial``); a probe that fails is recorded with its message and the others go on;
 Ctrl-C writes what is finished (status ``interrupted``) before it goes on its way. Probes that do not apply are listed
 with the reason.
+
+Finer than probes, every finished row lies in the subfolder ``pieces`` (:mod:`elk_stress.memory`): a run that was
+killed at any moment loses the row in progress, and the same run into the same folder goes on from there, to the same
+result in everything but ``seconds``.
 """
 
 from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +22,7 @@ from typing import Any, Literal
 
 from elk_stress.bits import Bits
 from elk_stress.comparison import Comparison
+from elk_stress.memory import Memory
 from elk_stress.probe import FittedProbe, Probe
 from elk_stress.report.folder import check_folder, write_folder, write_result
 from elk_stress.result import StressResult, plain
@@ -28,6 +33,8 @@ from elk_stress.versions import versions
 __all__ = ["Interrupted", "RunResult", "run"]
 
 Status = Literal["ok", "partial", "interrupted"]
+PIECES = "pieces"
+"""Where a run's folder keeps its finished rows."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ def run(
     fpr: float = 0.05,
     progress: Any = None,
     config: Mapping[str, Any] | None = None,
+    fresh: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> RunResult:
     """Stress every probe on one testbed and write the folder ``out``.
 
@@ -121,6 +130,8 @@ def run(
         fpr: false-positive rate of the threshold.
         progress: a ``rich.progress.Progress``, or ``None``.
         config: further settings to record (the command line, say).
+        fresh: compute everything, whatever an earlier run left in ``out``.
+        tell: gets lines about what an earlier run left; by default they are printed above the progress bars, if any.
 
     Raises:
         UnusableFolder: the folder cannot be written; before any work.
@@ -128,6 +139,9 @@ def run(
     """
     folder = check_folder(Path(out))
     started = time.monotonic()
+    if tell is None:
+        tell = progress.console.print if progress is not None else lambda line: None
+    memory = Memory(folder / PIECES, fresh=fresh, tell=tell)
     engine = importlib.import_module("elk_stress.engine")
     # here and not left to the scene: contrast pairs, for one, are known only afterwards
     testbed.prepare(progress)
@@ -149,7 +163,7 @@ def run(
         with _task(progress, f"stressing {len(apply)} probes", len(apply)) as advance:
             for probe in apply:
                 try:
-                    result = engine.stress(scene, probe, attacks=asked, progress=progress, **settings)
+                    result = engine.stress(scene, probe, attacks=asked, progress=progress, memory=memory, **settings)
                     state = replace(state, results=(*state.results, result))
                 except Exception as error:
                     state = replace(state, failures={**state.failures, _name(probe): _message(error)})

@@ -7,12 +7,11 @@ the previous one. ``result.json`` comes first: nothing that fails to draw can lo
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from elk_stress.files import replace_file as replace_file
 
 if TYPE_CHECKING:
     from elk_stress.run import RunResult
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["NEEDED_BYTES", "UnusableFolder", "check_folder", "replace_file", "write_folder", "write_result"]
 
 NEEDED_BYTES = 64 * 2**20
-"""Free space demanded before the long work: a full run's result.json is about 10 MB, figures and report 1 MB."""
+"""Free space demanded before the work: result.json of a full run is about 10 MB, its pieces 20 MB, figures 1 MB."""
 
 
 class UnusableFolder(OSError):
@@ -84,15 +83,3 @@ def write_folder(run: RunResult, folder: Path) -> list[Path]:
     text = report(run, [path.name for path in written])
     replace_file(folder / "report.md", lambda part: part.write_text(text))
     return [*written, folder / "report.md"]
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, sync it and rename it into place."""
-    part = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        write(part)
-        with part.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

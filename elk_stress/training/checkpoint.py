@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from elk_stress.files import replace_bytes
 
 __all__ = ["Checkpoints", "ForeignRun", "digest"]
 
@@ -63,7 +63,7 @@ class Checkpoints:
                     "choose another folder with --out (out=), or remove it"
                 )
         else:
-            _write(record, (json.dumps(mine, sort_keys=True, indent=1) + "\n").encode())
+            replace_bytes(record, (json.dumps(mine, sort_keys=True, indent=1) + "\n").encode())
         state_file = self.folder / "state.safetensors"
         if not state_file.is_file():
             return [], None
@@ -77,8 +77,10 @@ class Checkpoints:
         """Keep one more checkpoint and the state to go on from."""
         self._kept.append(dict(checkpoint))
         if self.folder is not None:
-            _write(self._path(len(self._kept) - 1), _dump(checkpoint))
-            _write(self.folder / "state.safetensors", _dump({"state": state, "finished": np.asarray(len(self._kept))}))
+            replace_bytes(self._path(len(self._kept) - 1), _dump(checkpoint))
+            replace_bytes(
+                self.folder / "state.safetensors", _dump({"state": state, "finished": np.asarray(len(self._kept))})
+            )
 
     @property
     def finished(self) -> list[dict[str, Any]]:
@@ -122,15 +124,3 @@ def _flat(tree: Tree, prefix: str = "") -> list[tuple[str, np.ndarray]]:
         else:
             out.append((prefix + name, np.asarray(value)))
     return out
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        with part.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
