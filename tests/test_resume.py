@@ -378,6 +378,34 @@ def test_the_source_of_the_package_is_in_the_code_and_what_only_shows_is_not(tmp
         memory._code.cache_clear()
 
 
+def test_more_threats_make_new_curves_from_old_rows(made: Counter[str], tmp_path: Path) -> None:
+    scene = prepare_scene(linear(), replicates=100)
+    options: dict[str, Any] = {"attacks": (), "controls": False}
+    more = [Threat(), Threat(tail="logistic")]
+    stress(scene, "lda", threats=more[:1], memory=Memory(tmp_path), **options)
+    made.clear()
+    found = stress(scene, "lda", threats=more, memory=Memory(tmp_path), **options)
+    assert sorted(name.split()[0] for name in made) == ["_best_of_n", "stress_items"]
+    assert numbers(found) == numbers(stress(scene, "lda", threats=more, **options))
+
+
+def test_a_testbed_that_is_no_record_is_what_it_describes() -> None:
+    class Other:
+        """The linear testbed behind a class of its own."""
+
+        def __init__(self, **described: Any) -> None:
+            self._bed, self._described = linear(), described
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._bed, name)
+
+        def describe(self) -> dict[str, Any]:
+            return self._described
+
+    found = [memory.digest(memory.scene_identity(prepare_scene(Other(rank=rank)))) for rank in (1, 2, 1)]
+    assert found[0] == found[2] != found[1]
+
+
 # -- damage -------------------------------------------------------------------------------------------------------
 
 
@@ -521,20 +549,20 @@ def test_identities_differ_where_anything_does() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Rounding(Linear):
-    """Behaviour as a model has it: the last digits depend on who was run together when the item was first read."""
+    """Behaviour as a model has it, exaggerated: it rounds by who is run together, now and when first read."""
 
     shift_cost = "model"
     _hosts: dict[int, float] = dataclasses.field(default_factory=dict, compare=False)
-    _calls: list[int] = dataclasses.field(default_factory=list, compare=False)
+    _passes: list[int] = dataclasses.field(default_factory=list, compare=False)
 
     def describe(self) -> dict[str, Any]:
         return {"testbed": "a model that rounds"}
 
     def shift(self, split: Any, items: np.ndarray, moves: np.ndarray) -> np.ndarray:
         missing = [i for i in items.tolist() if i not in self._hosts]
-        self._hosts.update({i: 1e-7 * len(missing) for i in missing})
-        self._calls.append(moves.shape[0] * moves.shape[1])
-        together = 1.0 + 1e-9 * len(items) + np.array([self._hosts[i] for i in items.tolist()])
+        self._hosts.update({i: 1e-2 * len(missing) for i in missing})
+        self._passes.append(moves.shape[0] * moves.shape[1])
+        together = 1.0 + 1e-2 * len(items) + np.array([self._hosts[i] for i in items.tolist()])
         return np.asarray(super().shift(split, items, moves) * together[:, None])
 
     def shift_factor(self, split: Any, items: np.ndarray) -> np.ndarray:
@@ -543,9 +571,9 @@ class Rounding(Linear):
         return np.asarray(super().shift_factor(split, items) * (1 + rounding))
 
 
-def _rounding(out: Path, stop: int | None = None) -> tuple[list[str], int]:
+def _rounding(out: Path, passes: list[int], stop: int | None = None) -> list[str]:
     """Two probes whose catches differ, under two priors; ``stop`` after so many new pieces."""
-    bed = Rounding(dim=6, n_items=240, n_contexts=6)
+    bed = Rounding(dim=6, n_items=240, n_contexts=6, _passes=passes)
     scene = prepare_scene(bed, replicates=100, n_verify=16)
     store, made = Memory(out), iter(range(10**6))
     real = memory.replace_bytes
@@ -561,23 +589,26 @@ def _rounding(out: Path, stop: int | None = None) -> tuple[list[str], int]:
         options: dict[str, Any] = {"attacks": ["natural_thoughts"], "controls": False, "n_particles": 50, "budget": 50}
         # they read what behaviour ignores, more or less, so most breaks are kept and none is searched for
         tilted = bed.incidental + 0.1 * np.ones(6) / math.sqrt(6)
-        found = [stress(scene, p, threats=threats, memory=store, **options) for p in (bed.incidental, tilted)]
-        return [numbers(result) for result in found], sum(bed._calls)
+        return [numbers(stress(scene, p, threats=threats, memory=store, **options)) for p in (bed.incidental, tilted)]
     finally:
         memory.replace_bytes = real
 
 
 def test_what_a_model_rounds_does_not_depend_on_where_the_run_died(tmp_path: Path) -> None:
-    expected, passes = _rounding(tmp_path / "whole")
+    whole: list[int] = []
+    expected = _rounding(tmp_path / "whole", whole)
     n = len(list((tmp_path / "whole").glob("*/*")))
+    # the positives, unmoved, before anything else
+    first = whole[0]
     for stop in range(1, n + 1):
-        out = tmp_path / str(stop)
+        passes: list[int] = []
         with pytest.raises(Killed):
-            _rounding(out, stop)
-        again, fewer = _rounding(out)
-        assert again == expected, f"after a death at write {stop}"
-        assert fewer < passes
-    assert _rounding(tmp_path / "whole")[1] == 0, "no forward pass for what is there"
+            _rounding(tmp_path / str(stop), passes, stop)
+        assert _rounding(tmp_path / str(stop), passes) == expected, f"after a death at write {stop}"
+        assert sum(passes) == sum(whole) + (first if stop < n else 0), "no forward pass is made twice"
+    passes = []
+    assert _rounding(tmp_path / "whole", passes) == expected
+    assert passes == [], "no forward pass for what is there"
 
 
 # -- records ------------------------------------------------------------------------------------------------------
