@@ -38,7 +38,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     # the model games the probe by its thoughts: every attack at the site
     "thoughts": {
-        "probes": "mass_mean,lda,logistic,ccs",
+        "probes": "mass_mean,lda,logistic,ccs,oracle,paper",
         "attacks": "all",
         "threats": ",".join(_NATURAL),
     },
@@ -140,7 +140,10 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     what.add_argument("--testbed", default="statements", metavar="NAME", help="registered name (default: statements)")
     what.add_argument("--preset", metavar="NAME", help=f"named settings: {', '.join(PRESETS)}")
     what.add_argument(
-        "--probes", metavar="all|A,B", help="names; all: those that apply, the others are listed (default)"
+        "--probes",
+        metavar="all|A,B",
+        help="names; testbeds of known truth also know oracle and paper; all: registered ones that apply, the others "
+        "are listed (default)",
     )
     what.add_argument("--attacks", metavar="all|A,B", help="names; all: those that apply (default)")
     what.add_argument(
@@ -204,10 +207,7 @@ def _train(options: argparse.Namespace) -> int:
 
     _names("testbeds", options.testbed)
     _names("attacks", options.attack)
-    probes = list(dict.fromkeys(name.strip() for name in options.probes.split(",") if name.strip()))
-    for name in probes:
-        if name not in ("oracle", "paper"):
-            _names("probes", name)
+    probes = _names("probes", options.probes)
     against = [name.strip() for name in options.against.split(",") if name.strip()]
     try:
         strengths = None if options.strengths is None else [float(x) for x in options.strengths.split(",")]
@@ -379,6 +379,7 @@ def _preset(name: str | None) -> Mapping[str, Any]:
 def _names(group: Any, text: str) -> list[str]:
     """Registered names; unknown ones are refused here, before any work, with the known ones listed."""
     from elk_stress import registry
+    from elk_stress.testbed import PLANTED
 
     known = registry.names(group)
     if text == "all":
@@ -387,7 +388,7 @@ def _names(group: Any, text: str) -> list[str]:
     if not asked:
         raise _BadInput(f"--{group} names nothing. Known {group}: {', '.join(known)}")
     for name in asked:
-        if name not in known:
+        if name not in known and not (group == "probes" and name in PLANTED):
             raise _BadInput(str(registry.unknown(group, name)))
     return asked
 

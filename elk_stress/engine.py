@@ -31,7 +31,7 @@ from elk_stress.result import BestOfNCurves, ThreatResult
 from elk_stress.result import StressResult as StressResult
 from elk_stress.scene import Scene, fit_probe, prepare_scene
 from elk_stress.situation import Situation, situation
-from elk_stress.testbed import Testbed
+from elk_stress.testbed import PLANTED, Testbed
 from elk_stress.testbeds.arrays import Arrays
 from elk_stress.threat import Threat as Threat
 from elk_stress.threat import default_threats, parse_threat
@@ -376,7 +376,7 @@ def _controls(
             made[name] = {
                 t.name: _row(scene, places, t, max_bits, n_particles, seed, pieces).headline for t in affordable
             }
-        for name in ("oracle", "paper"):
+        for name in PLANTED:
             if name not in made:
                 made[name] = f"{scene.testbed.name} does not know one"
         scene._controls[key] = made

@@ -240,7 +240,7 @@ class Organism(abc.ABC):
             scores = activations @ np.asarray(weight, dtype=float) + bias
             middle = 0.5 * (scores[labels == 1].mean() + scores[labels == 0].mean())
             found[name] = direction(
-                np.asarray(weight, dtype=np.float32), float(bias - middle), site=self.site, notes={"known": name}
+                np.asarray(weight, dtype=np.float32), float(bias - middle), name=name, site=self.site
             )
         return found
 

@@ -141,7 +141,8 @@ class FittedProbe:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: np.array(v, order="C") for k, v in self.parameters.items()}, str(folder / "probe.safetensors"))
         recipe = {k.name: getattr(self.probe, k.name) for k in fields(self.probe) if k.init}  # type: ignore[arg-type]
-        record = {"name": self.name, "recipe": recipe, "site": self.site, "notes": dict(self.notes)}
+        kind = "direction" if isinstance(self.probe, _Direction) else self.name
+        record = {"name": kind, "recipe": recipe, "site": self.site, "notes": dict(self.notes)}
         (folder / "probe.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
         return folder
 
@@ -162,8 +163,8 @@ class FittedProbe:
             raise FileNotFoundError(
                 f"{folder} holds no probe.json; expected a folder written by FittedProbe.save"
             ) from None
-        if record["name"] == _Direction.name:
-            probe: Probe = _Direction()
+        if record["name"] == "direction":
+            probe: Probe = _Direction(**record["recipe"])
         else:
             probe = registry.load("probes", record["name"], **record["recipe"])
         return cls(probe, load_file(str(folder / "probe.safetensors")), record["site"], record["notes"])
@@ -171,10 +172,14 @@ class FittedProbe:
 
 @dataclass(frozen=True)
 class _Direction:
-    """A given direction as a probe: nothing to fit."""
+    """A given direction as a probe: nothing to fit; files say ``direction``, whatever it is called."""
 
-    name: ClassVar[str] = "direction"
+    called: str = "direction"
     traits: ClassVar[Traits] = Traits(learns=False, linear=True)
+
+    @property
+    def name(self) -> str:
+        return self.called
 
     def fit(
         self, activations: np.ndarray, labels: np.ndarray, *, pairs: np.ndarray | None = None, seed: int = 0
@@ -186,14 +191,19 @@ class _Direction:
 
 
 def direction(
-    weight: np.ndarray, bias: float = 0.0, *, site: str = "", notes: Mapping[str, Any] | None = None
+    weight: np.ndarray,
+    bias: float = 0.0,
+    *,
+    name: str = "direction",
+    site: str = "",
+    notes: Mapping[str, Any] | None = None,
 ) -> FittedProbe:
-    """A fitted linear probe from a bare direction: ``score = activations @ weight + bias``."""
+    """A fitted linear probe from a bare direction: ``score = activations @ weight + bias``; ``name`` is for reports."""
     weight = np.asarray(weight)
     if weight.ndim != 1 or not np.isfinite(weight).all():
         raise ValueError(f"a direction is a finite vector of shape (d,), got shape {weight.shape}")
     parameters = {"weight": weight, "bias": np.asarray(bias, dtype=weight.dtype)}
-    return FittedProbe(_Direction(), parameters, site, notes or {})
+    return FittedProbe(_Direction(name), parameters, site, notes or {})
 
 
 def as_fitted(

@@ -26,7 +26,7 @@ from elk_stress.memory import Memory
 from elk_stress.probe import FittedProbe, Probe
 from elk_stress.report.folder import check_folder, write_folder, write_result
 from elk_stress.result import StressResult, plain
-from elk_stress.testbed import Testbed
+from elk_stress.testbed import PLANTED, Testbed
 from elk_stress.threat import Threat
 from elk_stress.versions import versions
 
@@ -120,7 +120,7 @@ def run(
 
     Args:
         testbed: prepared here, with progress.
-        probes: registered names, recipes or fitted probes.
+        probes: registered names, recipes, fitted probes, or ``oracle`` and ``paper`` where the testbed knows them.
         out: folder for ``result.json``, ``survival.png``, ``best_of_n.png`` and ``report.md``; checked first.
         attacks: names, or ``"all"`` that apply.
         threats: default: see :func:`elk_stress.threat.default_threats`.
@@ -191,7 +191,14 @@ def _applicable(
 
     apply: list[str | Probe | FittedProbe] = []
     skipped: dict[str, str] = {}
+    known = testbed.known_probes()
     for probe in probes:
+        if isinstance(probe, str) and probe in PLANTED:
+            if probe in known:
+                apply.append(known[probe])
+            else:
+                skipped[probe] = f"{testbed.name} does not know one"
+            continue
         recipe = registry.load("probes", probe) if isinstance(probe, str) else probe
         fitted = isinstance(recipe, FittedProbe)
         if recipe.traits.needs_pairs and not fitted and testbed.splits["train"].pairs is None:

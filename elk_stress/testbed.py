@@ -15,10 +15,12 @@ import numpy as np
 
 from elk_stress.probe import FittedProbe
 
-__all__ = ["ContextSet", "Items", "SplitName", "Testbed", "check_splits"]
+__all__ = ["PLANTED", "ContextSet", "Items", "SplitName", "Testbed", "check_splits"]
 
 SplitName = Literal["train", "calibration", "test"]
 ContextSet = Literal["fit", "prior", "observed", "bare"]
+PLANTED = ("oracle", "paper")
+"""Probes that a testbed of known truth knows beside the registered ones (:meth:`Testbed.known_probes`)."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ class FakeTestbed:
     def prepare(self, progress: Any = None) -> None:
         self.prepared += 1
 
+    def known_probes(self) -> Mapping[str, Any]:
+        return {}
+
     def describe(self) -> Mapping[str, Any]:
         return {"size": self.size, "model": "none"}
 

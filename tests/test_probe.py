@@ -70,7 +70,8 @@ def test_saving_keeps_the_recipe(tmp_path: Path) -> None:
 def test_loading_what_is_not_there_or_not_installed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no probe\.json"):
         FittedProbe.load(tmp_path)
-    folder = direction(np.ones(2)).save(tmp_path)
+    folder = direction(np.ones(2), name="mine").save(tmp_path)
+    assert FittedProbe.load(folder).name == "mine"
     record = json.loads((folder / "probe.json").read_text())
     (folder / "probe.json").write_text(json.dumps(record | {"name": "somebody_elses"}))
     with pytest.raises(UnknownName, match="somebody_elses"):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_engine import FakeTestbed, install, light
 
 from elk_stress.flags import flag
 from elk_stress.report.folder import UnusableFolder
 from elk_stress.run import Interrupted, run
+from elk_stress.testbeds.arrays import Arrays
+from elk_stress.testbeds.linear import Linear
+from elk_stress.threat import parse_threat
 
 
 def saved(folder: Path) -> dict[str, Any]:
@@ -173,3 +178,18 @@ def test_a_disk_that_fills_up_meanwhile_loses_no_finished_probe(
     result = run(FakeTestbed(), ["lda", "logistic"], out=tmp_path)
     assert tries == [1, 2]
     assert [r["probe"] for r in saved(tmp_path)["results"]] == [r.probe for r in result.results]
+
+
+def test_planted_probes_run_where_they_are_known(tmp_path: Path) -> None:
+    threats = [parse_threat("item/natural/gaussian/kept")]
+    result = run(
+        Linear(dim=8, n_items=160, n_contexts=8), ["oracle", "paper"], out=tmp_path, attacks=[], threats=threats
+    )
+    assert [r.probe for r in result.results] == ["oracle", "paper"]
+    oracle, paper = (r.threats["item/natural/gaussian/kept"].headline for r in result.results)
+    assert oracle.value == math.inf
+    assert paper.value < 100
+    arrays = Arrays(np.random.default_rng(0).standard_normal((200, 4, 6)), np.tile([0, 1], 100))
+    free = [parse_threat("item/natural/gaussian")]
+    none = run(arrays, ["oracle", "lda"], out=tmp_path / "arrays", attacks=[], threats=free)
+    assert none.skipped == {"oracle": "arrays does not know one"}

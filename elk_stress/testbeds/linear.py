@@ -132,8 +132,12 @@ class Linear:
     def known_probes(self) -> Mapping[str, FittedProbe]:
         """``oracle`` reads t, ``paper`` reads a; each is 0 halfway between the classes."""
         return {
-            "oracle": direction(self.truth, site=self.site, notes={"reads": "what behaviour depends on"}),
-            "paper": direction(self.incidental, site=self.site, notes={"reads": "an incidental correlate"}),
+            "oracle": direction(
+                self.truth, name="oracle", site=self.site, notes={"reads": "what behaviour depends on"}
+            ),
+            "paper": direction(
+                self.incidental, name="paper", site=self.site, notes={"reads": "an incidental correlate"}
+            ),
         }
 
     def describe(self) -> Mapping[str, Any]:

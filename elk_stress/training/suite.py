@@ -18,6 +18,7 @@ import numpy as np
 
 from elk_stress.report.folder import check_folder, replace_file
 from elk_stress.result import plain
+from elk_stress.testbed import PLANTED
 from elk_stress.training.account import NO_SIGNAL
 from elk_stress.training.checkpoint import digest
 from elk_stress.training.comparison import PressureComparison, compare_pressure
@@ -27,11 +28,7 @@ from elk_stress.training.results import PressureResult, WeightBits
 from elk_stress.training.weight_bits import measure_weight_bits
 from elk_stress.training.weights import DEFAULT_EPSILON, OrganismTrainee
 
-__all__ = ["CONTROLS", "TrainingInterrupted", "TrainingRun", "train"]
-
-
-CONTROLS = ("oracle", "paper")
-"""Probes that an organism knows: measured beside the others, never ranked among them."""
+__all__ = ["TrainingInterrupted", "TrainingRun", "train"]
 
 
 @dataclass(frozen=True)
@@ -142,7 +139,8 @@ def train(
                 state = replace(state, seconds=time.monotonic() - started)
                 _write_json(state, folder)
         # controls are not candidates: they would only cost the table its power
-        rivals = [result for result in state.results if result.probe not in CONTROLS]
+        # planted probes are measured beside the others, never ranked among them
+        rivals = [result for result in state.results if result.probe not in PLANTED]
         state = replace(state, comparisons=compare_pressure(rivals), status="ok")
     except KeyboardInterrupt:
         state = replace(state, status="interrupted", seconds=time.monotonic() - started)
