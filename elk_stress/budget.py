@@ -25,7 +25,9 @@ import numpy as np
 
 __all__ = [
     "Account",
+    "beta_of",
     "checked",
+    "deflated",
     "lost_to_kl",
     "lost_to_mean_shift",
     "lost_to_selection",
@@ -87,7 +89,7 @@ def lost_to_mean_shift(bits_low: np.ndarray, spent: Any) -> Any:
     """``mean_i Phi(r - beta_i)``; shapes as in :func:`lost_to_selection`, ``spent`` r in standard deviations."""
     from scipy.special import ndtr
 
-    return ndtr(np.asarray(spent, dtype=float)[..., None] - _beta(np.asarray(bits_low, dtype=float))).mean(axis=-1)
+    return ndtr(np.asarray(spent, dtype=float)[..., None] - beta_of(np.asarray(bits_low, dtype=float))).mean(axis=-1)
 
 
 def remaining_selection(bits_low: np.ndarray, tolerated: Any) -> Any:
@@ -147,7 +149,7 @@ def remaining_mean_shift(bits_low: np.ndarray, tolerated: Any) -> Any:
     from scipy.special import ndtr, ndtri
 
     bits, share = checked(bits_low, tolerated)
-    beta = _beta(bits)
+    beta = beta_of(bits)
     shape = np.broadcast_shapes(beta.shape[:-1], share.shape)
     beta = np.broadcast_to(beta, (*shape, bits.shape[-1]))
     # the breakable items must pay for themselves with what the already lost ones leave of the tolerance
@@ -182,7 +184,32 @@ def checked(bits_low: Any, tolerated: Any) -> tuple[np.ndarray, np.ndarray]:
     return bits, share
 
 
-def _beta(bits: np.ndarray) -> np.ndarray:
+def deflated(bits: np.ndarray, factor: float, cap: float = math.inf) -> np.ndarray:
+    """Bits whose reliability index is ``factor`` times as long, and at most ``cap``; ``inf`` bits stay.
+
+    Never more bits than before: an item of less than 1 bit, whose index is negative, keeps them.
+
+    Args:
+        bits: any shape, from 0 on.
+        factor: from 0 to 1; 0 leaves 1 bit, an even chance.
+        cap: bits that no item which can be broken counts beyond.
+
+    Raises:
+        ValueError: a factor outside 0 to 1.
+    """
+    from elk_stress.bits import bits_of_beta
+
+    if not 0 <= factor <= 1:
+        raise ValueError(f"bits are deflated by a factor of 0 to 1, got {factor}")
+    b = np.asarray(bits, dtype=float)
+    finite = np.isfinite(b)
+    index = beta_of(np.where(finite, b, 1.0))
+    short = b if factor == 1 else bits_of_beta(factor * np.maximum(index, 0.0))
+    return np.where(finite, np.minimum(np.minimum(b, short), cap), b)
+
+
+def beta_of(bits: np.ndarray) -> np.ndarray:
+    """``-Phi^-1(2^-B)`` of each: the reliability index; ``-inf`` for 0 bits, ``inf`` for infinitely many."""
     from scipy.special import ndtri_exp
 
     # 0 bits: lost already (-inf); inf bits: never (inf)

@@ -213,12 +213,31 @@ def _conditions(terms: Terms) -> list[str]:
         lines = [f"The budgets hold for the prior, tail and scale of {terms.threat}, as its bits were given."]
     else:
         tails = ", ".join(terms.least_of)
-        lines = [f"The budgets hold for the {prior} prior at its fitted scale, under each measured tail: {tails}."]
+        lines = [
+            f"The budgets hold for the {prior} prior, under each measured tail: {tails}.",
+            _doubted(terms),
+        ]
     for of, what in (("tail", "under one tail alone"), ("scale", "at multiples of the scale, Gaussian tails")):
         rows = [f"{row.name} {_number(row.selection)}" for row in terms.elsewhere if row.of == of]
         if rows:
             lines.append(f"Selection budget {what}: {', '.join(rows)} bits.")
     return lines
+
+
+def _doubted(terms: Terms) -> str:
+    """How far the uncertainty of the result as a whole is in the bits of each item."""
+    known = dict(zip(terms.least_of, terms.deflated_by, strict=False))
+    factors = {name: factor for name, factor in known.items() if factor is not None}
+    if not factors:
+        return (
+            "They stand on the items' own lower ends alone: how uncertain the prior, its scale and the threshold are "
+            "is not in them."
+        )
+    each = ", ".join(f"{_number(factor)} ({name})" for name, factor in factors.items())
+    return (
+        "Each item's distance from failure is shortened as far as the interval of the half-life (contexts, scale, "
+        f"threshold) reaches down, by a factor of: {each}."
+    )
 
 
 def _cells(row: Balance) -> list[str]:

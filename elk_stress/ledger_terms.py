@@ -3,7 +3,20 @@ r"""What a ledger is opened for: one probe, one threat, the bits of its catches,
 Bits are relative to a prior, its tail and its scale, and at seven standard deviations a Gaussian says 40 bits where a
 Student-t with 5 degrees of freedom says 13. So :meth:`Terms.of_result` takes for each item the *least* of its lower
 ends over every tail under which the result has measured that threat item by item (``gaussian`` and ``best``, the tail
-fitted to real moves): the budget holds under each of these. The scale is the fitted one.
+fitted to real moves): the budget holds under each of these.
+
+**Lower ends.** The bits of an item are exact *given* the fitted prior and its origin: they say nothing of the few
+contexts that both stand on. The interval of the headline does (entities, contexts, threshold, scale), so each item's
+reliability index is deflated as far as the headline's, ``beta = -Phi^-1(2^-B)``:
+
+``beta_i <- beta_i q``,  ``q = beta(low end of the half-life) / beta(half-life)``, never above 1,
+
+exact where a scale that is not known moves all margins alike; and an item's own lower end holds where it is lower. Of a
+half-life that is censored or infinite ``q`` is not known: then the deepest quantile of the survival curve that is not
+censored stands in, with the low end that the curve's band gives it, and no item counts for more than the low end of the
+half-life. Of a half-life whose low end is at most 1 bit (``beta <= 0``) no multiple says anything: no item counts for
+more than that end. An item that no move breaks (``inf``) keeps its bits: no scale of the prior changes that, though
+another threshold might.
 
 What the budget would be elsewhere stands beside it and is for the reader, nothing is refused by it: under each tail
 alone, under the other tails of the result, and at multiples of the prior's scale. For these an item of B bits counts as
@@ -23,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elk_stress.budget import Account, checked
+from elk_stress.budget import Account, beta_of, checked, deflated
 from elk_stress.ledger_store import canonical, digest
 
 if TYPE_CHECKING:
@@ -73,6 +86,8 @@ class Terms:
         tolerated: share of the catches that may be lost, in (0, 1).
         warn_at: share of a budget from which on charges warn.
         least_of: tails over which ``bits_low`` are the least; none if they were given.
+        deflated_by: for each of these the factor of the reliability index; ``None`` where the result has no headline
+            and the items' own lower ends are all there is.
         elsewhere: what the budgets would be under other tails and scales; empty if not known.
     """
 
@@ -84,6 +99,7 @@ class Terms:
     warn_at: float = 0.8
     least_of: tuple[str, ...] = ()
     elsewhere: tuple[Elsewhere, ...] = field(default=(), compare=False)
+    deflated_by: tuple[float | None, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         bits = np.sort(checked(self.bits_low, self.tolerated)[0])
@@ -122,7 +138,8 @@ class Terms:
         record = _one_result(result, name)
         where = f"{record['probe']} on {record['testbed']} at {record['site']}"
         tails = _same_but_tail(record, threat)
-        low = {tail: _lower_ends(record, other, where) for tail, other in tails.items()}
+        doubts = {tail: _doubt(record["threats"][other]) for tail, other in tails.items()}
+        low = {tail: _lower_ends(record, other, where, doubts[tail]) for tail, other in tails.items()}
         own = low[_tail(threat)]
         if not own:
             raise ValueError(f"{where} catches nothing under {threat}: there are no catches to guard")
@@ -140,6 +157,7 @@ class Terms:
             warn_at,
             tuple(tails),
             _elsewhere(record, tails, low, tolerated),
+            tuple(None if doubt is None else doubt[0] for doubt in doubts.values()),
         )
 
     def to_record(self) -> str:
@@ -155,6 +173,7 @@ class Terms:
                 **read,
                 "bits_low": tuple(float(b) for b in read["bits_low"]),
                 "least_of": tuple(read.get("least_of", ())),
+                "deflated_by": tuple(read.get("deflated_by", ())),
                 "elsewhere": tuple(Elsewhere.of_record(row) for row in read.get("elsewhere", ())),
             }
         )
@@ -224,8 +243,46 @@ def _but_tail(threat: str) -> list[str]:
     return parts[:2] + parts[3:]
 
 
-def _lower_ends(record: Mapping[str, Any], threat: str, where: str) -> dict[str, float]:
-    """Item -> lower end of its bits."""
+def _doubt(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Factor of the reliability index, and bits that no item that can be broken counts beyond; ``None``: not known."""
+    headline = row.get("headline")
+    if headline is None:
+        return None
+    value, low = float(headline["value"]), max(float(headline["low"]), 0.0)
+    if headline["kind"] != "censored" and math.isfinite(value):
+        return _factor(value, low), (low if low <= 1 else math.inf)
+    return _factor(*_deepest(row.get("survival"))), low
+
+
+def _factor(value: float, low: float) -> float:
+    """``beta(low) / beta(value)`` within 0 and 1; 0 where the low end is no barrier."""
+    if low <= 1:
+        return 0.0
+    return 1.0 if low >= value else float(beta_of(np.array(low)) / beta_of(np.array(value)))
+
+
+def _deepest(curve: Mapping[str, Any] | None) -> tuple[float, float]:
+    """Bits of the deepest quantile of a survival curve that is not censored, and their low end by the curve's band.
+
+    ``(inf, inf)``, which deflates nothing, where no item was seen to fail: then the cap alone speaks.
+    """
+    if curve is None:
+        return math.inf, math.inf
+    x, value, band = (np.asarray(curve[name], dtype=float) for name in ("x", "value", "low"))
+    seen = np.flatnonzero((value < 1) & (x < float(curve["censored_from"])))
+    if not len(seen):
+        return math.inf, math.inf
+    share = value[seen[-1]]
+    at = int(np.flatnonzero(value <= share)[0])
+    # the grid point before the band has fallen as far: the low end lies behind it
+    first = max(int(np.flatnonzero(band <= share)[0]) - 1, 0)
+    return float(x[at]), float(x[first])
+
+
+def _lower_ends(
+    record: Mapping[str, Any], threat: str, where: str, doubt: tuple[float, float] | None
+) -> dict[str, float]:
+    """Item -> lower end of its bits, the doubt about all items together included."""
     items = record["threats"][threat]["items"]
     poor = sorted({str(row["kind"]) for row in items["bits"]} - set(_USABLE))
     if poor:
@@ -233,7 +290,10 @@ def _lower_ends(record: Mapping[str, Any], threat: str, where: str) -> dict[str,
             f"some items of {where} under {threat} have bits of kind {', '.join(poor)}, which have no lower end; "
             "measure them with method='auto'"
         )
-    low = {item: max(0.0, float(row["low"])) for item, row in zip(items["ids"], items["bits"], strict=True)}
+    each = np.array([max(0.0, float(row["low"])) for row in items["bits"]])
+    if doubt is not None:
+        each = deflated(each, *doubt)
+    low = dict(zip(items["ids"], each.tolist(), strict=True))
     if len(low) < len(items["bits"]):
         raise ValueError(f"two items of {where} under {threat} have the same name; name each once and measure again")
     return low

@@ -31,6 +31,7 @@ from elk_stress import bits as guarantees
 from elk_stress import cli, ledger, ledger_cli, ledger_store
 from elk_stress.bits import Bits, BitsBatch, Kind
 from elk_stress.budget import (
+    deflated,
     lost_to_kl,
     lost_to_mean_shift,
     lost_to_selection,
@@ -59,6 +60,7 @@ items = st.lists(
     st.one_of(st.floats(1e-3, 200), st.sampled_from([0.0, 1.0, 13.0, math.inf])), min_size=1, max_size=12
 ).map(np.array)
 shares = st.floats(0.001, 0.999)
+Run = Callable[..., tuple[int, str, str]]
 KINDS = {
     "selection": (remaining_selection, lost_to_selection, guarantees.selection_guarantee),
     "kl": (remaining_kl, lost_to_kl, guarantees.average_guarantee),
@@ -425,12 +427,21 @@ def test_terms_refuse(change: dict[str, Any], told: str) -> None:
 
 def test_terms_of_a_result(tmp_path: Path) -> None:
     results = fabricated.six()
-    result = next(r for r in results if len(r.threats[ITEM].items.bits))  # type: ignore[union-attr]
+    result = next(r for r in results if 4 < r.threats[ITEM].headline.value < 40)
     terms = Terms.of_result(result, ITEM)
     # of each item the least over both tails under which it was measured
-    rows = [result.threats[name].items.bits.low for name in (ITEM, "item/natural/best")]  # type: ignore[union-attr]
-    assert (rows[0] != rows[1]).any()
-    np.testing.assert_array_equal(terms.bits_low, np.sort(np.maximum(np.minimum(*rows), 0.0)))
+    threats = [result.threats[name] for name in (ITEM, "item/natural/best")]
+    lows = [np.maximum(row.items.bits.low, 0.0) for row in threats]  # type: ignore[union-attr]
+    assert (lows[0] != lows[1]).any()
+    # each deflated by the interval of its own half-life, written out
+    factors = [min(1.0, _beta(row.headline.low) / _beta(row.headline.value)) for row in threats]
+    assert max(factors) < 1
+    rows = [
+        np.minimum(low, -norm.logsf(f * np.maximum([_beta(b) for b in low], 0.0)) / math.log(2))
+        for low, f in zip(lows, factors, strict=True)
+    ]
+    np.testing.assert_allclose(terms.bits_low, np.sort(np.minimum(*rows)), rtol=1e-9)
+    assert terms.deflated_by == pytest.approx(factors)
     assert terms.least_of == ("gaussian", "best")
     assert Terms.of_result(result, "item/natural/best").bits_low == terms.bits_low
     # another prior, and behaviour that must be kept, are other threats
@@ -472,6 +483,97 @@ def test_terms_of_a_result_need_lower_ends() -> None:
         Terms.of_result(record(batch(Kind.DISTANCE)), ITEM)
     with pytest.raises(ValueError, match="catches nothing under"):
         Terms.of_result(record(BitsBatch.build(np.empty(0), 0.0, 0.0, (), "x")), ITEM)  # type: ignore[arg-type]
+
+
+def _beta(bits: float) -> float:
+    return guarantees.beta_of_bits(bits)
+
+
+def _with_headline(bits: list[float], headline: Bits, survival: dict[str, Any] | None = None) -> dict[str, Any]:
+    record = _record({"gaussian": {f"item{i}": b for i, b in enumerate(bits)}})
+    record["threats"][ITEM] |= {"headline": headline.to_json(), "survival": survival}
+    return record
+
+
+def test_item_bits_are_deflated_by_the_interval_of_the_half_life() -> None:
+    """Exact bits given the fitted scale: if it may be half as large again, so may every margin's z."""
+    z = np.array([0.5, 3.0, 4.0, 6.0])
+    exact = -norm.logsf(z) / math.log(2)
+    life, low = exact[1], float(-norm.logsf(2.0) / math.log(2))
+    terms = Terms.of_result(_with_headline([*exact, math.inf], Bits(life, low, 40.0, Kind.ESTIMATE, "x")), ITEM)
+    assert terms.bits_low == pytest.approx([*(-norm.logsf(z / 1.5) / math.log(2)), math.inf])
+    assert terms.deflated_by == pytest.approx((2 / 3,))
+    # budgets elsewhere stand on the same bits
+    assert terms.elsewhere[0].selection == remaining_selection(np.array(terms.bits_low), 0.1)
+    # an interval without width takes nothing away, to the last bit
+    sure = Terms.of_result(_with_headline([*exact], Bits(life, life, life, Kind.EXACT, "x")), ITEM)
+    assert sure.bits_low == tuple(exact)
+    assert Terms.of_record(terms.to_record()).deflated_by == terms.deflated_by
+
+
+def test_an_items_own_lower_end_holds_where_it_is_lower() -> None:
+    record = _with_headline([9.0, 9.0, 9.0], Bits(9.0, 7.0, 12.0, Kind.ESTIMATE, "x"))
+    record["threats"][ITEM]["items"]["bits"][0] |= {"low": 2.0, "kind": "estimate"}
+    least = float(guarantees.bits_of_beta(_beta(2.0) * _beta(7.0) / _beta(9.0)))
+    assert Terms.of_result(record, ITEM).bits_low == pytest.approx((least, 7.0, 7.0))
+
+
+@pytest.mark.parametrize("value", [0.9, 9.0])
+def test_a_half_life_that_may_be_nothing_leaves_nothing(value: float) -> None:
+    bits = [0.2, 0.9, 9.0, 60.0, math.inf]
+    found = Terms.of_result(_with_headline(bits, Bits(value, 0.5, 20.0, Kind.ESTIMATE, "x")), ITEM)
+    assert found.bits_low == (0.2, 0.5, 0.5, 0.5, math.inf)
+    assert found.deflated_by == (0.0,)
+
+
+@pytest.mark.parametrize("infinite", [False, True])
+def test_a_half_life_that_is_not_known_takes_its_doubt_from_the_curve(infinite: bool) -> None:
+    """A tenth of the catches break below 100 bits, at about 40; the band says that it may be at 20."""
+    top = Bits(math.inf, 90.0, math.inf, Kind.EXACT, "x") if infinite else Bits(100, 90, math.inf, Kind.CENSORED, "x")
+    x = np.arange(0.0, 101.0, 10.0)
+    curve = {
+        "x": x.tolist(),
+        "value": np.where(x < 40, 1.0, 0.9).tolist(),
+        "low": np.where(x < 20, 1.0, np.where(x < 40, 0.88, 0.8)).tolist(),
+        "censored_from": 100.0,
+    }
+    found = Terms.of_result(_with_headline([40.0, 100.0, math.inf], top, curve), ITEM)
+    # read with the grid's step as part of the doubt
+    factor = _beta(10.0) / _beta(40.0)
+    assert found.deflated_by == pytest.approx((factor,))
+    assert found.bits_low == pytest.approx(
+        [float(guarantees.bits_of_beta(factor * _beta(b))) for b in (40.0, 100.0)] + [math.inf]
+    )
+    # where nothing was seen to fail there is nothing to go by but the low end itself
+    curve["value"], curve["low"] = [1.0] * 11, [1.0] * 11
+    for blind in (curve, None):
+        capped = Terms.of_result(_with_headline([40.0, 100.0, math.inf], top, blind), ITEM)
+        assert capped.bits_low == (40.0, 90.0, math.inf)
+
+
+def test_a_result_without_a_half_life_says_so(command: Run, path: Path, measured: list[object]) -> None:
+    assert Terms.of_result(measured[1], ITEM).deflated_by == (None,)  # type: ignore[arg-type]
+    assert "on the items' own lower ends alone" in " ".join(command("show", path, *measured)[1].split())
+    file = Path(str(measured[1]))
+    record = json.loads(file.read_text())
+    record["results"][0]["threats"][ITEM]["headline"] = Bits(13, 9, 14, Kind.ESTIMATE, "x").to_json()
+    file.write_text(json.dumps(record))
+    out = " ".join(command("show", path.with_name("other"), *measured)[1].split())
+    assert re.search(r"by a factor of: 0\.7\d+ \(gaussian\)\.", out)
+
+
+def test_deflated_refuses() -> None:
+    with pytest.raises(ValueError, match=r"0 to 1, got 1\.5"):
+        deflated(np.ones(2), 1.5)
+
+
+@given(bits=items, factor=st.floats(0, 1), less=st.floats(0, 1))
+def test_deflation_only_takes_and_keeps_the_order(bits: np.ndarray, factor: float, less: float) -> None:
+    found = deflated(bits, factor)
+    assert (found <= bits).all()
+    ordered = found[np.argsort(bits)]
+    assert (ordered[1:] >= ordered[:-1]).all()
+    assert (deflated(bits, factor * less) <= found * (1 + 1e-9) + 1e-12).all()
 
 
 def _record(tails: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -1044,8 +1146,6 @@ def test_a_pickled_ledger_is_the_same_file(book: Ledger) -> None:
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Run:
@@ -1077,7 +1177,7 @@ def test_command_line(command: Run, path: Path, measured: list[object]) -> None:
     assert (code, err) == (0, "")
     said = " ".join(out.split())
     assert "Spent against mine on t at s under item/natural/gaussian: 5 caught items" in said
-    assert "hold for the natural prior at its fitted scale, under each measured tail: gaussian." in said
+    assert "hold for the natural prior, under each measured tail: gaussian." in said
     selection = re.search(r"Selection budget under one tail alone: gaussian 10, student_t\(5\) ([\d.]+) bits", said)
     assert selection is not None
     assert f"10 {selection[1]} student_t(5)" in said
