@@ -3,12 +3,13 @@ r"""The ledger of bits: a probe that is not robust is still useful, as long as n
 Whoever picks the run that a probe likes best, or trains until it is content, optimizes against it. A ledger beside the
 probe counts what was spent, refuses what is too much, and outlives the process. Each account (``selection``, ``kl``,
 ``mean_shift``, ``queries``) has its own unit, guarantee and budget: :mod:`elk_stress.budget` has the formulas. They
-start from the bits of the caught items under one threat, of each the lower end of its interval, and the least over the
-tails that were measured (:mod:`elk_stress.ledger_terms`); the prior and its scale are taken as fitted.
+start from the bits of the caught items under one threat, of each a lower end, and the least over the tails that were
+measured. The lower ends hold what is not known of the prior's scale, the contexts and the threshold, which the interval
+of the half-life says (:mod:`elk_stress.ledger_terms`); bits that are given are taken as they are.
 
 Accounts are never summed across kinds. Each guarantee is about moves that came *from the prior* and were changed in
 that one way: a lineage with charges of two kinds has none of them, which the ledger says. What a guarantee bounds is
-the expected share of catches lost, items drawn like the measured ones; the intervals are those of each ``B_i``.
+the expected share of catches lost, items drawn like the measured ones.
 
 **Lineages: which charges add.** A lineage is one product whose safety is asked about.
 
@@ -172,10 +173,15 @@ class Ledger:
         parents: Sequence[str] = (),
         note: str = "",
     ) -> Any:
-        """The ``keep`` candidates that the probe prefers, best first; charges ``log2(N/keep)`` before it returns them.
+        """The ``keep`` candidates that the probe prefers; charges ``log2(N/keep)`` before it returns them.
 
         The candidates must have come from the prior (or be what earlier selections of this lineage kept): the charge is
         right for them only. Each kept one is then lost with chance at most ``2^-(B-k)``, as a share of those kept.
+
+        That holds for one of the kept drawn *blindly*. They come in the order in which they were given, so that their
+        places say nothing; to use their scores further, e.g. to take the best of them, is another selection, to be
+        charged as one. What was not kept must be discarded: to go on with it is a selection too, of ``N - keep`` by the
+        opposite wish, and where few are left out a far dearer one, ``log2(N/(N-keep))``.
 
         Args:
             candidates: N of anything; an array's rows.
@@ -185,10 +191,12 @@ class Ledger:
             lineage, parents, note: see :meth:`spend`.
 
         Returns:
-            A list, or an array of rows where an array was given. Equal scores: the earlier first.
+            A list, or an array of rows where an array was given, in the order of ``candidates``. Of equal scores the
+            earlier is kept.
 
         Raises:
-            BudgetExceeded: before anything was scored where that can be known, and in any case nothing was charged.
+            BudgetExceeded: more than remains, or nothing remains at all, when nothing more may be scored, though all be
+                kept; before anything was scored where that can be known, and in any case nothing was charged.
             ValueError: no candidates, an impossible ``keep``, scores that are no numbers, or another probe's.
         """
         n = len(candidates)
@@ -202,10 +210,11 @@ class Ledger:
         with self._store.reading() as view:
             _check_parents(view, parents)
             spent = max(ledger_store.spent(view, Account.SELECTION, name) for name in (lineage, *parents))
-            self._refuse(Account.SELECTION, lineage, spent, bits, budget)
+            self._refuse(Account.SELECTION, lineage, spent, bits, budget, scoring=True)
         scores = self._scores(candidates, score)
-        self._charge(Account.SELECTION, bits, None, lineage, parents, f"kept {keep} of {n}", note)
-        chosen = np.argsort(scores if prefer == "lowest" else -scores, kind="stable")[:keep]
+        self._charge(Account.SELECTION, bits, None, lineage, parents, f"kept {keep} of {n}", note, scoring=True)
+        # in the order given: a list sorted by the probe would make its head a free best of N
+        chosen = np.sort(np.argsort(scores if prefer == "lowest" else -scores, kind="stable")[:keep])
         return candidates[chosen] if isinstance(candidates, np.ndarray) else [candidates[i] for i in chosen.tolist()]
 
     def spend(
@@ -321,6 +330,8 @@ class Ledger:
         parents: tuple[str, ...],
         detail: str,
         note: str,
+        *,
+        scoring: bool = False,
     ) -> Charge:
         budget = self.budget(account)
         with self._store.writing() as book:
@@ -332,15 +343,27 @@ class Ledger:
                     ledger_store.append(book, kind, lineage, more, detail=f"taken over from {', '.join(parents)}")
             before = {kind: ledger_store.spent(book, kind, lineage) for kind in Account}
             asked = amount if amount is not None else max(0.0, (total or 0.0) - before[account])
-            self._refuse(account, lineage, before[account], asked, budget)
+            self._refuse(account, lineage, before[account], asked, budget, scoring=scoring)
             charge = ledger_store.append(book, account, lineage, asked, detail=detail, note=note)
         # only now: where warnings are errors, the charge is made and the books are right
         others = [kind for kind in Account if before[kind] > 0 and kind is not account]
         self._warn(charge, budget, others)
         return charge
 
-    def _refuse(self, account: Account, lineage: str, spent: float, asked: float, budget: float | None) -> None:
-        if budget is None or asked == 0 or spent + asked <= budget + _SLACK:
+    def _refuse(
+        self,
+        account: Account,
+        lineage: str,
+        spent: float,
+        asked: float,
+        budget: float | None,
+        *,
+        scoring: bool = False,
+    ) -> None:
+        if budget is None:
+            return
+        exhausted = scoring and budget - spent <= _SLACK
+        if not exhausted and (asked == 0 or spent + asked <= budget + _SLACK):
             return
         terms, left = self.terms, budget - spent
         head = (
@@ -352,6 +375,11 @@ class Ledger:
             why = " (k+1)/B promises nothing here even at 0 bits; charge selection, or measure the mean shift."
         elif budget <= 0:
             why = " As much is lost though nobody optimizes: do not choose by this probe, or find a better one."
+        elif exhausted:
+            why = (
+                " Nothing more is scored, not even to keep all: begin a lineage afresh from the prior, or go on with "
+                "another probe."
+            )
         elif account is Account.SELECTION:
             why = (
                 f" Choose among at most {2 ** max(left, 0.0):.4g} times as many candidates as are kept, begin a "
