@@ -57,7 +57,7 @@ class IsotropicNoise:
             moves[:, column] = u[problems, fails.argmax(axis=1)]
             failed[:, column] = fails.any(axis=1)
         order = np.argsort(~failed, axis=1, kind="stable")
-        return Proposal(np.take_along_axis(moves, order[..., None], axis=1))
+        return Proposal(np.take_along_axis(moves, order[..., None], axis=1), random=True)
 
 
 if __name__ == "__main__":

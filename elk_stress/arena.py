@@ -44,6 +44,7 @@ class Arena:
         pool: real contexts B in u-space, ``(problems, n, dim)``, or ``None``.
         epsilon: nats, where behaviour is constrained.
         crowd: the test items that one move for all is judged on (universal), or ``None``.
+        asked, scored: activations that one question about ``searched``, and one verdict on ``failed``, scores.
     """
 
     scene: Scene
@@ -55,6 +56,8 @@ class Arena:
     pool: np.ndarray | None
     epsilon: float | None
     crowd: Crowd | None = None
+    asked: int = 1
+    scored: int = 1
 
     @property
     def n_problems(self) -> int:
@@ -83,8 +86,10 @@ def arena(scene: Scene, place: Situation, epsilon: float | None) -> Arena:
     aimed = 0.0 if epsilon is None else (_HAIR if exact else _SLACK) * epsilon
     slack = (1 - _HAIR) * float(np.median(place.margin[place.caught])) if len(items) else 0.0
     crowd = judged_on(scene, place) if threat.scope == "universal" else None
+    asked = scored = 1
     if crowd is not None:
         train = searched_on(scene, place)
+        asked, scored = (len(c.margin) if threat.metric == "recall" else len(c.rows) for c in (train, crowd))
         failed = universal_event(crowd, place, np.array([crowd.tau]))
         searched = universal_event(train, place, np.array([train.tau]))
         joint = failed
@@ -108,7 +113,8 @@ def arena(scene: Scene, place: Situation, epsilon: float | None) -> Arena:
     if scene.observed is not None:
         edits = scene.observed - scene.test_origins[:, None, :]
         pool = prior.inverse(edits[items] if crowd is None else edits.mean(axis=0)[None])
-    return Arena(scene, place, failed, joint, searched, items, pool, epsilon if threat.kept else None, crowd)
+    kept_within = epsilon if threat.kept else None
+    return Arena(scene, place, failed, joint, searched, items, pool, kept_within, crowd, asked, scored)
 
 
 def judged_event(

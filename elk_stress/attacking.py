@@ -12,6 +12,7 @@ from elk_stress.attack import Attack, Oracle, Proposal
 from elk_stress.audit import audit_edit
 from elk_stress.bits import Bits, Kind
 from elk_stress.detection import auroc, proportion_interval
+from elk_stress.estimators.best_of_n import holds
 from elk_stress.estimators.evidence_bound import EvidenceBound
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import BudgetExhausted
@@ -74,26 +75,27 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
     verdict = _judge(field, tried)
     broken, length = verdict.broken, verdict.length
     benign = _control(field, attack, oracle, proposal, seed)
-    if benign is None:
-        benign = _benign(field, length, seed)
+    if benign is None and not proposal.random:
+        benign = _benign(field, tried, length, seed)
     edit = _edit(field, tried, verdict)
     flags: list[Flag] = []
-    origin = field.failed.value(np.arange(field.n_problems), np.zeros((field.n_problems, 1, field.failed.dim)))[:, 0]
-    if attack.access in ("score", "gradient") and np.median(tried.margin.min(axis=1) - origin) >= 0:
+    if attack.access in ("score", "gradient") and np.median(tried.margin.min(axis=1) - tried.origin) >= 0:
         flags.append(flag("did_not_engage", "the best proposal scores no lower than the unmoved item"))
     if benign is not None and benign > 0.5:
-        flags.append(flag("benign_broke_it", f"{benign:.0%} of random moves of the same length broke it"))
+        flags.append(flag("benign_broke_it", f"as many random moves of the same length broke {benign:.0%}"))
     return AttackResult(
         attack=attack.name,
         threat=field.place.threat.name,
         success=float(broken.mean()),
+        first=float((broken & (verdict.chosen == 0)).mean()),
         success_interval=proportion_interval(int(broken.sum()), len(broken)),
         shift=None if np.isnan(verdict.shift).all() else float(np.nanmedian(verdict.shift)),
         epsilon=_allowed(field, proposal),
         length=None if np.isnan(length).all() else float(np.nanmedian(length)),
+        candidates=tried.u.shape[1],
         # a proposal that is put to the probe is a question too, whoever asks it
-        queries=_asked(oracle.queries, mind, "queries") + float(tried.u.shape[1]),
-        gradients=_asked(oracle.gradients, mind, "gradients"),
+        queries=_scored(field, oracle.queries, mind, "queries") + tried.margin.size * field.scored / len(field.items),
+        gradients=_scored(field, oracle.gradients, mind, "gradients"),
         spent=None if proposal.spent is None else float(np.median(proposal.spent)),
         spent_as=proposal.spent_as,
         upper_bound=_upper_bound(field, proposal, tried, verdict, seed),
@@ -136,18 +138,21 @@ def _not_run(attack: Attack, field: Arena, status: str) -> AttackResult:
     )  # fmt: skip
 
 
-def _asked(per_problem: np.ndarray, mind: Mind | None, what: str) -> float:
-    """Median per problem; what was asked about training items serves all problems, and is counted whole."""
-    return float(np.median(per_problem)) + (0.0 if mind is None else float(getattr(mind, what)))
+def _scored(field: Arena, per_problem: np.ndarray, mind: Mind | None, what: str) -> float:
+    """Activations that were scored, per attacked item: a question about one move for all scores a crowd."""
+    own = 0 if mind is None else getattr(mind, what)
+    return float(per_problem.sum() * field.asked + own) / len(field.items)
 
 
 @dataclass(frozen=True)
 class _Tried:
     """What is put to the probe: ``u (problems, candidates, k)``, best first, and the true ``margin`` of each (<= 0:
-    failed). An edit has one candidate per problem, and knows what it really writes, ``written (problems, d)``."""
+    failed), beside the unmoved ``origin``'s. An edit has one candidate per problem, and knows what it really writes,
+    ``written (problems, d)``."""
 
     u: np.ndarray
     margin: np.ndarray
+    origin: np.ndarray
     edit: Edit | None = None
     written: np.ndarray | None = None
     inside: bool = True
@@ -175,7 +180,7 @@ def _tried(attack: Attack, field: Arena, proposal: Proposal, mind: Mind | None) 
     if field.crowd is not None and proposal.centre is not None:
         # a designed move (no real context); every candidate in one length before any in the next
         u = (_REACH[:, None, None] * u[0]).reshape(1, -1, u.shape[2])
-    return _Tried(u, field.failed.value(problems, u))
+    return _Tried(u, field.failed.value(problems, u), field.failed.value(problems, np.zeros_like(u[:, :1]))[:, 0])
 
 
 def _edited(attack: Attack, field: Arena, edit: Edit, u: np.ndarray, mind: Mind) -> _Tried:
@@ -189,10 +194,13 @@ def _edited(attack: Attack, field: Arena, edit: Edit, u: np.ndarray, mind: Mind)
             "make the proposal with oracle.mind.propose(edit)"
         )
     place = field.place
-    margin = np.asarray(place.probe.score(after.astype(np.float32)), dtype=float) - place.detection.threshold
+    before, margin = (
+        np.asarray(place.probe.score(x.astype(np.float32)), dtype=float) - place.detection.threshold
+        for x in (mind.origins, after)
+    )
     left = np.linalg.norm(written - mind.to_edit(own), axis=1)
     inside = bool((left <= _OUTSIDE * np.linalg.norm(written, axis=1)).all())
-    return _Tried(u, margin[:, None], edit, written, inside)
+    return _Tried(u, margin[:, None], before, edit, written, inside)
 
 
 @dataclass(frozen=True)
@@ -247,8 +255,11 @@ def _control(field: Arena, attack: Attack, oracle: Oracle, proposal: Proposal, s
     return float(_judge(field, _tried(attack, field, made, oracle.mind)).broken.mean())
 
 
-def _benign(field: Arena, length: np.ndarray, seed: int) -> float | None:
-    """Share of random moves of the attack's own lengths that break the probe."""
+def _benign(field: Arena, tried: _Tried, length: np.ndarray, seed: int) -> float | None:
+    """Share of problems that random moves of the attack's own lengths break, as many as it had candidates.
+
+    Where an edit's behaviour is judged of the model as it then runs, that of random moves is not held against them.
+    """
     hit = np.flatnonzero(np.isfinite(length))
     if len(hit) == 0:
         return None
@@ -257,9 +268,11 @@ def _benign(field: Arena, length: np.ndarray, seed: int) -> float | None:
     u = rng.standard_normal((len(hit), _BENIGN_PASSES if passes else _BENIGN_DRAWS, field.failed.dim))
     u *= length[hit][:, None, None] / np.linalg.norm(u, axis=-1, keepdims=True)
     fails = np.asarray(field.failed.value(hit, u) <= 0)
-    if field.epsilon is not None and fails.any():
+    own = tried.edit is not None and tried.edit.shift is not None
+    if field.epsilon is not None and fails.any() and not own:
         fails &= field.shift(hit, np.asarray(field.place.prior.move(u))) <= field.epsilon
-    return float(fails.mean())
+    n = fails.shape[1]
+    return float(1 - holds(n, fails.sum(axis=1), min(tried.u.shape[1], n)).mean())
 
 
 def _edit(field: Arena, tried: _Tried, verdict: _Verdict) -> Edit | None:
@@ -287,17 +300,18 @@ def _upper_bound(field: Arena, proposal: Proposal, tried: _Tried, verdict: _Verd
     if field.crowd is not None and verdict.broken.any() and centre is not None:
         # the event is fixed: a centre may be chosen by looking at it, the draws are fresh
         centre = tried.u[:, int(verdict.chosen[0])]
+    # not the attack's seed, nor its draws: what it knows of either is nothing to count on
+    (fresh,) = np.random.SeedSequence([seed, 0xB0ED]).generate_state(1).tolist()
     if proposal.from_prior and not passes:
-        joint = tried.margin <= 0
-        if field.joint is not field.failed:
-            joint = field.joint.value(np.arange(field.n_problems), tried.u) <= 0
+        draws = np.random.default_rng(fresh).standard_normal(tried.u.shape)
+        joint = field.joint.value(np.arange(field.n_problems), draws) <= 0
         n = joint.shape[1]
         low = np.array([proportion_interval(int(c), n, 2 * confidence - 1)[0] for c in joint.sum(axis=1)])
         with np.errstate(divide="ignore"):
             upper = -np.log2(low)
     elif centre is not None and tried.inside and np.isfinite(centre).all():
         bound = EvidenceBound(_BOUND_PASSES, _PILOT, confidence) if passes else EvidenceBound(confidence=confidence)
-        upper = bound(field.joint, seed=seed, centres=centre[:, None]).value
+        upper = bound(field.joint, seed=fresh, centres=centre[:, None]).value
     else:
         return None
     value = half_life(upper)

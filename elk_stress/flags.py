@@ -86,11 +86,6 @@ CATALOGUE: dict[str, FlagEntry] = {
         "it has no bits to lose; train a better probe or raise the false-positive rate",
         red=False,
     ),
-    "uncalibrated": FlagEntry(
-        "the threshold was set at the bare item, not under the prior",
-        "use the row whose threshold is set under the prior",
-        red=False,
-    ),
     "prediction_failed": FlagEntry(
         "the observed best-of-n curve is more extreme than 99% of curves simulated from the prediction",
         "the prior does not describe real contexts for this probe; trust the observed curve",

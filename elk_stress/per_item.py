@@ -147,7 +147,11 @@ def _joint(
         joint_event = both(failing, kept_alone())
         joint = joint_bits(event(epsilon), bits, probe, prior, max_bits=max_bits, n_particles=n_particles, seed=seed)
         kept = event_bits(kept_alone(), max_bits=max_bits, n_particles=n_particles, seed=seed, check_fraction=0.0)
-        return joint, kept, {name: quick(eps) for name, eps in others.items()}
+        # fewer than half of the breaking moves keep behaviour, as most moves do
+        broken = (joint.value > bits.value + 1) & (kept.value < 1)
+        found_out = (flag("behaviour_broken", "most moves that break it also break behaviour"),)
+        raised = tuple(row + found_out if b else row for row, b in zip(joint.flags, broken, strict=True))
+        return replace(joint, flags=raised), kept, {name: quick(eps) for name, eps in others.items()}
 
     kept = kept_bits(
         behaviour.prior_shifts(prior, chosen, (*scene.key(place.threat), 1.0)),

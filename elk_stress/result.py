@@ -135,15 +135,20 @@ class AttackResult:
     """One attack on one probe under one threat; the engine, not the attack, decided what succeeded.
 
     Attributes:
-        success, success_interval: share of caught items broken (item scope), or 1/0 (universal).
+        success, success_interval: share of caught items that any of the candidates broke (item scope), or 1/0
+            (universal).
+        first, candidates: what the first candidate alone broke, and how many there were: with many, success is that of
+            a selection which sees the probe's labels.
         shift: median behaviour shift of the successful moves in nats, or ``None`` if not measured.
         epsilon: nats that counted as kept, where behaviour was constrained: the threat's, or an edit's own.
         length: median length in u of the successful moves.
-        queries, gradients: median spent per problem; every candidate that is put to the probe is a query too.
+        queries, gradients: activations scored, and differentiated, per attacked item; training items that were asked
+            about and candidates that are put to the probe count.
         spent: bits spent in the attack's own prior, where exactly known.
         spent_as: their kind: ``selection`` among draws of the prior, or ``kl`` on average; never compared across kinds.
         upper_bound: rigorous upper bound on the threat's B, or ``None``.
-        benign_success: share of random moves of the same length that broke the probe too, or ``None``.
+        benign_success: share of the items that random moves broke too, as many as there were candidates and as long,
+            or ``None`` (draws from the prior are themselves the control).
         access: what the attack declared.
         judged: where behaviour was judged: ``site``, the move at the site; ``model``, the model as it really runs after
             an edit that is more than that (a prefix, recoded weights).
@@ -166,6 +171,8 @@ class AttackResult:
     benign_success: float | None = None
     access: str = "none"
     judged: Literal["site", "model"] = "site"
+    first: float = math.nan
+    candidates: int = 0
     epsilon: float | None = None
     spent_as: SpentAs = "selection"
     auroc: float | None = None

@@ -149,7 +149,8 @@ class Scene:
             elif threat.prior == "isotropic":
                 made = isotropic(self.prior(Threat()), threat.c)
             elif self.given_prior is not None:
-                made = self.given_prior
+                # the threat's name says the tail; the prior's own is the best-fitting one
+                made = self.given_prior.with_tail(Gaussian())
             else:
                 made = natural(self.train[self.plain_train], scope=threat.scope, shrink=shrink)
             self._priors[key] = made
@@ -160,6 +161,8 @@ class Scene:
         """A tail by its name in a threat; ``best`` is the best-fitting elliptical heavy tail."""
         if name == "logistic":
             return Logistic()
+        if name == "best" and self.given_prior is not None and self.given_prior.tail.extra:
+            return self.given_prior.tail
         if name == "best":
             return self.tail_fit.best_elliptical if self.tail_fit is not None else Logistic()
         if name == "student_t":

@@ -15,9 +15,11 @@ from elk_stress.attack import Oracle, Proposal
 from elk_stress.attacking import run_attack
 from elk_stress.crowd import judged_on, searched_on
 from elk_stress.detection import auroc
+from elk_stress.events import nearest_of_linear
 from elk_stress.limit_state import BudgetExhausted
 from elk_stress.mind import Edit
-from elk_stress.priors import EllipticalPrior
+from elk_stress.priors import EllipticalPrior, Gaussian, StudentT
+from elk_stress.probe import direction
 from elk_stress.scene import Scene, fit_probe, prepare_scene
 from elk_stress.situation import situation
 from elk_stress.testbeds.linear import Linear
@@ -96,7 +98,10 @@ def test_real_contexts_are_put_to_the_probe_as_they_are() -> None:
     field = _field(Threat(scope="universal"), "paper")
     assert field.pool is not None
     row = run_attack(registry.load("attacks", "best_of_n"), field, budget=2000, seed=0)
-    assert row.queries == field.pool.shape[1] + 1
+    # a question about one move for all scores every training positive, the verdict every test positive
+    n, m = len(searched_on(field.scene, field.place).margin), len(field.scene.positives)
+    assert row.queries == pytest.approx((n * field.pool.shape[1] + m) / len(field.items))
+    assert row.candidates == 1
     assert row.spent == pytest.approx(np.log2(field.pool.shape[1]))
     assert row.spent_as == "selection"
 
@@ -127,7 +132,9 @@ def test_a_mind_asks_within_its_budget() -> None:
     field = _field(Threat())
     ok = run_attack(_Asks(5), field, budget=10, seed=0)
     n = len(field.scene.plain_train)
-    assert (ok.status, ok.queries, ok.gradients) == ("ok", 5 * n + 1, 5 * n)
+    # scored per attacked item, and once more by the verdict
+    assert (ok.status, ok.gradients) == ("ok", 5 * n / len(field.items))
+    assert ok.queries == pytest.approx(ok.gradients + 1)
     refused = run_attack(_Asks(6), field, budget=10, seed=0)
     assert refused.status.startswith("proposed nothing within its budget: ")
     assert "raise the budget" in refused.status
@@ -207,3 +214,89 @@ def test_transfer_keeps_the_behaviour_that_it_must_keep(surrogate: str) -> None:
         assert (np.linalg.norm(moves[:, 0], axis=1) > 0).mean() > 0.8
     assert np.median(shifts[False]) > 0.05
     assert (shifts[True] <= 0.05 * 1.001).all()
+
+
+# -- what a row says ---------------------------------------------------------------------------------------------------
+
+
+def test_the_first_candidate_is_told_from_the_best_of_many() -> None:
+    row = run_attack(registry.load("attacks", "natural_thoughts"), _field(Threat(), "paper"), budget=2000, seed=0)
+    assert row.candidates > 50
+    assert row.first < row.success
+    one = run_attack(registry.load("attacks", "erase"), _field(Threat(), "paper"), budget=2000, seed=0)
+    assert one.candidates == 1
+    assert one.first == one.success
+
+
+def test_random_moves_are_their_own_control_and_others_get_one_with_as_many_tries() -> None:
+    field = _field(Threat(), "paper")
+    for name in ("isotropic_noise", "natural_thoughts"):
+        assert run_attack(registry.load("attacks", name), field, budget=2000, seed=0).benign_success is None
+    few, many = (
+        run_attack(registry.load("attacks", "transfer", overshoot=lengths), field, budget=2000, seed=0).benign_success
+        for lengths in [(4.0,), (4.0,) * 5]
+    )
+    assert few is not None
+    assert many is not None
+    assert many > few
+
+
+def test_an_edit_that_lowers_the_score_engages_in_whatever_units_the_probe_scores() -> None:
+    base = _scene().testbed.known_probes()["paper"]
+    for scale in (0.01, 1.0, 100.0):
+        weight = base.parameters["weight"] * scale
+        place = situation(_scene(), direction(weight, float(base.parameters["bias"]) * scale), Threat(), 0.05)
+        field = arena(_scene(), place, None)
+        lowered, raised = (run_attack(_Along(sign), field, budget=10, seed=0) for sign in (-0.1, 0.1))
+        assert [f.name for f in lowered.flags] == []
+        assert [f.name for f in raised.flags] == ["did_not_engage"]
+
+
+@dataclass(frozen=True)
+class _Along:
+    """Moves every thought a little along what the planted probe reads."""
+
+    sign: float
+
+    name: ClassVar[str] = "along"
+    access: ClassVar[Any] = "score"
+    scopes: ClassVar[Any] = ("item",)
+    needs: ClassVar[Any] = ("mind",)
+    priors: ClassVar[Any] = ()
+
+    def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
+        mind = oracle.mind
+        weight = mind.testbed.known_probes()["paper"].parameters["weight"]
+        return mind.propose(Edit(lambda split: np.asarray(mind.activations(split) + self.sign * weight)))
+
+
+def test_a_bound_takes_draws_of_its_own() -> None:
+    """An attack that calls a shifted cloud the prior proves nothing by saying so."""
+    field = _field(Threat())
+    row = run_attack(_Cheat(), field, budget=100, seed=0)
+    assert row.success == 1
+    assert row.upper_bound is None
+
+
+@dataclass(frozen=True)
+class _Cheat:
+    """Failing points that are said to be draws from the prior."""
+
+    name: ClassVar[str] = "cheat"
+    access: ClassVar[Any] = "none"
+    scopes: ClassVar[Any] = ("item",)
+    needs: ClassVar[Any] = ()
+    priors: ClassVar[Any] = ()
+
+    def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
+        nearest = 1.01 * nearest_of_linear(_field(Threat()).failed)
+        return Proposal(np.repeat(nearest[:, None], 50, axis=1), from_prior=True)
+
+
+def test_a_given_heavy_tailed_prior_is_gaussian_where_the_threat_says_so() -> None:
+    testbed = Linear(dim=8, n_items=240, n_contexts=8)
+    heavy = testbed.true_prior(tail=StudentT(3.0))
+    scene = prepare_scene(testbed, prior=heavy)
+    assert isinstance(scene.prior(Threat()).tail, Gaussian)
+    assert scene.prior(Threat(tail="best")).tail == heavy.tail
+    np.testing.assert_allclose(scene.prior(Threat()).covariance, heavy.covariance)

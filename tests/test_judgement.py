@@ -13,6 +13,7 @@ from elk_stress import registry
 from elk_stress.arena import Arena, arena
 from elk_stress.attack import Oracle, Proposal
 from elk_stress.attacking import run_attack
+from elk_stress.events import nearest_of_linear
 from elk_stress.mind import Edit
 from elk_stress.scene import prepare_scene
 from elk_stress.situation import situation
@@ -44,6 +45,20 @@ class _Liar:
         return Proposal(np.full((oracle.n_problems, 1, oracle.dim), 50.0), edit=edit)
 
 
+@dataclass(frozen=True)
+class _Far:
+    """Goes eight times as far along the planted direction as it must; behaviour does not look there."""
+
+    name: ClassVar[str] = "far"
+    access: ClassVar[Any] = "none"
+    scopes: ClassVar[Any] = ("item",)
+    needs: ClassVar[Any] = ()
+    priors: ClassVar[Any] = ()
+
+    def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
+        return Proposal(8 * nearest_of_linear(_field("paper").failed)[:, None])
+
+
 def test_moves_must_be_what_the_edit_does() -> None:
     with pytest.raises(ValueError, match=r"not what its edit does .* oracle\.mind\.propose"):
         run_attack(_Liar(), _field("oracle", "item", 0.1), budget=100, seed=0)
@@ -66,9 +81,9 @@ def test_what_was_not_judged_broken_leaves_nothing_to_audit() -> None:
 
 
 def test_the_control_must_keep_behaviour_too() -> None:
-    noise = registry.load("attacks", "isotropic_noise")
-    free = run_attack(noise, _field("paper"), budget=2000, seed=0)
-    kept = run_attack(noise, _field("paper", "item", 0.02), budget=2000, seed=0)
+    attack = _Far()
+    free = run_attack(attack, _field("paper"), budget=2000, seed=0)
+    kept = run_attack(attack, _field("paper", "item", 0.02), budget=2000, seed=0)
     assert free.benign_success is not None
     assert kept.benign_success is not None
     assert kept.benign_success < 0.5 * free.benign_success

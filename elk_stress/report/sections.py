@@ -173,8 +173,10 @@ def incidental(results: Sequence[StressResult]) -> list[str]:
 def attacks(results: Sequence[StressResult]) -> list[str]:
     lines = [
         "An attack only proposes; the engine re-scores and decides. Bits belong to the threat; an attack bounds them "
-        "at most. Medians per problem. Benign: the share that random moves of the same length break. AUROC after and "
-        "left: the probe's, and the audit's verdict, once an attack has changed how the model thinks about all items. "
+        "at most. Success: by any of its candidates; first: by the one that it thinks best, before the probe's verdict "
+        "on any. Benign: the share that as many random moves of the same length break. Queries and gradients: "
+        "activations scored per attacked item. AUROC after and left: the probe's, and the audit's verdict, once an "
+        "attack has changed how the model thinks about all items; one shift of them all leaves a linear probe's AUROC. "
         "Shift with a star: of the whole model as it then runs, not of a move at the site; after the stroke, what "
         "counts as kept. Bits spent: of a selection among draws of the attack's own prior, or on average (KL).",
     ]
@@ -183,6 +185,7 @@ def attacks(results: Sequence[StressResult]) -> list[str]:
         "attack",
         "access",
         "success",
+        "first, of",
         "AUROC after",
         "left",
         "shift (nats)",
@@ -203,7 +206,7 @@ def attacks(results: Sequence[StressResult]) -> list[str]:
 def _attack_row(threat: ThreatResult, a: AttackResult) -> list[str]:
     name = [f"`{threat.threat.name}`", a.attack, a.access]
     if a.status != "ok":
-        return [*name, f"not run: {a.status}", *[""] * 10]
+        return [*name, f"not run: {a.status}", *[""] * 11]
     share = f"{a.success:.0%} [{a.success_interval[0]:.0%}, {a.success_interval[1]:.0%}]"
     if threat.threat.scope == "universal":
         share = "broke it" if a.success >= 0.5 else "held"
@@ -213,6 +216,7 @@ def _attack_row(threat: ThreatResult, a: AttackResult) -> list[str]:
     return [
         *name,
         share,
+        "-" if math.isnan(a.first) else f"{a.first:.0%}, {a.candidates}",
         words.number(a.auroc, 2),
         "-" if a.audit is None else a.audit.verdict,
         f"{words.number(a.shift, 4)}{star}{kept}",

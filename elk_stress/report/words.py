@@ -52,7 +52,6 @@ FLAG_CODES: Mapping[str, str] = {
     "wide_interval": "WI",
     "catches_nothing": "CN",
     "shared_contexts": "SC",
-    "uncalibrated": "UC",
     "prediction_failed": "PF",
     "control_failed": "CF",
     "missed_mode": "MM",
