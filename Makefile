@@ -17,7 +17,7 @@ INSTALLED_BENCH := $(VENV)/.installed-bench
 OUT ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: help demo full pressure install-test test lint fast-tests statistics bench clean
+.PHONY: help demo full thoughts pressure install-test test lint fast-tests statistics bench clean
 
 help:
 	@echo "make demo        install, fetch the model, stress six probes, write $(OUT)"
@@ -25,6 +25,7 @@ help:
 	@echo "make statistics  coverage of intervals over thousands of repeats (long)"
 	@echo "make bench       against rivals, in one run (installs them)"
 	@echo "make full        the README's tables (under an hour)"
+	@echo "make thoughts    the README's tables of thought manipulation (about an hour)"
 	@echo "make pressure    the README's tables of training pressure (hours)"
 	@echo "make lint        ruff, mypy and import-linter alone"
 	@echo "make clean       remove the environment, caches and builds (not runs/)"
@@ -34,6 +35,13 @@ demo: $(INSTALLED)
 
 full: $(INSTALLED)
 	$(BIN)/elk-stress run --testbed statements --preset demo --size full --out runs/full
+
+# every attack by which a model games a probe: where the truth is known, at one site of a language model, and through
+# its context; killed, it goes on where it stopped
+thoughts: $(INSTALLED)
+	$(BIN)/elk-stress run --testbed linear --preset thoughts --max-bits 400 --out runs/thoughts/linear
+	$(BIN)/elk-stress run --testbed statements --size full --preset thoughts --out runs/thoughts/statements
+	$(BIN)/elk-stress run --testbed statements --size full --preset prefixes --out runs/thoughts/prefixes
 
 # four organisms with the bits that each probe needs, then LoRA on the language model
 ORGANISM := mass_mean,lda,logistic,paper,oracle

@@ -24,7 +24,7 @@ from typing import ClassVar
 import numpy as np
 
 from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
-from elk_stress.mind import Edit
+from elk_stress.proposal import Edit
 from elk_stress.testbed import SplitName
 
 __all__ = ["Erase"]

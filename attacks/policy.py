@@ -38,7 +38,8 @@ import numpy as np
 from scipy.special import expit
 
 from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
-from elk_stress.mind import Edit, Mind
+from elk_stress.mind import Mind
+from elk_stress.proposal import Edit
 from elk_stress.testbed import SplitName
 
 __all__ = ["Policy", "PolicyScore"]

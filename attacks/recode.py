@@ -34,7 +34,8 @@ import numpy as np
 
 from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
 from elk_stress.detection import auroc
-from elk_stress.mind import Edit, Mind
+from elk_stress.mind import Mind
+from elk_stress.proposal import Edit
 from elk_stress.testbed import SplitName
 
 __all__ = ["Recode"]

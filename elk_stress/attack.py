@@ -6,30 +6,20 @@ access that it declares. Whatever it returns is only a proposal.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from elk_stress.limit_state import LimitState, Meter
+from elk_stress.proposal import Access, Proposal, SpentAs, allows
 
 if TYPE_CHECKING:
-    from elk_stress.mind import Edit, Mind
+    from elk_stress.mind import Mind
 
 __all__ = ["Access", "Attack", "Need", "Oracle", "Proposal", "Scope", "SpentAs", "allows"]
 
 Scope = Literal["item", "universal"]
-Access = Literal["none", "label", "score", "gradient", "weights"]
 Need = Literal["pool", "mind", "output", "model"]
-# D_inf: choosing among draws of the prior; KL: an average over the prior, e.g. a mean shift (never summed, DESIGN 2.2)
-SpentAs = Literal["selection", "kl"]
-
-_ORDER: tuple[Access, ...] = ("none", "label", "score", "gradient", "weights")
-
-
-def allows(declared: Access, asked: Access) -> bool:
-    """Whether an attack that declares one access may ask for another."""
-    return _ORDER.index(declared) >= _ORDER.index(asked)
 
 
 class Oracle:
@@ -100,31 +90,6 @@ class Oracle:
             raise PermissionError(
                 f"an attack that declares {self.access!r} access asked for {access!r}; declare the access it needs"
             )
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What an attack returns: candidate moves, best first, and how it drew them; or one edit for all items.
-
-    Attributes:
-        moves: ``(problems, candidates, dim)`` points in u-space.
-        centre: ``(problems, dim)``: if the attack is a Gaussian ``N(centre, I)`` around a point, that point: the engine
-            turns it into a rigorous evidence bound. ``None`` if it is no such thing. An edit's own moves are centres.
-        from_prior: the candidates are independent draws from the prior: as many fresh ones are counted to bound B.
-        random: the candidates are random moves, which need no control: they are one.
-        spent: bits spent per problem where exactly known, in the attack's own prior (best-of-n: log2 n).
-        spent_as: what kind of bits these are: they guarantee different things, and are not compared across kinds.
-        edit: how the model thinks about every item from now on, of which the moves are what happens to these problems;
-            the engine applies it again, to items of all splits (:meth:`elk_stress.mind.Mind.propose` makes one).
-    """
-
-    moves: np.ndarray
-    centre: np.ndarray | None = None
-    from_prior: bool = False
-    random: bool = False
-    spent: np.ndarray | None = None
-    spent_as: SpentAs = "selection"
-    edit: Edit | None = None
 
 
 @runtime_checkable

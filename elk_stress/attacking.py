@@ -16,7 +16,8 @@ from elk_stress.estimators.best_of_n import holds
 from elk_stress.estimators.evidence_bound import EvidenceBound
 from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import BudgetExhausted
-from elk_stress.mind import Edit, Mind
+from elk_stress.mind import Mind
+from elk_stress.proposal import Edit
 from elk_stress.result import AttackResult
 from elk_stress.survival import half_life
 

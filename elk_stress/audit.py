@@ -29,9 +29,9 @@ import numpy as np
 
 from elk_stress import registry
 from elk_stress.events import item_event, nearest_of_linear
-from elk_stress.mind import Edit
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
+from elk_stress.proposal import Edit
 from elk_stress.result import Audit, AuditStage
 from elk_stress.scene import Scene, fit_probe
 from elk_stress.testbed import SplitName

@@ -44,7 +44,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     # the same by what it puts into its own context; minutes per attack
     "prefixes": {
-        "probes": "logistic,ccs",
+        "probes": "logistic,mass_mean,ccs",
         "attacks": "soft_prompt,token_prefix,token_prefix_search,token_prefix_random",
         "threats": ",".join(_NATURAL[:2]),
     },

@@ -5,55 +5,30 @@ differently it could think (the prior) and what its output depends on. What it k
 access that the attack declares: scores and gradients at activations of its choice are counted like an oracle's, and
 limited by the same budget, once per training item.
 
-An :class:`Edit` is a rule for every item of every split. The engine applies it, scores it, judges behaviour, and takes
-``u_i = L^+ (x'_i - x_i)``: whatever the attack was, it is a move under the threat's own prior, so that all attacks
-bound the same B.
+An :class:`~elk_stress.proposal.Edit` is a rule for every item of every split. The engine applies it, scores it, judges
+behaviour, and takes ``u_i = L^+ (x'_i - x_i)``: whatever the attack was, it is a move under the threat's own prior, so
+that all attacks bound the same B.
 
 Shapes: activations ``(n, dim)``, an item's being its mean over neutral contexts (its origin); u ``(..., prior.dim)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
 
-from elk_stress.attack import Access, Proposal, SpentAs, allows
 from elk_stress.limit_state import BudgetExhausted
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe, Probe
+from elk_stress.proposal import Access, Edit, Proposal, SpentAs, allows
 from elk_stress.scene import Scene, fit_probe
 from elk_stress.situation import score_gradients
 from elk_stress.testbed import SplitName, Testbed
 from elk_stress.threat import Threat
 
-__all__ = ["Edit", "Mind"]
-
-
-@dataclass(frozen=True)
-class Edit:
-    """How the model thinks about any item from now on.
-
-    Attributes:
-        moved: split -> ``(n, dim)`` activations of all its items, edited; made once. It may use an item's truth, which
-            the model knows, and nothing of the probe beyond what it has learned.
-        shift: ``(p,)`` test items -> ``(p,)`` nats, where the model really runs otherwise (a prefix, recoded weights);
-            ``None``: the edit happens at the site alone, and is judged there.
-        uses_truth: whether ``moved`` depends on an item's truth: then the edit writes it into the activations, and no
-            refit can tell what was left from what was put in, so there is no audit.
-        epsilon: nats that count as kept under ``shift``, where that is no move at the site; ``None``: the threat's.
-    """
-
-    moved: Callable[[SplitName], np.ndarray]
-    shift: Callable[[np.ndarray], np.ndarray] | None = None
-    epsilon: float | None = None
-    uses_truth: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "moved", cache(self.moved))
+__all__ = ["Mind"]
 
 
 @dataclass

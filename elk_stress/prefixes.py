@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from elk_stress.mind import Edit, Mind
+from elk_stress.mind import Mind
+from elk_stress.proposal import Edit
 from elk_stress.testbed import SplitName
 from elk_stress.testbeds.contexts import contexts
 from elk_stress.threat import DEFAULT_EPSILON_FACTOR

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from elk_stress.attack import SpentAs
 from elk_stress.bits import Bits, BitsBatch
 from elk_stress.flags import Flag
+from elk_stress.proposal import SpentAs
 from elk_stress.threat import Threat
 
 if TYPE_CHECKING:

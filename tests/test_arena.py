@@ -17,9 +17,9 @@ from elk_stress.crowd import judged_on, searched_on
 from elk_stress.detection import auroc
 from elk_stress.events import nearest_of_linear
 from elk_stress.limit_state import BudgetExhausted
-from elk_stress.mind import Edit
 from elk_stress.priors import EllipticalPrior, Gaussian, StudentT
 from elk_stress.probe import direction
+from elk_stress.proposal import Edit
 from elk_stress.scene import Scene, fit_probe, prepare_scene
 from elk_stress.situation import situation
 from elk_stress.testbeds.linear import Linear

@@ -14,7 +14,7 @@ from elk_stress import registry
 from elk_stress.arena import arena
 from elk_stress.attacking import run_attack
 from elk_stress.audit import CANDIDATES, audit, audit_edit
-from elk_stress.mind import Edit
+from elk_stress.proposal import Edit
 from elk_stress.result import AttackResult, Audit
 from elk_stress.scene import Scene, fit_probe, prepare_scene
 from elk_stress.situation import situation

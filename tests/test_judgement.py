@@ -13,8 +13,7 @@ from elk_stress import registry
 from elk_stress.arena import Arena, arena
 from elk_stress.attack import Oracle, Proposal
 from elk_stress.attacking import run_attack
-from elk_stress.events import nearest_of_linear
-from elk_stress.mind import Edit
+from elk_stress.proposal import Edit
 from elk_stress.scene import prepare_scene
 from elk_stress.situation import situation
 from elk_stress.testbeds.linear import Linear
@@ -47,7 +46,7 @@ class _Liar:
 
 @dataclass(frozen=True)
 class _Far:
-    """Goes eight times as far along the planted direction as it must; behaviour does not look there."""
+    """Goes far along the planted direction, which behaviour does not look at."""
 
     name: ClassVar[str] = "far"
     access: ClassVar[Any] = "none"
@@ -56,7 +55,9 @@ class _Far:
     priors: ClassVar[Any] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
-        return Proposal(8 * nearest_of_linear(_field("paper").failed)[:, None])
+        place = _field("paper").place
+        u = place.prior.inverse(-12 * place.probe.parameters["weight"].astype(float))
+        return Proposal(np.tile(u, (oracle.n_problems, 1, 1)))
 
 
 def test_moves_must_be_what_the_edit_does() -> None:

@@ -27,8 +27,9 @@ from elk_stress.attacks.steer import Steer
 from elk_stress.attacks.transfer import Transfer
 from elk_stress.bits import bits_of_beta
 from elk_stress.detection import auroc
-from elk_stress.mind import Edit, Mind
+from elk_stress.mind import Mind
 from elk_stress.probe import FittedProbe, Traits
+from elk_stress.proposal import Edit
 from elk_stress.result import AttackResult
 from elk_stress.scene import Scene, fit_probe, prepare_scene
 from elk_stress.situation import situation
