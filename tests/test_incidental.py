@@ -46,9 +46,55 @@ def test_controls_lie_at_the_ends() -> None:
 def test_a_fitted_probe_lies_between(name: str) -> None:
     found = incidental_fraction(name, _scene())
     assert 0.2 < found.value < 0.95
-    # a linear probe and a linear readout: all items agree
-    assert (found.low, found.high) == (pytest.approx(found.value), pytest.approx(found.value))
     assert found.rank == 2
+    # a linear probe and a linear readout: all items agree, and only the prior is not known
+    assert np.ptp(found.items) < 1e-6
+    assert found.low < found.value - 0.05 < found.value + 0.05 < found.high
+
+
+def test_a_given_prior_or_too_few_contexts_leave_the_items_alone() -> None:
+    testbed = Linear()
+    for scene in (prepare_scene(testbed, prior=testbed.true_prior()), prepare_scene(Linear(n_contexts=2))):
+        found = incidental_fraction("lda", scene)
+        assert (found.low, found.high) == (pytest.approx(found.value), pytest.approx(found.value))
+
+
+@pytest.mark.parametrize("contexts", [8, 16])
+def test_the_interval_covers_the_true_priors_fraction(contexts: int) -> None:
+    """The prior that the data were drawn from, and not the one that was fitted to 8 contexts of it."""
+    hits = 0
+    for seed in range(20):
+        testbed = Linear(dim=12, n_items=240, n_contexts=contexts, seed=seed)
+        scene = prepare_scene(testbed, replicates=100, seed=seed)
+        for name in ("logistic", "mass_mean"):
+            probe = fit_probe(scene, name)
+            found = incidental_fraction(probe, scene)
+            true = testbed.true_prior()
+            s = (np.asarray(probe.parameters["weight"], dtype=float) @ true.factor)[None]
+            truth = np.linalg.norm(incidental.unseen(true, testbed.readout[None], s, 0.0)[0]) / np.linalg.norm(s)
+            hits += found.low <= truth <= found.high
+    # below 34 of 40 is one chance in a hundred at 95%; without the contexts there are none
+    assert hits >= 34
+
+
+def test_drawn_priors_are_around_the_fitted_one() -> None:
+    """Many contexts and no shrinkage to speak of: nothing is left to draw."""
+    testbed = Linear(dim=6, n_items=240, n_contexts=200)
+    found = incidental_fraction("mass_mean", prepare_scene(testbed))
+    assert found.high - found.low < 0.12
+    assert found.low < found.value < found.high
+
+
+def test_shares_of_moments_are_those_of_the_projection() -> None:
+    rng = np.random.default_rng(np.random.SeedSequence(6))
+    prior = replace(_scene().prior(elk_stress.Threat()), factor=rng.standard_normal((8, 8)))
+    gradient, form = rng.standard_normal((1, 8)), rng.standard_normal((1, 3, 8))
+    rows = np.concatenate([gradient, form[0]]) @ prior.factor
+    for tolerance in (0.0, 0.5 * float(np.linalg.svd(rows[1:])[1][1]) ** 2 * 1.001):
+        ignored, rank = incidental.unseen(prior, form, gradient @ prior.factor, tolerance)
+        expected = np.linalg.norm(ignored) / np.linalg.norm(rows[0])
+        assert incidental._share((rows @ rows.T)[None], tolerance)[0] == pytest.approx(expected, rel=1e-9)
+        assert rank == (3 if tolerance == 0 else 1)
 
 
 def test_fraction_is_the_projection_written_out() -> None:
