@@ -18,9 +18,9 @@ standard deviations longer. Gaussian tails; the prior's own metric, so the fract
 contexts, and on how far a covariance is shrunk toward the identity. All that the fraction needs of the covariance is
 ``M = [g; F] Sigma [g; F]'`` of each item, g the gradient. Each replicate draws its between-context part anew,
 ``Z' W^-1 Z``, with Z ``(C, 1 + rank)`` the context means of ``[g; F] x``, centred, and W a Wishart matrix, the same for
-all items, on ``2 (C - 1 - rank)`` degrees of freedom (at least C, or it has no inverse): what is left of g's variance once
-``rank`` directions are taken out stands on ``C - 1 - rank``, and so does the draw. The interaction part stands on so
-many more that it is taken as it is. All this without shrinkage, with the estimated one and with twice that: the
+all items, on ``2 (C - 1 - rank)`` degrees of freedom (at least C, or it has no inverse): what is left of g's variance
+once ``rank`` directions are taken out stands on ``C - 1 - rank``, and so does the draw. The interaction part stands on
+so many more that it is taken as it is. All this without shrinkage, with the estimated one and with twice that: the
 interval holds the 95% of each, since no resample can vouch for a choice that makes the prior rounder than it is, and
 the fraction smaller.
 

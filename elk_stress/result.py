@@ -105,11 +105,12 @@ class ItemBits:
 
 @dataclass(frozen=True)
 class IncidentalFraction:
-    """Mean over items of ``||P s|| / ||s||``, with a 95% interval of that mean over entities.
+    """Mean over items of ``||P s|| / ||s||``, with a 95% interval of that mean over entities and fitted priors.
 
     Attributes:
         value: in [0, 1]; NaN for a probe without a gradient (a constant).
-        low, high: Student-t interval over entities; equal to the value where these do not differ.
+        low, high: over entities and over the priors that the contexts allow, shrunk or not; over entities alone, and
+            then equal to the value where these do not differ, where the prior was given or had fewer than 3 contexts.
         items: ``(n,)`` per sampled test positive.
         rank: of the behaviour form, of ``dim`` directions in which the model can think differently.
         tolerance: nats per natural standard deviation below which a direction counts as ignored.
