@@ -56,35 +56,38 @@ class SilentThoughts:
     priors: ClassVar[tuple[str, ...]] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
-        """One candidate per lambda, the most silent first; the origin where none was found. Nothing is random."""
+        """One candidate per lambda, the most silent first; where none fails, the points of lowest g.
+
+        Nothing is random. It stays where it is if no direction is silent at all.
+        """
         problems = np.arange(oracle.n_problems)
         left, singular = _sensitivity(oracle)
         weights = (np.inf, *(() if oracle.mind.epsilon is None else self.weights))
         moves = np.zeros((oracle.n_problems, len(weights), oracle.dim))
+        fails = np.zeros(moves.shape[:2], dtype=bool)
         for column, weight in enumerate(weights):
             try:
-                moves[:, column] = self._search(oracle, problems, left, singular, weight)
+                moves[:, column], fails[:, column] = self._search(oracle, problems, left, singular, weight)
             except BudgetExhausted:
                 break
-        lengths = np.linalg.norm(moves, axis=-1)
-        fails = lengths > 0
         first = fails.argmax(axis=1)
         centre = moves[problems, first]
         # candidates that found nothing come last
         order = np.argsort(~fails, axis=1, kind="stable")
-        return Proposal(np.take_along_axis(moves, order[..., None], axis=1), centre=centre)
+        return Proposal(np.take_along_axis(moves, order[..., None], axis=1), centre=centre, stays=not moves.any())
 
     def _search(
         self, oracle: Oracle, problems: np.ndarray, basis: np.ndarray, singular: np.ndarray, weight: float
-    ) -> np.ndarray:
-        """``(problems, k)`` shortest failing points under one lambda; zeros where none was found."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """``(problems, k)`` shortest failing points under one lambda, else those of lowest g, and which they are."""
         u = np.zeros((len(problems), oracle.dim))
         found = np.zeros(len(problems), dtype=bool)
-        best = np.zeros_like(u)
+        best, lowest, record = np.zeros_like(u), np.zeros_like(u), np.full(len(u), np.inf)
         for _ in range(self.steps):
             g, slope = (part[:, 0] for part in oracle.gradient(problems, u[:, None]))
             better = (g <= 0) & (~found | (np.linalg.norm(u, axis=1) < np.linalg.norm(best, axis=1)))
             best[better], found = u[better], found | (g <= 0)
+            lowest[g < record], record = u[g < record], np.minimum(g, record)
             quiet = _filtered(slope, basis, singular, weight)
             steepness = (slope * quiet).sum(axis=1)
             usable = steepness > 1e-9 * (slope * slope).sum(axis=1)
@@ -99,7 +102,7 @@ class SilentThoughts:
             middle = 0.5 * (inside + outside)
             fails = oracle.score(problems, (middle[:, None] * best)[:, None])[:, 0] <= 0
             inside, outside = np.where(fails, inside, middle), np.where(fails, middle, outside)
-        return np.asarray(np.where(found[:, None], outside[:, None] * best, 0.0))
+        return np.where(found[:, None], outside[:, None] * best, lowest), found
 
 
 def _sensitivity(oracle: Oracle) -> tuple[np.ndarray, np.ndarray]:

@@ -25,8 +25,9 @@ __all__ = ["applies", "compare_attacks", "run_attack"]
 
 # proposals per problem whose behaviour is checked by a true forward pass, best first
 _VERIFIED = 8
-# lengths in which one move for all is tried: it was searched on training items, and beyond half of their advantage
-_REACH = np.array([0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5])
+# lengths in which one move for all is tried, its own first: it was searched on training items, and beyond half of their
+# advantage
+_REACH = np.array([1.0, 0.7, 0.8, 0.9, 1.1, 1.25, 1.5])
 _BENIGN_DRAWS = 64
 # fewer where each costs a forward pass
 _BENIGN_PASSES = 16
@@ -80,7 +81,10 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
         benign = _benign(field, tried, length, seed)
     edit = _edit(field, tried, verdict)
     flags: list[Flag] = []
-    if attack.access in ("score", "gradient") and np.median(tried.margin.min(axis=1) - tried.origin) >= 0:
+    linear = field.failed.linear
+    movable = linear is None or bool(linear.weight.any())
+    engaged = np.median(tried.margin.min(axis=1) - tried.origin) < 0
+    if attack.access in ("score", "gradient") and movable and not engaged and not proposal.stays:
         flags.append(flag("did_not_engage", "the best proposal scores no lower than the unmoved item"))
     if benign is not None and benign > 0.5:
         flags.append(flag("benign_broke_it", f"as many random moves of the same length broke {benign:.0%}"))
@@ -88,7 +92,7 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
         attack=attack.name,
         threat=field.place.threat.name,
         success=float(broken.mean()),
-        first=float((broken & (verdict.chosen == 0)).mean()),
+        first=float(verdict.first.mean()),
         success_interval=proportion_interval(int(broken.sum()), len(broken)),
         shift=None if np.isnan(verdict.shift).all() else float(np.nanmedian(verdict.shift)),
         epsilon=_allowed(field, proposal),
@@ -206,9 +210,11 @@ def _edited(attack: Attack, field: Arena, edit: Edit, u: np.ndarray, mind: Mind)
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Per problem: broken (failed and, if asked, kept) or not, and shift, length and index of the first such move."""
+    """Per problem: broken (failed and, if asked, kept) or not, by the first candidate or by any, and shift, length and
+    index of the first such move (of the shortest, where one move for all is tried in several lengths)."""
 
     broken: np.ndarray
+    first: np.ndarray
     shift: np.ndarray
     length: np.ndarray
     chosen: np.ndarray
@@ -233,11 +239,14 @@ def _judge(field: Arena, tried: _Tried) -> _Verdict:
     allowed = _allowed(field, tried)
     if allowed is not None:
         ok = np.asarray(ok & (shifts <= allowed))
-    hit = ok.argmax(axis=1)
+    lengths = np.linalg.norm(first, axis=-1)
+    hit = ok.argmax(axis=1) if field.crowd is None else np.where(ok, lengths, math.inf).argmin(axis=1)
     broken = np.asarray(ok.any(axis=1))
     rows = np.arange(n)
-    length = np.where(broken, np.linalg.norm(first[rows, hit], axis=-1), math.nan)
-    return _Verdict(broken, np.where(broken, shifts[rows, hit], math.nan), length, order[rows, hit])
+    length = np.where(broken, lengths[rows, hit], math.nan)
+    return _Verdict(
+        broken, ok[:, 0] & (order[:, 0] == 0), np.where(broken, shifts[rows, hit], math.nan), length, order[rows, hit]
+    )
 
 
 def _allowed(field: Arena, proposal: Proposal | _Tried) -> float | None:

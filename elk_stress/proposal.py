@@ -57,6 +57,7 @@ class Proposal:
         centre: ``(problems, dim)``: if the attack is a Gaussian ``N(centre, I)`` around a point, that point: the engine
             turns it into a rigorous evidence bound. ``None`` if it is no such thing. An edit's own moves are centres.
         from_prior: the candidates are independent draws from the prior: as many fresh ones are counted to bound B.
+        stays: it proposes to stay, for it has shown that no move of its kind exists: this is no failure to engage.
         random: the candidates are random moves, which need no control: they are one.
         spent: bits spent per problem where exactly known, in the attack's own prior (best-of-n: log2 n).
         spent_as: what kind of bits these are: they guarantee different things, and are not compared across kinds.
@@ -68,6 +69,7 @@ class Proposal:
     centre: np.ndarray | None = None
     from_prior: bool = False
     random: bool = False
+    stays: bool = False
     spent: np.ndarray | None = None
     spent_as: SpentAs = "selection"
     edit: Edit | None = None

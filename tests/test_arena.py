@@ -300,3 +300,19 @@ def test_a_given_heavy_tailed_prior_is_gaussian_where_the_threat_says_so() -> No
     assert isinstance(scene.prior(Threat()).tail, Gaussian)
     assert scene.prior(Threat(tail="best")).tail == heavy.tail
     np.testing.assert_allclose(scene.prior(Threat()).covariance, heavy.covariance)
+
+
+def test_nothing_silent_is_no_failure_to_engage() -> None:
+    """The oracle leaves no silent direction: that is shown, and no red flag; what it tries under an epsilon engages."""
+    for kept in (False, True):
+        field = _field(Threat(kept=kept, epsilon=0.2 if kept else None), "oracle")
+        row = run_attack(registry.load("attacks", "silent_thoughts"), field, budget=2000, seed=0)
+        assert row.success == 0
+        assert row.flags == ()
+
+
+def test_what_nothing_moves_is_no_failure_to_engage() -> None:
+    field = _field(Threat(scope="universal", metric="auroc"), "logistic")
+    row = run_attack(registry.load("attacks", "gradient"), field, budget=200, seed=0)
+    assert row.success == 0
+    assert row.flags == ()
