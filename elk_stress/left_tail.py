@@ -13,13 +13,14 @@ Intervals are the union of two, since each fails where the other holds:
 
 * a bootstrap over entities, whose items come along: items of one entity share what makes them easy. A resample in which
   nothing was evaded is an answer too: its curve is 0, and any exponent is as good as another there, so it counts for
-  both ends of the exponent's interval. So does one, with a curve of 1, where everything always was.
+  both ends of the exponent's interval. So does one, with a curve of 1, where everything always was. Where draws are
+  contexts that sway all items alike, these are resampled too, by whoever has them (``tallies``).
 * the pairs that twice the log-likelihood, divided by the mean number of items that share an item's entity, does not
   tell from the best (chi-squared, 1 degree of freedom): a few evaded items resample to a few evaded items, never to
   the rare easy ones that were not met; the bootstrap alone misses a steep tail's exponent in 15-45% of cases.
 
-An end of the family (a or b at ``1e-3`` or ``1e4``) counts as 0 or infinite. Guarantee: none beyond the family;
-contexts that sway all items alike make the true curve less certain than the band says.
+An end of the family (a or b at ``1e-3`` or ``1e4``) counts as 0 or infinite. Guarantee: none beyond the family, nor,
+without ``tallies``, where draws are contexts that sway all items alike.
 
 Reference: Schaeffer et al. 2025 (2502.17578).
 """
@@ -52,7 +53,7 @@ class LeftTail:
         replicates: ``(replicates, 2)`` a and b of resampled entities; ``(0, 1)`` where nothing was evaded, ``(1, 0)``
             where everything always was.
         likely: ``(m, 2)`` the rim of the pairs that the likelihood does not tell from the best.
-        n_items, n_entities, n_draws: what it was fitted to.
+        n_items, n_entities, n_draws: what it was fitted to; of items, distinct ones.
     """
 
     a: float
@@ -86,7 +87,13 @@ class LeftTail:
 
 
 def fit_left_tail(
-    counts: np.ndarray, n_draws: int, *, groups: np.ndarray | None = None, replicates: int = 200, seed: int = 0
+    counts: np.ndarray,
+    n_draws: int,
+    *,
+    groups: np.ndarray | None = None,
+    replicates: int = 200,
+    seed: int = 0,
+    tallies: np.ndarray | None = None,
 ) -> LeftTail | None:
     """Maximum likelihood from ``counts (n_items,)`` of ``n_draws`` draws each; ``None`` where nothing ever failed or
     everything always did: then there is no tail to see.
@@ -97,6 +104,8 @@ def fit_left_tail(
         groups: ``(n_items,)`` entity of each item, which is what is resampled; each its own if not given.
         replicates: of the bootstrap.
         seed: of the bootstrap.
+        tallies: ``(replicates, m + 1)`` how often each count of 0 to m occurs in resamples that were drawn elsewhere,
+            where more than entities is resampled; instead of ``replicates`` and ``seed``.
 
     Raises:
         ValueError: counts outside 0 to ``n_draws``, no draws, or not one entity per item.
@@ -114,9 +123,10 @@ def fit_left_tail(
     np.add.at(tally, (entity, counts.astype(int)), 1.0)
     weights, sizes = tally.sum(axis=0), tally.sum(axis=1)
     best = _fit(weights, n_draws, None)
-    rng = np.random.default_rng(np.random.SeedSequence([seed, 0x1EF7]))
-    times = rng.multinomial(len(tally), np.full(len(tally), 1 / len(tally)), size=replicates)
-    many = np.array([_fit(row, n_draws, best) for row in times @ tally])
+    if tallies is None:
+        rng = np.random.default_rng(np.random.SeedSequence([seed, 0x1EF7]))
+        tallies = rng.multinomial(len(tally), np.full(len(tally), 1 / len(tally)), size=replicates) @ tally
+    many = np.array([_fit(row, tallies.shape[1] - 1, best) for row in tallies])
     likely = _likely(weights / ((sizes @ sizes) / sizes.sum()), best)
     return LeftTail(float(best[0]), float(best[1]), many, likely, len(counts), len(tally), n_draws)
 

@@ -1,7 +1,10 @@
 r"""Best of n real contexts: the curve that the prior predicts beside the one that test items under contexts B show.
 
 A second prediction takes no prior at all: the left tail of per-item chances that contexts A show
-(:mod:`elk_stress.left_tail`), and the power law that follows from it.
+(:mod:`elk_stress.left_tail`), and the power law that follows from it. Only its band draws how contexts sway all items
+alike, as if normally: on the linear testbed, where that is true, it covers the true curve at any n in 23 of 23 and in
+23 of 24 testbeds of 8 and 16 contexts. A band that resamples items alone covers it in 65-83% there, and one that
+resamples the contexts too in hardly more: it holds none that is worse than those that were seen.
 
 The prediction is made from training items and contexts A, the observation from test items and contexts B: it can fail.
 With ``x_ib = mu_i + b_b + e_ib`` and an origin that is a mean over C contexts A, the score of item i in a new context
@@ -36,6 +39,8 @@ __all__ = ["best_of_n_curves", "prediction_flags"]
 
 # false-alarm rate of the predictive check: a run makes a dozen of them
 _ALARM = 0.01
+# resamples of entities and contexts for the left tail
+_REPLICATES = 200
 # bits beyond which a break is never seen among contexts
 _NEVER = 1000.0
 
@@ -93,18 +98,46 @@ def _left_tail(scene: Scene, place: Situation) -> LeftTail | None:
     that was chosen for being caught on the very contexts that count would seem safer than it is.
     """
     scores = np.asarray(place.probe.score(scene.test[scene.positives]), dtype=float)
-    half = scores.shape[1] // 2
+    threshold, half = place.detection.threshold, scores.shape[1] // 2
     if half < 1:
         return None
     folds = [(scores[:, :half], scores[:, half : 2 * half]), (scores[:, half : 2 * half], scores[:, :half])]
-    entities = scene.items.groups[scene.positives]
-    counts, groups = [], []
-    for chosen_on, counted_on in folds:
-        caught = chosen_on.mean(axis=1) > place.detection.threshold
-        counts.append((counted_on[caught] <= place.detection.threshold).sum(axis=1))
-        # an item that both halves catch is counted twice: resampled by entity, both counts come along
-        groups.append(entities[caught])
-    return fit_left_tail(np.concatenate(counts), half, groups=np.concatenate(groups), seed=scene.seed)
+    _, entity = np.unique(scene.items.groups[scene.positives], return_inverse=True)
+    caught = np.stack([chosen_on.mean(axis=1) > threshold for chosen_on, _ in folds])
+    counts = np.stack([(counted_on <= threshold).sum(axis=1) for _, counted_on in folds])
+    # an item that both halves catch is counted twice: resampled by entity, both counts come along
+    groups = np.broadcast_to(entity.ravel(), caught.shape)
+    tallies = _context_tallies(scores[:, : 2 * half], threshold, entity.ravel(), scene.seed)
+    found = fit_left_tail(counts[caught], half, groups=groups[caught], seed=scene.seed, tallies=tallies)
+    return None if found is None else replace(found, n_items=int(caught.any(axis=0).sum()))
+
+
+def _context_tallies(scores: np.ndarray, threshold: float, entity: np.ndarray, seed: int) -> np.ndarray | None:
+    """How often each count occurs among the caught when entities and contexts are drawn anew, ``(replicates, m + 1)``.
+
+    A context's sway of all items alike is drawn from a normal distribution of the variance that the sways seen have,
+    itself uncertain, ``(C-1)/chi2_{C-1}``: a resample of few contexts holds none that is worse than these, though the
+    next one may be. What is particular to an item in a context is resampled. Draws that catch nothing say nothing.
+    """
+    n_contexts = scores.shape[1]
+    half = n_contexts // 2
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 0x1EF8]))
+    sway = scores.mean(axis=0) - scores.mean()
+    own = scores - sway
+    spread = float(sway @ sway)
+    n_entities = int(entity.max()) + 1
+    rows = np.zeros((_REPLICATES, half + 1))
+    for row in rows:
+        weights = rng.multinomial(n_entities, np.full(n_entities, 1 / n_entities))[entity].astype(float)
+        common = math.sqrt(spread / rng.chisquare(n_contexts - 1)) * rng.standard_normal(2 * half)
+        drawn = own[:, rng.integers(0, n_contexts, 2 * half)] + common
+        folds = drawn[:, :half], drawn[:, half:]
+        for chosen_on, counted_on in (folds, folds[::-1]):
+            caught = chosen_on.mean(axis=1) > threshold
+            count = (counted_on <= threshold).sum(axis=1)
+            row += np.bincount(count[caught], weights=weights[caught], minlength=half + 1)
+    rows = rows[rows.sum(axis=1) > 0]
+    return rows if len(rows) else None
 
 
 def prediction_flags(curves: BestOfNCurves) -> tuple[Flag, ...]:

@@ -28,26 +28,6 @@ def _entities(a: float, b: float, n: int, n_draws: int, seed: int) -> tuple[np.n
     return rng.binomial(n_draws, np.repeat(rng.beta(a, b, n), 3)), np.repeat(np.arange(n), 3)
 
 
-def _made(a: float, b: float) -> LeftTail:
-    return LeftTail(a, b, np.array([[a, b]]), np.array([[a, b]]), 10, 10, 10)
-
-
-def _entities(a: float, b: float, n: int, n_draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and entities of ``n`` entities of three items each, which share their chance."""
-    rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
-    return rng.binomial(n_draws, np.repeat(rng.beta(a, b, n), 3)), np.repeat(np.arange(n), 3)
-
-
-def _made(a: float, b: float) -> LeftTail:
-    return LeftTail(a, b, np.array([[a, b]]), np.array([[a, b]]), 10, 10, 10)
-
-
-def _entities(a: float, b: float, n: int, n_draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and entities of ``n`` entities of three items each, which share their chance."""
-    rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
-    return rng.binomial(n_draws, np.repeat(rng.beta(a, b, n), 3)), np.repeat(np.arange(n), 3)
-
-
 @pytest.mark.parametrize(("a", "b"), [(0.3, 2.0), (0.8, 0.8), (2.0, 10.0)])
 def test_it_finds_the_distribution(a: float, b: float) -> None:
     found = fit_left_tail(_counts(a, b, 20_000, 20), 20, replicates=20)
@@ -196,17 +176,51 @@ def test_a_probes_tail_binds_the_items_of_an_entity() -> None:
     found = prediction._left_tail(scene, place)  # type: ignore[arg-type]
     assert found is not None
     halves = scores[::2, :6].mean(axis=1) > 0.5, scores[::2, 6:].mean(axis=1) > 0.5
-    assert found.n_items == sum(int(caught.sum()) for caught in halves) > 30
+    # an item that both halves catch is one item
+    assert found.n_items == int((halves[0] | halves[1]).sum()) <= 30 < sum(int(caught.sum()) for caught in halves)
     assert found.n_draws == 6
     assert found.n_entities == len(np.unique(np.repeat(np.arange(15), 2)[halves[0] | halves[1]])) <= 15
+
+
+def test_contexts_that_sway_all_items_alike_widen_the_band() -> None:
+    """The same margins, and the same spread in a context; either all items share it or each has its own."""
+    from elk_stress import prediction
+
+    rng = np.random.default_rng(np.random.SeedSequence(9))
+    margin, n = rng.normal(1.5, 0.5, (80, 1)), np.array([1, 8])
+    width = []
+    for shape in ((80, 8), (1, 8)):
+        scene = SimpleNamespace(
+            test=margin + rng.standard_normal(shape) * np.ones((80, 8)),
+            positives=np.arange(80),
+            items=SimpleNamespace(groups=np.arange(80)),
+            seed=0,
+        )
+        place = SimpleNamespace(
+            probe=SimpleNamespace(score=lambda x: x), detection=SimpleNamespace(threshold=0.0), threat=None
+        )
+        found = prediction._left_tail(scene, place)  # type: ignore[arg-type]
+        assert found is not None
+        low, high = found.band(n)
+        width.append(high - low)
+    assert width[1][0] > 4 * width[0][0]
+    assert width[1][1] > 1.5 * width[0][1]
+
+
+def test_tallies_that_were_drawn_elsewhere_take_the_place_of_resamples() -> None:
+    counts = _counts(0.5, 2.0, 60, 8)
+    tallies = np.array([np.bincount(counts, minlength=9), np.bincount(counts // 2, minlength=5).tolist() + [0] * 4])
+    found = fit_left_tail(counts, 8, tallies=tallies)
+    assert found is not None
+    assert found.replicates[0] == pytest.approx([found.a, found.b], rel=1e-3)
+    # half the counts of as many draws: about half the chance
+    assert found.replicates[1, 0] / found.replicates[1].sum() == pytest.approx(
+        np.mean(counts // 2) / 8, rel=0.05
+    )  # fmt: skip
 
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="one count of 0 to 8"):
         fit_left_tail(np.array([9.0]), 8)
-    with pytest.raises(ValueError, match="entity of each of 2 items, got 3"):
-        fit_left_tail(np.array([1.0, 2.0]), 8, groups=np.arange(3))
-    with pytest.raises(ValueError, match="entity of each of 2 items, got 3"):
-        fit_left_tail(np.array([1.0, 2.0]), 8, groups=np.arange(3))
     with pytest.raises(ValueError, match="entity of each of 2 items, got 3"):
         fit_left_tail(np.array([1.0, 2.0]), 8, groups=np.arange(3))
