@@ -11,6 +11,13 @@ account         spent                             lost, at most                 
 ``queries``     designed moves that were scored   anything                            no guarantee
 ==============  ================================  ==================================  =====================
 
+**What r is.** ``u ~ N(0, I)`` are the coordinates in which the prior is standard normal, and r is how far the mean of
+*u* was moved, in its standard deviations. Under Gaussian tails that is also a fixed shift ``delta`` of the activations,
+``r = ||L^+ delta||``. Under a heavy tail it is not: u there has a coordinate for the scale, a shift of u moves the
+activations by more where the scale is larger, and a fixed shift by r of *their* standard deviations can lose more than
+is promised (Student-t with 3 degrees of freedom, margin 0.6, shift 1: lost with chance 73%, where 54% is promised, and
+66% with the fewer of both tails' bits). Where the tail was found to be heavy, a steering vector has no budget here.
+
 ``beta = -Phi^-1(2^-B)``. Bits are ``(*batch, n_items)`` from 0 on, ``inf`` for items that no move breaks. Guarantees:
 :mod:`elk_stress.bits`, which has them for one item.
 """
@@ -48,7 +55,7 @@ class Account(enum.StrEnum):
     @property
     def unit(self) -> str:
         """Of amounts."""
-        return {"mean_shift": "standard deviations", "queries": "queries"}.get(self.value, "bits")
+        return {"mean_shift": "standard deviations of u", "queries": "queries"}.get(self.value, "bits")
 
     @property
     def guarantee(self) -> str:
@@ -56,7 +63,7 @@ class Account(enum.StrEnum):
         return {
             "selection": "a <= 2^-(B-k)",
             "kl": "a <= (k+1)/B",
-            "mean_shift": "a <= Phi(r - beta)",
+            "mean_shift": "a <= Phi(r - beta), r in u",
             "queries": "none: an answer to a designed move can be worth any number of bits",
         }[self.value]
 
@@ -86,7 +93,8 @@ def lost_to_kl(bits_low: np.ndarray, spent: Any) -> Any:
 
 
 def lost_to_mean_shift(bits_low: np.ndarray, spent: Any) -> Any:
-    """``mean_i Phi(r - beta_i)``; shapes as in :func:`lost_to_selection`, ``spent`` r in standard deviations."""
+    """``mean_i Phi(r - beta_i)``; shapes as in :func:`lost_to_selection`, ``spent`` r in standard
+    deviations of u."""
     from scipy.special import ndtr
 
     return ndtr(np.asarray(spent, dtype=float)[..., None] - beta_of(np.asarray(bits_low, dtype=float))).mean(axis=-1)

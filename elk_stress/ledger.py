@@ -21,6 +21,7 @@ the expected share of catches lost, items drawn like the measured ones.
   chain rule). It does *not* add along retraining: q2 near q1 near the prior can lie far off (Gaussians: shifts add, and
   KL grows as their square). Measure q2 against the prior and charge up to that with ``total=``.
 * Mean shifts add whatever their directions, by the triangle inequality; a measured total may be smaller (``total=``).
+  They are lengths in u: under a heavy tail a fixed shift of activations is none (:mod:`elk_stress.budget`).
 
 Two ledgers of one probe do not know of each other. Yudkowsky (2008) for bits of optimization; :mod:`elk_stress.bits`
 for the guarantees.

@@ -30,7 +30,7 @@ examples:
   elk-stress ledger spend logistic.ledger selection --of 16 --keep 1 --note "picked a seed"
       log2(16/1) = 4 bits, if that much remains
   elk-stress ledger spend logistic.ledger kl 0.2 --lineage tuned
-      average KL from the prior in bits; mean_shift is a length, queries are counted
+      average KL from the prior in bits; mean_shift is a length in u, where the prior is N(0, I); queries are counted
   elk-stress ledger verify logistic.ledger --head 3f2a...
       rows, sums, hashes; --head: whether last charges were cut off since that hash was printed
 exit codes: 0 done; 1 refused, since too little remains, or the ledger is damaged; 2 bad usage or input
@@ -63,7 +63,9 @@ def add_ledger(commands: Any) -> None:
         terms.add_argument("--warn-at", type=float, metavar="SHARE", help="of a budget, then warn (default: 0.8)")
     verify.add_argument("--head", metavar="HASH", help="one that was printed earlier")
     spend.add_argument("account", choices=_ACCOUNTS)
-    spend.add_argument("amount", nargs="?", type=float, help="bits; mean_shift: standard deviations; queries: a count")
+    spend.add_argument(
+        "amount", nargs="?", type=float, help="bits; mean_shift: standard deviations of u; queries: a count"
+    )
     spend.add_argument("--total", type=float, metavar="X", help="instead: charge what is missing up to this total")
     spend.add_argument("--of", type=int, metavar="N", help="selection instead: the number of candidates")
     spend.add_argument("--keep", type=int, metavar="K", help="and how many of them were kept (default: 1)")
@@ -245,7 +247,7 @@ def _cells(row: Balance) -> list[str]:
         guarantee, lost = "none: charges of several kinds", "-"
     else:
         guarantee, lost = row.account.guarantee, "-" if row.lost is None else f"{row.lost:.2%}"
-    unit = {"selection": " bits", "kl": " bits", "mean_shift": " sd"}.get(row.account, "")
+    unit = {"selection": " bits", "kl": " bits", "mean_shift": " sd of u"}.get(row.account, "")
     spent = _number(row.spent) + unit
     budget, remaining = ("-" if x is None else _number(x) for x in (row.budget, row.remaining))
     worst = "-" if row.remaining_worst is None else f"{_number(row.remaining_worst)} {row.worst_tail}"

@@ -49,6 +49,7 @@ from elk_stress.ledger import (
     Terms,
     fingerprint,
 )
+from elk_stress.priors import StudentT
 from elk_stress.probe import direction
 
 ITEM = "item/natural/gaussian"
@@ -199,6 +200,21 @@ def test_the_theorems_hold_for_a_half_space(bits: np.ndarray, tolerated: float) 
     assert np.mean(attained) <= lost_to_kl(bits, shift**2 / 2 / math.log(2)) * (1 + 1e-9)
 
 
+def test_a_mean_shift_is_a_length_in_u_and_not_of_activations() -> None:
+    """Under a heavy tail u has a coordinate for the scale: a shift of u keeps its bound, one of x need not."""
+    tail, z = StudentT(3.0), np.random.default_rng(np.random.SeedSequence(7)).standard_normal(200_000)
+    scale = np.asarray(tail.scale(z, np))
+    margin, r = 0.6, 1.0
+    promised = float(lost_to_mean_shift(tail.bits(np.array([margin])), r))
+    assert norm.cdf(r - margin / scale).mean() < promised
+    fixed = 1 - 2.0 ** -float(tail.bits(r - margin))
+    assert fixed == pytest.approx(norm.cdf((r - margin) / scale).mean(), abs=0.003)
+    assert fixed > promised + 0.18
+    # and the account says which of them it counts
+    assert Account.MEAN_SHIFT.unit.endswith("of u")
+    assert Account.MEAN_SHIFT.guarantee.endswith("r in u")
+
+
 # --- charges and refusals --------------------------------------------------------------------------------------------
 
 
@@ -285,7 +301,7 @@ def test_select_refuses(book: Ledger, given: dict[str, Any], message: str) -> No
         ("kl", {}, "either an amount to add or the total"),
         ("kl", {"amount": 1, "total": 2}, "either an amount to add or the total"),
         ("kl", {"amount": -1}, "from 0 on, got -1"),
-        ("mean_shift", {"amount": math.inf}, "a finite number of standard deviations"),
+        ("mean_shift", {"amount": math.inf}, "a finite number of standard deviations of u"),
         ("kl", {"amount": math.nan}, "finite number of bits"),
         ("queries", {"amount": 0.5}, "whole numbers"),
         ("kl", {"amount": 0.1, "parents": "x"}, "no lineage is called 'x'"),
@@ -323,9 +339,9 @@ def test_each_account_has_its_own_budget(book: Ledger) -> None:
     with pytest.raises(BudgetExceeded, match=r"kl: 0\.63 bits asked for, but 0\.625 of 0\.625 .* Stop here"):
         book.spend("kl", 0.63)
     book.spend("mean_shift", 2.0, lineage="steered")
-    with pytest.raises(BudgetExceeded, match="2 standard deviations asked for"):
+    with pytest.raises(BudgetExceeded, match="2 standard deviations of u asked for"):
         book.spend("mean_shift", 2.0, lineage="steered")
-    with pytest.warns(BudgetWarning, match=r"of 2\.518 standard deviations"):
+    with pytest.warns(BudgetWarning, match=r"of 2\.518 standard deviations of u"):
         book.spend("mean_shift", total=2.3, lineage="steered")
     assert book.spent("mean_shift", "steered") == 2.3
 

@@ -57,7 +57,7 @@ def test_the_band_covers_where_contexts_sway_all_items_alike(contexts: int) -> N
     """Scores of 40 caught items, of which half the variance in a context is common to all; no beta-binomial family.
 
     Measured 97 of 100, and 73 to 81 where items alone are resampled. At 95%, fewer hits would be one chance in ten
-    thousand (86 of 100).
+    thousand (85 of 100).
     """
     repeats, n, hits, seen = 100, np.arange(1, 9), np.zeros(8), 0
     for seed in range(repeats):
