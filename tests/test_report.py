@@ -19,7 +19,7 @@ from elk_stress.flags import CATALOGUE, flag
 from elk_stress.report import plots, tables, words
 from elk_stress.report.folder import UnusableFolder, check_folder, write_folder
 from elk_stress.report.markdown import report
-from elk_stress.result import Curve, StressResult
+from elk_stress.result import Curve, IncidentalFraction, StressResult
 from elk_stress.run import RunResult
 from elk_stress.threat import Threat
 
@@ -356,6 +356,20 @@ def test_best_of_n_draws_prediction_and_observation_on_log2_n() -> None:
     np.testing.assert_allclose(observed.get_xdata(), np.log2(curves.observed.x))
     np.testing.assert_allclose(observed.get_ydata(), curves.observed.value)
     assert plots.best_of_n([replace(result, best_of_n=())]) is None
+
+
+def test_an_infinite_half_life_stands_above_all_others_and_says_so() -> None:
+    share = IncidentalFraction(0.0, 0.0, 0.1, np.zeros(3), 2, 8, 0.0)
+    oracle = fabricated.result("oracle", 20.0)
+    name = "item/natural/gaussian/kept"
+    endless = replace(oracle.threats[name], headline=Bits(math.inf, 90.0, math.inf, Kind.EXACT, "closed_form"))
+    oracle = replace(oracle, incidental=share, threats={**oracle.threats, name: endless})
+    figure = plots.incidental([oracle, replace(fabricated.result("paper", 5.0), incidental=share)])
+    assert figure is not None
+    (text,) = [t for t in figure.axes[0].texts if t.get_text() == "infinite"]
+    highest = max(line.get_ydata().max() for line in figure.axes[0].lines if len(line.get_ydata()))
+    assert text.xy[1] == highest > 20.0
+    assert plots.incidental([fabricated.result("lda", 6.0)]) is None
 
 
 def test_plots_touch_no_global_state() -> None:

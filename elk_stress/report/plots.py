@@ -114,7 +114,10 @@ def best_of_n(results: Sequence[StressResult]) -> Figure | None:
 
 
 def incidental(results: Sequence[StressResult]) -> Figure | None:
-    """Half-life against the incidental fraction, one point per probe and behaviour; ``None`` if nothing is known."""
+    """Half-life against the incidental fraction, one point per probe and behaviour; ``None`` if nothing is known.
+
+    A half-life that is infinite stands above all others, and says so.
+    """
     having = [
         (k, result, *words.plainest(result))
         for k, result in enumerate(results)
@@ -124,14 +127,21 @@ def incidental(results: Sequence[StressResult]) -> Figure | None:
         return None
     figure = blank(5.4, 4.4)
     axis = figure.subplots()
+    known = [t.headline for _, _, *pair in having for t in pair if t is not None]
+    ceiling = 1.1 * max([x for b in known for x in (b.value, b.high) if math.isfinite(x)], default=1.0)
     for k, result, *pair in having:
         share = result.incidental
         assert share is not None
         for threat, filled in zip(pair, (True, False), strict=True):
-            if threat is None or not math.isfinite(threat.headline.value):
+            if threat is None:
                 continue
             bits = threat.headline
             colour = COLOURS[k % len(COLOURS)]
+            if math.isinf(bits.value):
+                marker = _MARKERS[k % len(_MARKERS)]
+                axis.plot(share.value, ceiling, marker, color=colour, mfc=colour if filled else "white", ms=6)
+                axis.annotate("infinite", (share.value, ceiling), (8, -3), textcoords="offset points", fontsize=8)
+                continue
             high = bits.high if math.isfinite(bits.high) else bits.value
             axis.errorbar(
                 share.value, bits.value, yerr=[[bits.value - bits.low], [high - bits.value]],
