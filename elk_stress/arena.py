@@ -45,6 +45,7 @@ class Arena:
         epsilon: nats, where behaviour is constrained.
         crowd: the test items that one move for all is judged on (universal), or ``None``.
         asked, scored: activations that one question about ``searched``, and one verdict on ``failed``, scores.
+        searchable: whether the probe catches anything that a move can be searched on (universal: a training positive).
     """
 
     scene: Scene
@@ -58,6 +59,7 @@ class Arena:
     crowd: Crowd | None = None
     asked: int = 1
     scored: int = 1
+    searchable: bool = True
 
     @property
     def n_problems(self) -> int:
@@ -87,8 +89,10 @@ def arena(scene: Scene, place: Situation, epsilon: float | None) -> Arena:
     slack = (1 - _HAIR) * float(np.median(place.margin[place.caught])) if len(items) else 0.0
     crowd = judged_on(scene, place) if threat.scope == "universal" else None
     asked = scored = 1
+    searchable = True
     if crowd is not None:
         train = searched_on(scene, place)
+        searchable = bool((train.margin > 0).any()) or threat.metric == "auroc"
         asked, scored = (len(c.margin) if threat.metric == "recall" else len(c.rows) for c in (train, crowd))
         failed = universal_event(crowd, place, np.array([crowd.tau]))
         searched = universal_event(train, place, np.array([train.tau]))
@@ -114,7 +118,7 @@ def arena(scene: Scene, place: Situation, epsilon: float | None) -> Arena:
         edits = scene.observed - scene.test_origins[:, None, :]
         pool = prior.inverse(edits[items] if crowd is None else edits.mean(axis=0)[None])
     kept_within = epsilon if threat.kept else None
-    return Arena(scene, place, failed, joint, searched, items, pool, kept_within, crowd, asked, scored)
+    return Arena(scene, place, failed, joint, searched, items, pool, kept_within, crowd, asked, scored, searchable)
 
 
 def judged_event(

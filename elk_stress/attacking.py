@@ -54,6 +54,8 @@ def applies(attack: Attack, field: Arena) -> str | None:
         return f"makes sense under {', '.join(attack.priors)} only"
     if threat.kept and field.epsilon is None:
         return "what counts as kept was not measured"
+    if attack.access != "none" and not field.searchable:
+        return "one move for all is searched on training positives, of which the probe catches none"
     if field.n_problems == 0 or field.place.detection.n_caught == 0:
         return "the probe catches nothing to attack"
     return None
@@ -190,7 +192,7 @@ def _tried(attack: Attack, field: Arena, proposal: Proposal, mind: Mind | None) 
 
 def _edited(attack: Attack, field: Arena, edit: Edit, u: np.ndarray, mind: Mind) -> _Tried:
     """An edit's moves are what it does to the attacked items, and nothing else; its scores are those of its own."""
-    after = np.asarray(edit.moved("test"), dtype=float)[mind.items]
+    after = mind.after(edit)
     written = after - mind.origins
     own = mind.to_u(written)
     if u.shape != (len(own), 1, own.shape[1]) or not np.allclose(u[:, 0], own, rtol=1e-3, atol=1e-3):
@@ -228,8 +230,9 @@ def _judge(field: Arena, tried: _Tried) -> _Verdict:
     ok = np.take_along_axis(fails, order, axis=1)
     shifts = np.full(ok.shape, math.nan)
     if field.scene.behaviour is not None:
-        # free threats report the shift of one successful move each; kept ones judge every candidate
-        width = ok.shape[1] if field.epsilon is not None else 1
+        # free threats report the shift of the one move that counts; kept ones judge every candidate, and so does one
+        # move for all, of which the shortest counts
+        width = ok.shape[1] if field.epsilon is not None or field.crowd is not None else 1
         active = np.flatnonzero(ok[:, 0])
         own = None if tried.edit is None else tried.edit.shift
         if len(active) and own is not None:

@@ -77,9 +77,9 @@ def judged_on(scene: Scene, place: Situation) -> Crowd:
 def searched_on(scene: Scene, place: Situation) -> Crowd:
     """Training items (a seeded sample of 400, where there are more): what one move for all is searched on.
 
-    A share of a half among n training and m test positives differs by ``sqrt(1/n + 1/m) / 2`` (standard error), so a
-    move that just halves the one halves the other in half of all cases only: it is searched two errors farther, and
-    judged in several lengths.
+    A recall of h, half of the clean one, differs between n training and m test positives by ``sqrt(h (1 - h) (1/n +
+    1/m))`` (standard error), so a move that just halves the one halves the other in half of all cases only: it is
+    searched two errors farther, and judged in several lengths. (For an AUROC h is taken as 1/2.)
     """
     rows = scene.plain_train
     if len(rows) > _TRAINING_ITEMS:
@@ -87,8 +87,9 @@ def searched_on(scene: Scene, place: Situation) -> Crowd:
         rows = np.sort(rng.choice(rows, _TRAINING_ITEMS, replace=False))
     found = _crowd(scene, place, rows, scene.origins("train")[rows], scene.training.labels[rows], scene.train_behaviour)
     n, m = len(found.margin), len(scene.positives)
-    left = max(_LEAST, 1 - 2 * math.sqrt(1 / max(n, 1) + 1 / m))
     floor = 0.5 if place.threat.metric == "auroc" else 0.0
+    half = 0.5 if floor else found.tau
+    left = max(_LEAST, 1 - 2 * math.sqrt((1 / half - 1) * (1 / n + 1 / m))) if half > 0 else 1.0
     return replace(found, tau=floor + left * (found.tau - floor))
 
 

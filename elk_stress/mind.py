@@ -109,9 +109,27 @@ class Mind:
 
         ``spent``: bits in the attack's own prior, where it has one; ``spent_as``: of which kind.
         """
-        u = self.to_u(edit.moved("test")[self.items] - self.origins)
+        if self.threat.scope != "item":
+            raise ValueError(
+                "an edit moves every item by itself; an attack that proposes one declares scopes = ('item',)"
+            )
+        u = self.to_u(self.after(edit) - self.origins)
         bits = None if spent is None else np.full(len(u), float(spent))
         return Proposal(u[:, None], centre=u, spent=bits, spent_as=spent_as, edit=edit)
+
+    def after(self, edit: Edit) -> np.ndarray:
+        """``(problems, dim)``: the attacked items as the edit leaves them.
+
+        Raises:
+            ValueError: it does not give all items of the split that it is asked for.
+        """
+        moved, expected = np.asarray(edit.moved("test"), dtype=float), self.activations("test").shape
+        if moved.shape != expected:
+            raise ValueError(
+                f"the edit's moved('test') has shape {moved.shape}; expected {expected}, all items of the split that "
+                "it is asked for"
+            )
+        return np.asarray(moved[self.items])
 
     # -- of the probe, counted ------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from elk_stress.priors import (
 )
 from elk_stress.probe import FittedProbe, Probe, as_fitted, check_activations
 from elk_stress.survival import Resamples
-from elk_stress.testbed import Items, SplitName, Testbed, check_splits
+from elk_stress.testbed import PLANTED, Items, SplitName, Testbed, check_splits
 from elk_stress.threat import DEFAULT_EPSILON_FACTOR, Threat
 
 __all__ = ["Scene", "fit_probe", "prepare_scene"]
@@ -255,6 +255,8 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
     """
     from elk_stress import registry
 
+    if isinstance(probe, str) and probe in PLANTED and probe in scene.testbed.known_probes():
+        probe = scene.testbed.known_probes()[probe]
     recipe = registry.load("probes", probe) if isinstance(probe, str) else probe
     if isinstance(recipe, (FittedProbe, np.ndarray)):
         fitted = as_fitted(recipe, site=scene.testbed.site)

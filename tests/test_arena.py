@@ -316,3 +316,43 @@ def test_what_nothing_moves_is_no_failure_to_engage() -> None:
     row = run_attack(registry.load("attacks", "gradient"), field, budget=200, seed=0)
     assert row.success == 0
     assert row.flags == ()
+
+
+def test_few_catches_are_searched_farther_and_none_not_at_all() -> None:
+    """Half of a low recall is known badly; where nothing is caught in training, nothing can be searched."""
+    field = _field(Threat(scope="universal"), "paper")
+    place = field.place
+    scores = np.sort(np.asarray(place.probe.score(searched_on(_scene(), place).positives), dtype=float))
+    shares = {}
+    for caught in (len(scores), 6, 0):
+        threshold = float(scores[-caught - 1]) if caught < len(scores) else float(scores[0]) - 1
+        strict = replace(place, detection=replace(place.detection, threshold=threshold if caught else scores[-1] + 1))
+        train = searched_on(_scene(), strict)
+        shares[caught] = train.tau / (0.5 * max((train.margin > 0).mean(), 1e-9))
+        if caught == 0:
+            here = replace(arena(_scene(), strict, None), items=field.items)
+            row = run_attack(registry.load("attacks", "gradient"), here, budget=100, seed=0)
+            assert "of which the probe catches none" in row.status
+            assert run_attack(registry.load("attacks", "steer_means"), here, budget=100, seed=0).status == "ok"
+    assert shares[len(scores)] > 2 * shares[6] > 0
+
+
+@pytest.mark.parametrize("name", ["gradient", "steer_means", "transfer"])
+def test_a_free_move_that_broke_it_says_what_it_shifted(name: str) -> None:
+    row = run_attack(registry.load("attacks", name), _field(Threat(scope="universal"), "paper"), budget=2000, seed=0)
+    assert row.success == 1
+    assert row.shift is not None
+
+
+def test_an_edit_gives_all_items_of_the_split_that_it_is_asked_for() -> None:
+    for shape in ((3, 8), (60, 7)):
+        mind = _field(Threat()).mind("none", 10)
+        with pytest.raises(ValueError, match=r"expected \(60, 8\), all items of the split"):
+            mind.propose(Edit(lambda split, shape=shape: np.zeros(shape)))  # type: ignore[misc]
+    with pytest.raises(ValueError, match=r"scopes = \('item',\)"):
+        _field(Threat(scope="universal")).mind("none", 10).propose(Edit(lambda split: np.zeros((60, 8))))
+
+
+def test_planted_probes_are_found_by_name() -> None:
+    known = _scene().testbed.known_probes()["paper"]
+    np.testing.assert_array_equal(fit_probe(_scene(), "paper").parameters["weight"], known.parameters["weight"])
