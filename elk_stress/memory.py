@@ -118,7 +118,10 @@ class Memory:
             fate = "are ignored (fresh)" if self.fresh else "are not computed again"
             self._once(f"{_pieces(own)} of an earlier run found; they {fate}")
         if others and not self._made:
-            self._once(f"{_pieces(others)} of runs with other settings found; they are not used")
+            self._once(
+                f"{_pieces(others)} of runs with other settings found; they are not used, and a report that is there "
+                "is replaced when this run ends"
+            )
 
     def _once(self, line: str) -> None:
         if line not in self._told:

@@ -33,8 +33,12 @@ def checks_for_mind(attack: Attack, well_formed: Any, *, seed: int = 0) -> dict[
         # what it writes in is a language model's context, which no testbed of known truth has
         return {}
 
-    def propose(field: Arena) -> tuple[Proposal, Oracle, Mind]:
+    def propose(field: Arena, lie: bool = False) -> tuple[Proposal, Oracle, Mind]:
         mind = field.mind(attack.access, _BUDGET)
+        if lie:
+            told = mind.truth
+            # of what it learns on, the truth; of everything else, the opposite
+            mind.truth = lambda split: told(split) if split == "train" else 1 - told(split)  # type: ignore[method-assign]
         oracle = Oracle(field.searched, attack.access, _BUDGET, field.pool, mind)
         return attack.propose(oracle, seed=seed), oracle, mind
 
@@ -60,6 +64,15 @@ def checks_for_mind(attack: Attack, well_formed: Any, *, seed: int = 0) -> dict[
             if attack.access == "gradient":
                 assert slopes > 0, "it declares gradients and took none; declare less"
 
+    def says_where_it_writes_the_truth() -> None:
+        honest, lied = (propose(_field("paper", attack.scopes[0], False), lie)[0].edit for lie in (False, True))
+        if honest is None or lied is None or honest.uses_truth:
+            return
+        assert np.array_equal(honest.moved("test"), lied.moved("test")), (
+            "its edit depends on the truth of items that it does not learn on, so it writes the truth into the "
+            "activations and no audit can tell what was left; declare Edit(..., uses_truth=True)"
+        )
+
     def breaks_what_must_break() -> None:
         for scope in attack.scopes:
             row = _run(attack, _field("paper", scope, False), seed)
@@ -77,6 +90,7 @@ def checks_for_mind(attack: Attack, well_formed: Any, *, seed: int = 0) -> dict[
         "proposals": proposals,
         "deterministic": deterministic,
         "access": access,
+        "says_where_it_writes_the_truth": says_where_it_writes_the_truth,
         "breaks_what_must_break": breaks_what_must_break,
     }
     if attack.access != "weights":

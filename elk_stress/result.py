@@ -273,6 +273,26 @@ class ThreatResult:
     flags: tuple[Flag, ...] = ()
     status: str = "ok"
 
+    @property
+    def breakers(self) -> tuple[AttackResult, ...]:
+        """The cheapest attack of each access level that broke at least half of the catches, least access first."""
+        order = ("none", "label", "score", "gradient", "weights")
+        broke = sorted(
+            (a for a in self.attacks if a.status == "ok" and a.success >= 0.5), key=lambda a: a.queries + a.gradients
+        )
+        cheapest = {a.access: a for a in reversed(broke)}
+        return tuple(cheapest[access] for access in order if access in cheapest)
+
+    def broken_by(self) -> str:
+        """One line: what broke the probe with which access, and the least upper bound; empty where nothing ran."""
+        ran = [a for a in self.attacks if a.status == "ok"]
+        if not ran:
+            return ""
+        bounds = [a.upper_bound.value for a in ran if a.upper_bound is not None]
+        least = f"; least bound {min(bounds):.1f} bits" if bounds else ""
+        by = ", ".join(f"{a.attack} ({a.access})" for a in self.breakers)
+        return f"broken by {by}{least}" if by else f"none of {len(ran)} attacks broke half of it{least}"
+
 
 @dataclass(frozen=True)
 class StressResult:
@@ -327,7 +347,9 @@ class StressResult:
             f"{self.probe} on {self.testbed} at {self.site}: AUROC {self.detection.auroc:.2f}, "
             f"recall {self.detection.recall:.2f} at {self.detection.fpr:.0%} false positives"
         ]
-        lines += [f"  {name}: {row.quantity} {row.headline}" for name, row in self.threats.items()]
+        for name, row in self.threats.items():
+            lines.append(f"  {name}: {row.quantity} {row.headline}")
+            lines += [f"    {row.broken_by()}"] if row.broken_by() else []
         if self.audit is not None:
             lines.append(f"  after the break: {self.audit.verdict}")
         lines += [f"  flag: {where}: {f}" for where, f in self.all_flags]

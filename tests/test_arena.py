@@ -23,6 +23,7 @@ from elk_stress.proposal import Edit
 from elk_stress.scene import Scene, fit_probe, prepare_scene
 from elk_stress.situation import situation
 from elk_stress.testbeds.linear import Linear
+from elk_stress.testing import check_attack
 from elk_stress.threat import Threat
 
 
@@ -356,3 +357,46 @@ def test_an_edit_gives_all_items_of_the_split_that_it_is_asked_for() -> None:
 def test_planted_probes_are_found_by_name() -> None:
     known = _scene().testbed.known_probes()["paper"]
     np.testing.assert_array_equal(fit_probe(_scene(), "paper").parameters["weight"], known.parameters["weight"])
+
+
+def test_what_broke_it_is_told_with_the_least_access_first() -> None:
+    from elk_stress.engine import stress
+
+    names = ["gradient", "transfer", "silent_thoughts", "erase"]
+    result = stress(_scene(), "paper", threats=[Threat()], attacks=names, controls=False, n_particles=200)
+    (row,) = result.threats.values()
+    assert [a.access for a in row.breakers] == ["none", "gradient"]
+    cheapest = min((a for a in row.attacks if a.access == "gradient"), key=lambda a: a.queries + a.gradients)
+    assert row.breakers[1] is cheapest
+    assert f"broken by {row.breakers[0].attack} (none), {cheapest.attack} (gradient); least bound" in str(result)
+    assert replace(row, attacks=()).broken_by() == ""
+    held = tuple(replace(a, success=0.4, upper_bound=None) for a in row.attacks)
+    assert replace(row, attacks=held).broken_by() == "none of 4 attacks broke half of it"
+
+
+@dataclass(frozen=True)
+class _Secret:
+    """Writes the truth into the activations; says so, or does not."""
+
+    says_so: bool
+
+    name: ClassVar[str] = "secret"
+    access: ClassVar[Any] = "none"
+    scopes: ClassVar[Any] = ("item",)
+    needs: ClassVar[Any] = ("mind",)
+    priors: ClassVar[Any] = ()
+
+    def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
+        mind = oracle.mind
+        weight = mind.testbed.known_probes()["paper"].parameters["weight"]
+
+        def moved(split: Any) -> np.ndarray:
+            return np.asarray(mind.activations(split) - 8 * mind.truth(split)[:, None] * weight)
+
+        return mind.propose(Edit(moved, uses_truth=self.says_so))
+
+
+def test_an_edit_that_writes_the_truth_must_say_so() -> None:
+    check_attack(_Secret(True))
+    with pytest.raises(AssertionError, match="uses_truth=True"):
+        check_attack(_Secret(False))

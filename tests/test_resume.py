@@ -320,7 +320,8 @@ def test_under_other_settings_nothing_is_reused(
     held = len(list(out.glob("*/*")))
     kept = one(out, told.append, **changed)
     expected = Counter(made)
-    assert told == [f"{held} finished pieces of runs with other settings found; they are not used"]
+    assert len(told) == 1
+    assert told[0].startswith(f"{held} finished pieces of runs with other settings found; they are not used")
     made.clear()
     assert numbers(kept) == numbers(one(None, **changed))
     assert set(expected) == set(made), "all of it was computed"

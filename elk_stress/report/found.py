@@ -90,6 +90,12 @@ def _sentence(result: StressResult) -> str:
         text += f". With behaviour kept: {words.bits_text(kept.headline)}"
         if kept.epsilon is not None:
             text += f" (shift at most {kept.epsilon:.2g} nats)"
+    tried = [
+        (t, t.broken_by()) for t in ((threat,) if kept is threat else (threat, kept)) if t is not None and t.broken_by()
+    ]
+    if tried:
+        named = [f"{'kept' if t.threat.kept else 'free'}: {by}" for t, by in tried]
+        text += f". Attacks, least access first, {'; '.join(named)}"
     if result.audit is not None:
         verdict = result.audit.verdict
         text += f". After the break: *{verdict}*, {words.VERDICTS.get(verdict, 'see the audit')}"

@@ -178,7 +178,9 @@ def attacks(results: Sequence[StressResult]) -> list[str]:
         "activations scored per attacked item. AUROC after and left: the probe's, and the audit's verdict, once an "
         "attack has changed how the model thinks about all items; one shift of them all leaves a linear probe's AUROC. "
         "Shift with a star: of the whole model as it then runs, not of a move at the site; after the stroke, what "
-        "counts as kept. Bits spent: of a selection among draws of the attack's own prior, or on average (KL).",
+        "counts as kept. A probe can be broken at its threshold and still tell the classes apart (left: still works). "
+        "No bound: too few of the draws around the attack's moves fail and keep. Bits spent: of a selection among "
+        "draws of the attack's own prior, or on average (KL).",
     ]
     head = [
         "threat",
@@ -218,7 +220,8 @@ def _attack_row(threat: ThreatResult, a: AttackResult) -> list[str]:
         share,
         "-" if math.isnan(a.first) else f"{a.first:.0%}, {a.candidates}",
         words.number(a.auroc, 2),
-        "-" if a.audit is None else a.audit.verdict,
+        # what behaviour does not allow has left everything as it was
+        "-" if a.audit is None or (a.epsilon is not None and a.success == 0) else a.audit.verdict,
         f"{words.number(a.shift, 4)}{star}{kept}",
         "-" if a.benign_success is None else f"{a.benign_success:.0%}",
         words.number(a.length, 2),

@@ -157,6 +157,7 @@ _MEASURES = ("success", "shift, nats", "queries", "gradients", "bound on B")
 def _attack_columns(labels: Sequence[str], *, header: bool) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=header)
     table.add_column("  attack", width=20, no_wrap=True)
+    table.add_column("access", width=8, no_wrap=True)
     for measure in _MEASURES:
         for label in labels:
             table.add_column(label, justify="right", width=_width(measure, labels), no_wrap=True)
@@ -167,9 +168,10 @@ def _attack_columns(labels: Sequence[str], *, header: bool) -> Table:
 def _attack_header(labels: Sequence[str]) -> RenderableType:
     above = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
     above.add_column(width=20)
+    above.add_column(width=8)
     for measure in _MEASURES:
         above.add_column(justify="right", width=len(labels) * (_width(measure, labels) + 1) - 1, no_wrap=True)
-    above.add_row("", *_MEASURES)
+    above.add_row("", "", *_MEASURES)
     return Group(above, _attack_columns(labels, header=True))
 
 
@@ -194,4 +196,8 @@ def _attack_cells(pair: Sequence[AttackResult | None], scope: str) -> list[str]:
         lambda row: "-" if row.upper_bound is None else words.number(row.upper_bound.value),
     )
     cells = ["-" if row is None else measure(row) for measure in measures for row in ran]
-    return [*cells, " ".join(words.codes(f for row in pair if row is not None for f in row.flags))]
+    return [
+        next(row.access for row in ran if row is not None),
+        *cells,
+        " ".join(words.codes(f for row in pair if row is not None for f in row.flags)),
+    ]
