@@ -8,7 +8,7 @@ account         spent                             lost, at most                 
 ``selection``   k bits, log2(N/kept) a time       ``mean_i min(1, 2^(k-B_i))``        largest k: lost <= t
 ``kl``          k bits, E_q log2 dq/dprior        ``mean_i min(1, (k+1)/B_i)``        largest k: lost <= t
 ``mean_shift``  r, standard deviations in u       ``mean_i Phi(r - beta_i)``          largest r: lost <= t
-``queries``     designed moves that were scored   anything                            no guarantee
+``queries``     answers that were given           anything, by moves designed on them no guarantee
 ==============  ================================  ==================================  =====================
 
 **What r is.** ``u ~ N(0, I)`` are the coordinates in which the prior is standard normal, and r is how far the mean of
@@ -64,7 +64,7 @@ class Account(enum.StrEnum):
             "selection": "a <= 2^-(B-k)",
             "kl": "a <= (k+1)/B",
             "mean_shift": "a <= Phi(r - beta), r in u",
-            "queries": "none: an answer to a designed move can be worth any number of bits",
+            "queries": "none: a record, and a designed move can be worth any number of bits",
         }[self.value]
 
     def remaining(self, bits_low: np.ndarray, tolerated: float) -> float | None:

@@ -8,8 +8,15 @@ measured. The lower ends hold what is not known of the prior's scale, the contex
 of the half-life says (:mod:`elk_stress.ledger_terms`); bits that are given are taken as they are.
 
 Accounts are never summed across kinds. Each guarantee is about moves that came *from the prior* and were changed in
-that one way: a lineage with charges of two kinds has none of them, which the ledger says. What a guarantee bounds is
-the expected share of catches lost, items drawn like the measured ones.
+that one way: a lineage with charges of two kinds has none of them, for good. So the first charge of a second kind is
+refused (:class:`MixedCharge`) unless it says ``mix=True``; then the lineage is *mixed*, and nothing is said to remain.
+What a guarantee bounds is the expected share of catches lost, items drawn like the measured ones.
+
+**Queries are a record.** An answer moves nothing: a guarantee is about how the moves came to be, not about what anybody
+knows. (Selection is bounded for the worst choice among the candidates, KL and shift are measured of the moves as they
+are.) Queries alone hence leave the others standing. Only where answers were used to *design* moves of the lineage, so
+that these are no longer the prior's changed in the one way charged, does nothing hold: such queries are charged with
+``mix=True``, which makes a lineage mixed by itself; ``spend("queries", 0, mix=True)`` says it of earlier ones.
 
 **Lineages: which charges add.** A lineage is one product whose safety is asked about.
 
@@ -56,6 +63,7 @@ __all__ = [
     "Ledger",
     "LedgerDamaged",
     "LedgerError",
+    "MixedCharge",
     "Terms",
     "fingerprint",
 ]
@@ -83,6 +91,10 @@ class BudgetExceeded(RuntimeError):
         return str(self.args[0])
 
 
+class MixedCharge(BudgetExceeded):
+    """Refused: a charge that would leave its lineage without a guarantee, and does not say ``mix=True``."""
+
+
 @dataclass(frozen=True)
 class Balance:
     """One account of one lineage.
@@ -90,10 +102,11 @@ class Balance:
     Attributes:
         n_charges, spent: rows and their sum, in ``account.unit``.
         budget, remaining: ``None`` for queries; negative where the guarantee promises too little from the start.
+            ``remaining`` is NaN on a mixed lineage.
         lost: bound on the expected share of catches lost; ``None`` where nothing is promised.
         worst_tail, remaining_worst: which of the result's tails would leave the least, and how much, if that is less
             than ``remaining``; else ``None``. For the reader: nothing is refused by it.
-        mixed: this lineage has charges of another kind, so that no guarantee holds.
+        mixed: this lineage has charges of several kinds, or queries that shaped its moves: no guarantee holds.
     """
 
     account: Account
@@ -149,6 +162,11 @@ class Ledger:
             self.close()
             raise ValueError(disagreement(self.path, self.terms, terms))
 
+    def __repr__(self) -> str:
+        budgets = ((kind, self.budget(kind)) for kind in Account)
+        told = ", ".join(f"{kind} {budget:.4g} {kind.unit}" for kind, budget in budgets if budget is not None)
+        return f"Ledger({str(self.path)!r}, threat={self.terms.threat!r}, budget: {told})"
+
     def __enter__(self) -> Ledger:
         return self
 
@@ -173,6 +191,7 @@ class Ledger:
         lineage: str = "main",
         parents: Sequence[str] = (),
         note: str = "",
+        mix: bool = False,
     ) -> Any:
         """The ``keep`` candidates that the probe prefers; charges ``log2(N/keep)`` before it returns them.
 
@@ -189,7 +208,7 @@ class Ledger:
             score: ``(N,)`` scores, a function of one candidate, or a fitted probe for activations ``(N, d)``.
             keep: how many.
             prefer: ``lowest``, the least like what a monitor must catch, or ``highest``. The charge is the same.
-            lineage, parents, note: see :meth:`spend`.
+            lineage, parents, note, mix: see :meth:`spend`.
 
         Returns:
             A list, or an array of rows where an array was given, in the order of ``candidates``. Of equal scores the
@@ -198,6 +217,7 @@ class Ledger:
         Raises:
             BudgetExceeded: more than remains, or nothing remains at all, when nothing more may be scored, though all be
                 kept; before anything was scored where that can be known, and in any case nothing was charged.
+            MixedCharge: the lineage has charges of another kind; nothing was scored.
             ValueError: no candidates, an impossible ``keep``, scores that are no numbers, or another probe's.
         """
         n = len(candidates)
@@ -210,10 +230,12 @@ class Ledger:
         budget = self.budget(Account.SELECTION)
         with self._store.reading() as view:
             _check_parents(view, parents)
+            self._refuse_mixing(view, Account.SELECTION, lineage, parents, bits, None, mix)
             spent = max(ledger_store.spent(view, Account.SELECTION, name) for name in (lineage, *parents))
             self._refuse(Account.SELECTION, lineage, spent, bits, budget, scoring=True)
         scores = self._scores(candidates, score)
-        self._charge(Account.SELECTION, bits, None, lineage, parents, f"kept {keep} of {n}", note, scoring=True)
+        detail = f"kept {keep} of {n}"
+        self._charge(Account.SELECTION, bits, None, lineage, parents, detail, note, mix, scoring=True)
         # in the order given: a list sorted by the probe would make its head a free best of N
         chosen = np.sort(np.argsort(scores if prefer == "lowest" else -scores, kind="stable")[:keep])
         return candidates[chosen] if isinstance(candidates, np.ndarray) else [candidates[i] for i in chosen.tolist()]
@@ -227,6 +249,7 @@ class Ledger:
         lineage: str = "main",
         parents: Sequence[str] = (),
         note: str = "",
+        mix: bool = False,
     ) -> Charge:
         """Charge an amount, or up to a total; returns once it is on disk. Check and charge are one step.
 
@@ -238,9 +261,12 @@ class Ledger:
             lineage: what the charge is about; see the module.
             parents: lineages that this one came from: it takes over the most that any of them has spent.
             note: for the reader.
+            mix: charge even what leaves the lineage without any guarantee, for good. Of queries it says that their
+                answers shaped moves of this lineage; without it they are a record, which voids nothing.
 
         Raises:
             BudgetExceeded: it would exceed what remains; nothing was charged, and nothing taken over.
+            MixedCharge: the lineage's first of a second kind, without ``mix``; the same.
             LedgerError: the file could not be written; nothing was charged.
             ValueError: an unknown account or parent, or an amount that is none.
         """
@@ -253,8 +279,9 @@ class Ledger:
         if kind is Account.QUERIES and not given.is_integer():
             raise ValueError(f"queries are counted in whole numbers, got {given}")
         lineage, parents = _names(lineage, parents)
-        detail = "" if total is None else f"up to {given:g}"
-        return self._charge(kind, amount, total, lineage, parents, detail, note)
+        record = kind is Account.QUERIES and not mix
+        parts = (ledger_store.RECORDED if record else "", "" if total is None else f"up to {given:g}")
+        return self._charge(kind, amount, total, lineage, parents, ", ".join(filter(None, parts)), note, mix)
 
     def budget(self, account: Account | str) -> float | None:
         """What may be spent on a lineage in all; ``None`` for queries, which carry no guarantee; may be negative."""
@@ -269,9 +296,17 @@ class Ledger:
             return ledger_store.spent(view, _account(account), lineage)
 
     def remaining(self, account: Account | str, lineage: str = "main") -> float | None:
-        """Budget less spent; ``None`` for queries."""
-        budget = self.budget(account)
-        return None if budget is None else budget - self.spent(account, lineage)
+        """Budget less spent; ``None`` for queries, and NaN on a mixed lineage, of which nothing is guaranteed.
+
+        An account without charges beside one with some has all of it left, for a lineage of its own.
+        """
+        kind = _account(account)
+        budget = self.budget(kind)
+        if budget is None:
+            return None
+        with self._store.reading() as view:
+            used = _used(view, (lineage,))
+            return math.nan if _mixed(used) else budget - ledger_store.spent(view, kind, lineage)
 
     def balances(self) -> tuple[Balance, ...]:
         """Every account of every lineage, from one view of the file."""
@@ -280,7 +315,10 @@ class Ledger:
         for lineage in dict.fromkeys([charge.lineage for charge in rows] or ["main"]):
             own = [charge for charge in rows if charge.lineage == lineage]
             spent = {charge.account: charge.spent for charge in own}
-            used = [account for account, amount in spent.items() if amount > 0]
+            used = {Account(kind) for kind, amount in spent.items() if amount > 0 and kind != Account.QUERIES}
+            record = ledger_store.RECORDED
+            if any(charge.account == Account.QUERIES and not charge.detail.startswith(record) for charge in own):
+                used.add(Account.QUERIES)
             for account in Account:
                 found.append(
                     self._balance(
@@ -288,7 +326,7 @@ class Ledger:
                         lineage,
                         sum(charge.account == account for charge in own),
                         spent.get(account, 0.0),
-                        len(used) > 1,
+                        _mixed(used),
                         # a guarantee speaks of all that was done: an untouched account is silent beside a used one
                         not used or account in used,
                     )
@@ -331,25 +369,59 @@ class Ledger:
         parents: tuple[str, ...],
         detail: str,
         note: str,
+        mix: bool,
         *,
         scoring: bool = False,
     ) -> Charge:
         budget = self.budget(account)
         with self._store.writing() as book:
             _check_parents(book, parents)
-            for kind in Account if parents else ():
-                most = max(ledger_store.spent(book, kind, parent) for parent in parents)
-                more = most - ledger_store.spent(book, kind, lineage)
-                if more > 0:
-                    ledger_store.append(book, kind, lineage, more, detail=f"taken over from {', '.join(parents)}")
+            used = self._refuse_mixing(book, account, lineage, parents, amount, total, mix)
+            _take_over(book, lineage, parents)
             before = {kind: ledger_store.spent(book, kind, lineage) for kind in Account}
             asked = amount if amount is not None else max(0.0, (total or 0.0) - before[account])
             self._refuse(account, lineage, before[account], asked, budget, scoring=scoring)
             charge = ledger_store.append(book, account, lineage, asked, detail=detail, note=note)
         # only now: where warnings are errors, the charge is made and the books are right
-        others = [kind for kind in Account if before[kind] > 0 and kind is not account]
-        self._warn(charge, budget, others)
+        self._warn(charge, budget, used, mix)
         return charge
+
+    def _refuse_mixing(
+        self,
+        view: Any,
+        account: Account,
+        lineage: str,
+        parents: tuple[str, ...],
+        amount: float | None,
+        total: float | None,
+        mix: bool,
+    ) -> set[Account]:
+        """Kinds on the lineage after the charge; refuses one that leaves it without a guarantee, if ``mix`` does not
+        allow that. On a lineage that is mixed already nothing is left to lose."""
+        used = _used(view, (lineage, *parents))
+        before = max(ledger_store.spent(view, account, name) for name in (lineage, *parents))
+        asked = amount if amount is not None else max(0.0, (total or 0.0) - before)
+        after = used | ({account} if (mix if account is Account.QUERIES else asked > 0) else set())
+        if mix or not _mixed(after) or _mixed(_used(view, (lineage,))):
+            return after
+        budget = self.budget(account)
+        if Account.QUERIES in used:
+            there = "has queries whose answers shaped its moves"
+        elif _mixed(used):
+            there = f"would have charges of several kinds ({', '.join(sorted(used))})"
+        else:
+            there = f"has charges of another kind ({', '.join(sorted(used - {account}))})"
+        raise MixedCharge(
+            f"{account}: lineage {lineage!r} of {self.terms.probe}{', by its parents,' if parents else ''} {there}, "
+            "and each guarantee is about moves from the prior that were changed in one way: with this charge none "
+            "would hold of it any more. Nothing was charged. Charge what came from the prior alone to a lineage of its "
+            "own (lineage=, --lineage); where the same product was changed in both ways, say mix=True (--mix): then no "
+            "guarantee holds of it, for good",
+            account,
+            lineage,
+            asked,
+            math.nan if budget is None else budget - before,
+        )
 
     def _refuse(
         self,
@@ -390,20 +462,27 @@ class Ledger:
             why = " Stop here, go back to an earlier product, or go on with another probe."
         raise BudgetExceeded(head + why, account, lineage, asked, left)
 
-    def _warn(self, charge: Charge, budget: float | None, others: list[Account]) -> None:
+    def _warn(self, charge: Charge, budget: float | None, used: set[Account], mix: bool) -> None:
         account, lineage = Account(charge.account), charge.lineage
         said = []
-        if budget is None and charge.spent == charge.amount > 0:
-            said.append(f"queries with designed moves carry no guarantee ({charge.spent:g} on lineage {lineage!r})")
+        if budget is None and not mix and charge.spent == charge.amount > 0:
+            said.append(
+                f"queries are a record and carry no guarantee ({charge.spent:g} on lineage {lineage!r}); once their "
+                "answers shape moves of this lineage, no other holds either: charge such queries with mix=True (--mix)"
+            )
         if budget is not None and charge.amount > 0 and charge.spent >= self.terms.warn_at * budget:
             said.append(
                 f"{account}: {charge.spent:.4g} of {budget:.4g} {account.unit} are spent on lineage {lineage!r} of "
                 f"{self.terms.probe}; {max(budget - charge.spent, 0.0):.4g} remain, then charges are refused"
             )
-        if others and charge.amount > 0:
+        if _mixed(used) and (mix if budget is None else charge.amount > 0):
+            kinds = ", ".join(kind for kind in Account if kind in used)
+            what = (
+                "queries that shaped its moves" if used == {Account.QUERIES} else f"charges of several kinds ({kinds})"
+            )
             said.append(
-                f"lineage {lineage!r} has charges of several kinds ({', '.join([account, *others])}): each guarantee "
-                "is about moves from the prior that were changed in one way, so none holds; begin a lineage for each"
+                f"lineage {lineage!r} has {what}: each guarantee is about moves from the prior that were changed in "
+                "one way, so none holds; begin a lineage for each"
             )
         for message in said:
             warnings.warn(message, BudgetWarning, stacklevel=4)
@@ -413,6 +492,8 @@ class Ledger:
         lost = account.lost(np.asarray(self.terms.bits_low), spent) if speaks and not mixed else None
         if budget is None:
             return Balance(account, lineage, count, spent, None, None, lost, mixed)
+        if mixed:
+            return Balance(account, lineage, count, spent, budget, math.nan, None, mixed)
         tails = {row.name: row.budget(account) for row in self.terms.elsewhere if row.of == "tail"}
         left = {name: other - spent for name, other in tails.items() if other is not None and other < budget}
         worst = min(left, key=left.__getitem__, default=None)
@@ -467,6 +548,31 @@ def _check_parents(view: Any, parents: tuple[str, ...]) -> None:
                 f"no lineage is called {parent!r}; there are: {', '.join(known) or 'none yet'}. Candidates straight "
                 "from the prior have no parent"
             )
+
+
+def _used(view: Any, names: Sequence[str]) -> set[Account]:
+    """Kinds by which moves of these lineages were changed; queries are one only where their answers shaped moves."""
+    kinds = (kind for kind in Account if kind is not Account.QUERIES)
+    used = {kind for kind in kinds if any(ledger_store.spent(view, kind, name) > 0 for name in names)}
+    return used | ({Account.QUERIES} if any(ledger_store.designed(view, name) for name in names) else set())
+
+
+def _mixed(used: set[Account]) -> bool:
+    """Whether no guarantee holds. Designed moves have none, whatever else was done."""
+    return len(used) > 1 or Account.QUERIES in used
+
+
+def _take_over(book: Any, lineage: str, parents: tuple[str, ...]) -> None:
+    """Charge the lineage up to the most that any parent has spent; of queries also whether they shaped moves."""
+    source = f"taken over from {', '.join(parents)}"
+    for kind in Account if parents else ():
+        most = max(ledger_store.spent(book, kind, parent) for parent in parents)
+        more = most - ledger_store.spent(book, kind, lineage)
+        shaped = kind is Account.QUERIES and any(ledger_store.designed(book, parent) for parent in parents)
+        if more > 0 or (shaped and not ledger_store.designed(book, lineage)):
+            record = kind is Account.QUERIES and not shaped
+            detail = f"{ledger_store.RECORDED}, {source}" if record else source
+            ledger_store.append(book, kind, lineage, max(more, 0.0), detail=detail)
 
 
 def _reopen(path: Path, timeout: float, readonly: bool) -> Ledger:

@@ -30,10 +30,19 @@ examples:
   elk-stress ledger spend logistic.ledger selection --of 16 --keep 1 --note "picked a seed"
       log2(16/1) = 4 bits, if that much remains
   elk-stress ledger spend logistic.ledger kl 0.2 --lineage tuned
-      average KL from the prior in bits; mean_shift is a length in u, where the prior is N(0, I); queries are counted
+      average KL from the prior in bits; mean_shift is a length in u, where the prior is N(0, I)
+  elk-stress ledger spend logistic.ledger queries 500
+      for the record: answers alone move nothing, so other guarantees stand
+  elk-stress ledger spend logistic.ledger queries 500 --mix
+      answers that were used to design moves of this lineage: no guarantee holds of it any more
   elk-stress ledger verify logistic.ledger --head 3f2a...
       rows, sums, hashes; --head: whether last charges were cut off since that hash was printed
-exit codes: 0 done; 1 refused, since too little remains, or the ledger is damaged; 2 bad usage or input
+one kind a lineage:
+  each guarantee is about moves from the prior that were changed in one way, so the first charge of a second kind on a
+  lineage is refused. Charge it to a --lineage of its own, or, if it is the same product, say --mix: then no guarantee
+  holds of that lineage, for good, and nothing is said to remain.
+exit codes: 0 done; 1 refused, since too little remains or kinds would mix, or the ledger is damaged; 2 bad usage or
+input
 """
 
 
@@ -71,6 +80,12 @@ def add_ledger(commands: Any) -> None:
     spend.add_argument("--keep", type=int, metavar="K", help="and how many of them were kept (default: 1)")
     spend.add_argument("--lineage", default="main", metavar="NAME", help="charges on one add (default: main)")
     spend.add_argument("--parents", default="", metavar="A,B", help="lineages whose spending it takes over")
+    spend.add_argument(
+        "--mix",
+        action="store_true",
+        help="allow a charge of a second kind, after which no guarantee holds of the lineage; with queries: their "
+        "answers shaped its moves (without it they are a record, which voids nothing)",
+    )
     spend.add_argument("--note", default="", metavar="TEXT", help="for the reader")
 
 
@@ -97,7 +112,7 @@ def run_ledger(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     with _opened(options, readonly=options.result is None) as ledger:
         balances = ledger.balances()
-        terms = ledger.terms
+        terms, budget = ledger.terms, ledger.budget("selection")
     if options.json:
         record = {"terms": json.loads(terms.to_record()), "balances": [_plain(asdict(row)) for row in balances]}
         print(json.dumps(record, allow_nan=False))
@@ -133,9 +148,15 @@ def _show(options: argparse.Namespace) -> int:
     console.print(table)
     for line in _conditions(terms):
         console.print(Text(line))
+    console.print(Text(_limit(terms, budget)))
     console.print(
         "Accounts are never summed: each guarantee is about moves from the prior that were changed in one way."
     )
+    if any(row.mixed for row in balances):
+        console.print(
+            "A mixed lineage has charges of several kinds, or queries whose answers shaped its moves: no guarantee "
+            "holds of it."
+        )
     return DONE
 
 
@@ -161,9 +182,13 @@ def _spend(options: argparse.Namespace) -> int:
             lineage=options.lineage,
             parents=parents,
             note="; ".join(part for part in (detail, options.note) if part),
+            mix=options.mix,
         )
         budget = ledger.budget(charge.account)
-    left = None if budget is None else budget - charge.spent
+        left = None if budget is None else budget - charge.spent
+        now = ledger.remaining(charge.account, charge.lineage)
+    if now is not None and math.isnan(now):
+        left = None
     if options.json:
         print(json.dumps(_plain({**asdict(charge), "remaining": left}), allow_nan=False))
     else:
@@ -226,6 +251,18 @@ def _conditions(terms: Terms) -> list[str]:
     return lines
 
 
+def _limit(terms: Terms, budget: float | None) -> str:
+    """That nothing is refused by the worst tail, and what its limit on selection would be."""
+    refused = "Charges are refused by the budget column only;"
+    tails = {row.name: row.selection for row in terms.elsewhere if row.of == "tail"}
+    worst = min(tails, key=tails.__getitem__, default=None)
+    if worst is not None and budget is not None and tails[worst] < budget:
+        return f"{refused} under {worst} {_number(max(tails[worst], 0.0))} bits would be the limit."
+    if not tails.keys() - set(terms.least_of):
+        return f"{refused} no other tail was measured."
+    return f"{refused} no other tail of the result would leave less."
+
+
 def _doubted(terms: Terms) -> str:
     """How far the uncertainty of the result as a whole is in the bits of each item."""
     known = dict(zip(terms.least_of, terms.deflated_by, strict=False))
@@ -244,12 +281,12 @@ def _doubted(terms: Terms) -> str:
 
 def _cells(row: Balance) -> list[str]:
     if row.mixed:
-        guarantee, lost = "none: charges of several kinds", "-"
+        guarantee, lost = "none: mixed lineage", "-"
     else:
         guarantee, lost = row.account.guarantee, "-" if row.lost is None else f"{row.lost:.2%}"
     unit = {"selection": " bits", "kl": " bits", "mean_shift": " sd of u"}.get(row.account, "")
     spent = _number(row.spent) + unit
-    budget, remaining = ("-" if x is None else _number(x) for x in (row.budget, row.remaining))
+    budget, remaining = ("-" if x is None or math.isnan(x) else _number(x) for x in (row.budget, row.remaining))
     worst = "-" if row.remaining_worst is None else f"{_number(row.remaining_worst)} {row.worst_tail}"
     return [row.lineage, row.account.value, str(row.n_charges), spent, budget, remaining, worst, lost, guarantee]
 
@@ -259,9 +296,12 @@ def _number(value: float) -> str:
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: str(value) if isinstance(value, float) and math.isinf(value) else value for name, value in record.items()
-    }
+    """What JSON can say: infinities as strings, and null for what is not known."""
+    plain = {}
+    for name, value in record.items():
+        odd = isinstance(value, float) and not math.isfinite(value)
+        plain[name] = (None if math.isnan(value) else str(value)) if odd else value
+    return plain
 
 
 def _say(message: object, code: int) -> int:

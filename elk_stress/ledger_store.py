@@ -31,12 +31,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 __all__ = [
+    "RECORDED",
     "Charge",
     "LedgerDamaged",
     "LedgerError",
     "Store",
     "append",
     "canonical",
+    "designed",
     "digest",
     "lineages",
     "spent",
@@ -45,6 +47,9 @@ __all__ = [
 SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x454C4B4C  # "ELKL": tells a ledger from any other database
 _CHECKPOINT_EVERY = 256  # charges; keeps the WAL near 4 MB
+
+RECORDED = "for the record"
+"""How the detail of queries begins whose answers shaped no move; all others did, those of older ledgers included."""
 
 
 class LedgerError(RuntimeError):
@@ -305,6 +310,15 @@ def spent(connection: sqlite3.Connection, account: str, lineage: str) -> float:
 def lineages(connection: sqlite3.Connection) -> list[str]:
     """Lineages in the order of their first charge."""
     return [row[0] for row in connection.execute("SELECT lineage FROM charges GROUP BY lineage ORDER BY min(id)")]
+
+
+def designed(connection: sqlite3.Connection, lineage: str) -> bool:
+    """Whether answers to queries shaped moves of the lineage: queries that are more than a record."""
+    found = connection.execute(
+        "SELECT EXISTS (SELECT 1 FROM charges WHERE account = 'queries' AND lineage = ? AND instr(detail, ?) IS NOT 1)",
+        (lineage, RECORDED),
+    ).fetchone()
+    return bool(found[0])
 
 
 def append(

@@ -46,6 +46,7 @@ from elk_stress.ledger import (
     Ledger,
     LedgerDamaged,
     LedgerError,
+    MixedCharge,
     Terms,
     fingerprint,
 )
@@ -315,14 +316,20 @@ def test_spend_refuses(book: Ledger, account: str, given: dict[str, Any], messag
 
 def test_accounts_are_separate_and_mixing_is_told(book: Ledger) -> None:
     book.spend("selection", 7)
-    with pytest.warns(BudgetWarning, match="several kinds .*none holds"):
-        book.spend("kl", 0.1)
+    with pytest.warns(BudgetWarning, match=r"several kinds \(selection, kl\): .*none holds"):
+        book.spend("kl", 0.1, mix=True)
+    # nothing is left to lose: no more need to say so, and it is told each time
     with pytest.warns(BudgetWarning, match="several kinds"):
         book.spend("selection", 0.5)
     rows = {row.account: row for row in book.balances()}
     assert rows[Account.SELECTION].spent == 7.5
     assert rows[Account.KL].spent == 0.1
     assert all(row.mixed and row.lost is None for row in rows.values())
+    # nothing is said to remain, but for queries, of which nothing ever is
+    for kind in ("selection", "kl", "mean_shift"):
+        assert math.isnan(book.remaining(kind))  # type: ignore[arg-type]
+        assert math.isnan(rows[Account(kind)].remaining)  # type: ignore[arg-type]
+    assert book.remaining("queries") is rows[Account.QUERIES].remaining is None
     # on a lineage of its own it is only what it is
     charge = book.spend("kl", 0.1, lineage="tuned", note="step 10")
     assert (charge.spent, charge.note) == (0.1, "step 10")
@@ -331,6 +338,102 @@ def test_accounts_are_separate_and_mixing_is_told(book: Ledger) -> None:
     assert not tuned[Account.KL].mixed
     # what was not spent as selection is no selection guarantee
     assert tuned[Account.SELECTION].lost is None
+
+
+@pytest.mark.parametrize("first", ["selection", "kl", "mean_shift"])
+@pytest.mark.parametrize("second", ["selection", "kl", "mean_shift"])
+def test_the_first_charge_of_a_second_kind_is_refused(book: Ledger, first: str, second: str) -> None:
+    book.spend(first, 0.25)
+    if first == second:
+        book.spend(second, 0.1)
+        return
+    for asked in ({"amount": 0.1}, {"total": 0.1}):
+        with pytest.raises(MixedCharge, match=rf"{second}: lineage 'main' .* another kind \({first}\)") as refused:
+            book.spend(second, **asked)
+        for way in ("Nothing was charged", "lineage=, --lineage", "mix=True (--mix)"):
+            assert way in str(refused.value)
+    again = pickle.loads(pickle.dumps(refused.value))
+    assert (type(again), str(again), again.account) == (MixedCharge, str(refused.value), Account(second))
+    # who stops at what is too much stops at this, too
+    assert isinstance(refused.value, BudgetExceeded)
+    assert len(book.charges()) == 1
+    assert book.remaining(first) == pytest.approx((book.budget(first) or 0) - 0.25)
+    # nothing is no charge, and elsewhere it is the first
+    book.spend(second, 0)
+    book.spend(second, 0.1, lineage="other")
+    assert {row.mixed for row in book.balances()} == {False}
+
+
+def test_a_selection_that_would_mix_is_refused_before_it_looks(book: Ledger) -> None:
+    def look(_: object) -> float:
+        raise AssertionError("a refused selection must not be scored")
+
+    book.spend("kl", 0.1)
+    with pytest.raises(MixedCharge, match=r"selection: .* another kind \(kl\)"):
+        book.select("ab", score=look)
+    with pytest.raises(MixedCharge, match=r"'new' of mine, by its parents, has charges of another kind \(kl\)"):
+        book.select("ab", score=look, lineage="new", parents=["main"])
+    assert len(book.charges()) == 1
+    with pytest.warns(BudgetWarning, match="several kinds"):
+        assert book.select("ab", score=[1, 0], mix=True) == ["b"]
+
+
+def test_queries_for_the_record_void_nothing(book: Ledger) -> None:
+    with pytest.warns(BudgetWarning, match="a record and carry no guarantee .* with mix=True"):
+        book.spend("queries", 5)
+    book.spend("selection", 4)
+    book.spend("queries", total=50)
+    rows = {row.account: row for row in book.balances()}
+    assert (rows[Account.QUERIES].spent, rows[Account.QUERIES].n_charges) == (50, 2)
+    assert rows[Account.SELECTION].lost == pytest.approx(2.0**-9)
+    assert book.remaining("selection") == pytest.approx(6)
+    assert not any(row.mixed for row in rows.values())
+    # nor for whom it comes from; and they are still a record there
+    book.spend("queries", 1, lineage="child", parents=["main"])
+    book.spend("selection", 1, lineage="child")
+    assert [c.detail for c in book.charges() if c.account == "queries"] == [
+        "for the record",
+        "for the record, up to 50",
+        "for the record, taken over from main",
+        "for the record",
+    ]
+    assert not any(row.mixed for row in book.balances())
+    book.verify()
+
+
+@pytest.mark.parametrize("amount", [0, 7])
+def test_queries_that_designed_moves_void_all(book: Ledger, amount: int) -> None:
+    book.spend("selection", 4)
+    # what was recorded earlier may be said later to have shaped moves, without another query
+    with pytest.warns(BudgetWarning, match="several kinds .selection, queries"):
+        book.spend("queries", amount, mix=True)
+    assert math.isnan(book.remaining("selection"))  # type: ignore[arg-type]
+    assert all(row.mixed and row.lost is None for row in book.balances())
+    # designed moves have no guarantee on a lineage of their own either, nor has what comes from them
+    with pytest.warns(BudgetWarning, match="'attack' has queries that shaped its moves: .*none holds"):
+        book.spend("queries", amount, lineage="attack", mix=True)
+    with pytest.raises(MixedCharge, match="has queries whose answers shaped its moves"):
+        book.spend("selection", 1, lineage="child", parents=["attack"])
+    with pytest.warns(BudgetWarning, match="several kinds"):
+        book.spend("selection", 1, lineage="child", parents=["attack"], mix=True)
+    assert {row.lineage for row in book.balances() if row.mixed} == {"main", "attack", "child"}
+    # the mark came along: the grandchild has it from the child alone
+    with pytest.raises(MixedCharge, match="shaped its moves"):
+        book.spend("selection", 1, lineage="grandchild", parents=["child"])
+
+
+def test_queries_of_an_older_ledger_were_of_designed_moves(book: Ledger) -> None:
+    with book._store.writing() as connection:
+        ledger_store.append(connection, "queries", "main", 3.0)
+    assert math.isnan(book.remaining("selection"))  # type: ignore[arg-type]
+    assert all(row.mixed for row in book.balances())
+
+
+def test_answers_used_only_to_choose_are_in_the_charge() -> None:
+    """Why a record voids nothing: who knows the failure set and takes a failing draw if there is one is bounded."""
+    p = 2.0**-9
+    for n in (2, 16, 128):
+        assert 1 - (1 - p) ** n <= lost_to_selection(np.array([9.0]), math.log2(n)) + 1e-12
 
 
 def test_each_account_has_its_own_budget(book: Ledger) -> None:
@@ -380,8 +483,13 @@ def test_lineages_take_over_what_their_parents_spent(book: Ledger) -> None:
     assert book.spent("selection", "d") == 0
     # what a parent was trained by comes along, and no guarantee is left
     book.spend("kl", 0.1, lineage="e")
-    with pytest.warns(BudgetWarning, match="several kinds"):
+    with pytest.raises(MixedCharge, match=r"'f' of mine, by its parents, has .* \(kl\)"):
         book.spend("selection", 1, lineage="f", parents=["e"])
+    with pytest.raises(MixedCharge, match=r"would have charges of several kinds \(kl, selection\)"):
+        book.spend("kl", 0, lineage="f", parents=["a", "e"])
+    assert book.spent("kl", "f") == 0
+    with pytest.warns(BudgetWarning, match="several kinds"):
+        book.spend("selection", 1, lineage="f", parents=["e"], mix=True)
     assert book.spent("kl", "f") == 0.1
     assert book.verify()
 
@@ -420,6 +528,14 @@ def test_an_unbreakable_probe_pays_for_everything(path: Path) -> None:
         assert all(row.lost in (0.0, None) for row in oracle.balances())
         oracle.verify()
     assert Terms.of_record(oracle.terms.to_record()) == oracle.terms
+
+
+def test_a_ledger_shows_what_it_is(book: Ledger, path: Path) -> None:
+    shift = f"mean_shift {book.budget('mean_shift'):.4g} standard deviations of u"
+    expected = f"Ledger({str(path)!r}, threat='{ITEM}', budget: selection 10 bits, kl 0.625 bits, {shift})"
+    assert repr(book) == expected
+    book.close()
+    assert repr(book) == expected
 
 
 def test_the_example_in_the_docstring() -> None:
@@ -1119,7 +1235,7 @@ def dies(path: Path, steps: int, stage: str) -> list[str]:
 def test_kill_9_within_a_charge(path: Path, stage: str) -> None:
     # at each of the statements of a charge, and at seeded instructions of SQLite's virtual machine
     rng = np.random.default_rng(np.random.SeedSequence(3))
-    steps = range(9) if stage == "statement" else np.sort(rng.integers(0, 220, 8))
+    steps = range(13) if stage == "statement" else np.sort(rng.integers(0, 220, 8))
     killed, before = 0, 0
     for at in steps:
         said = dies(path, int(at), stage)
@@ -1231,8 +1347,14 @@ def test_command_line(command: Run, path: Path, measured: list[object]) -> None:
     assert (code, out) == (1, "")
     assert "1.58496 bits asked for, but 1.5 of 10 remain" in err
     code, out, err = command("spend", path, "kl", "--total", 0.25, "--lineage", "tuned", "--parents", "main", "--json")
+    assert (code, out) == (1, "")
+    assert "another kind (selection)" in err
+    assert "--mix" in err
+    code, out, err = command(
+        *("spend", path, "kl", "--total", 0.25, "--lineage", "tuned", "--parents", "main", "--mix", "--json")
+    )
     assert code == 0
-    assert (json.loads(out)["spent"], json.loads(out)["remaining"]) == (0.25, pytest.approx(0.375))
+    assert (json.loads(out)["spent"], json.loads(out)["remaining"]) == (0.25, None)
     assert "several kinds" in err
     code, out, err = command("spend", path, "queries", 3, "--lineage", "q")
     assert (code, out) == (0, "charge 5: 3 to queries on q; 3 spent, no guarantee\n")
@@ -1243,18 +1365,54 @@ def test_command_line(command: Run, path: Path, measured: list[object]) -> None:
     assert rows["main", "selection"]["worst_tail"] == "student_t(5)"
     assert rows["main", "selection"]["remaining_worst"] < rows["main", "selection"]["remaining"]
     assert rows["tuned", "selection"]["mixed"]
+    assert rows["tuned", "selection"]["remaining"] is rows["tuned", "selection"]["remaining_worst"] is None
     code, out, err = command("show", path)
     assert "charges of several kinds" in " ".join(out.split())
+    # spent, budget, remains, worst tail, lost: nothing remains of a mixed lineage
+    assert re.search(r"^ *tuned +selection +1 +8\.5 bits +10 +- +- +- +none: mixed lineage", out, re.MULTILINE)
+    assert re.search(r"^ *main +selection +2 +8\.5 bits +10 +1\.5 ", out, re.MULTILINE)
+    assert command("spend", path, "kl", 0.01, "--lineage", "tuned")[1].endswith("; 0.26 spent, no guarantee\n")
     code, out, err = command("verify", path)
     assert (code, err) == (0, "")
-    assert out.startswith("5 charges hold; last hash ")
+    assert out.startswith("6 charges hold; last hash ")
     head = out.split()[-1]
-    assert json.loads(command("verify", path, "--head", head, "--json")[1]) == {"charges": 5, "head": head}
+    assert json.loads(command("verify", path, "--head", head, "--json")[1]) == {"charges": 6, "head": head}
     code, out, err = command("verify", path, "--head", "0" * 64)
     assert (code, out) == (1, "")
     assert "not in the chain" in err
     with Ledger(path) as book:
         assert book.charges()[0].note == "kept 1 of 16; a seed"
+
+
+def test_show_says_by_what_charges_are_refused(command: Run, tmp_path: Path) -> None:
+    def shown(name: str, record: dict[str, Any] | None, tolerated: float = 0.25, threat: str = ITEM) -> str:
+        terms = TERMS if record is None else Terms.of_result(record, threat, tolerated=tolerated)
+        Ledger(tmp_path / name, terms).close()
+        return " ".join(command("show", tmp_path / name)[1].split())
+
+    record = _record({"gaussian": dict.fromkeys("abc", 30.0), "best": dict.fromkeys("abc", 20.0)})
+    # 30 bits are 5.99 sd; what the Student-t says at that margin, closed form
+    bits = -math.log2(t.sf(-ndtri(2.0**-30) * math.sqrt(5 / 3), 5)) - 2
+    said = "Charges are refused by the budget column only;"
+    assert f"{said} under student_t(5) {bits:.4g} bits would be the limit." in shown("a", record)
+    few = _record({"gaussian": {"a": 1.2}, "best": {"a": 1.0}})
+    assert f"{said} no other tail of the result would leave less." in shown("b", few, 0.9)
+    # where behaviour is kept, only the tails that were measured item by item are known
+    kept = {**record, "threats": {f"{name}/kept": dict(row) for name, row in record["threats"].items()}}
+    for row in kept["threats"].values():
+        del row["tails"], row["scale"]
+    assert f"{said} no other tail was measured." in shown("c", kept, threat=f"{ITEM}/kept")
+    assert f"{said} no other tail was measured." in shown("d", None)
+
+
+def test_help_says_what_mixing_and_queries_are(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli._Parser(prog="elk-stress")
+    ledger_cli.add_ledger(parser.add_subparsers(dest="command", required=True))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["ledger", "spend", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the first charge of a second kind on a lineage is refused" in said
+    assert "their answers shaped its moves (without it they are a record, which voids nothing)" in said
 
 
 @pytest.mark.parametrize(
