@@ -32,6 +32,8 @@ __all__ = ["Arena", "arena", "judged_event"]
 _SLACK = 0.5
 # joint events are searched in single precision, judged in double: a hair beyond the boundary is beyond it in both
 _HAIR = 0.998
+# half of fewer training catches than these says nothing of half of the test catches
+_FEWEST = 5
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Arena:
         epsilon: nats, where behaviour is constrained.
         crowd: the test items that one move for all is judged on (universal), or ``None``.
         asked, scored: activations that one question about ``searched``, and one verdict on ``failed``, scores.
-        searchable: whether the probe catches anything that a move can be searched on (universal: a training positive).
+        searchable: whether the probe catches enough that a move can be searched on (universal: 5 training positives).
     """
 
     scene: Scene
@@ -92,7 +94,7 @@ def arena(scene: Scene, place: Situation, epsilon: float | None) -> Arena:
     searchable = True
     if crowd is not None:
         train = searched_on(scene, place)
-        searchable = bool((train.margin > 0).any()) or threat.metric == "auroc"
+        searchable = int((train.margin > 0).sum()) >= _FEWEST or threat.metric == "auroc"
         asked, scored = (len(c.margin) if threat.metric == "recall" else len(c.rows) for c in (train, crowd))
         failed = universal_event(crowd, place, np.array([crowd.tau]))
         searched = universal_event(train, place, np.array([train.tau]))

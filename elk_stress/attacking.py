@@ -55,7 +55,7 @@ def applies(attack: Attack, field: Arena) -> str | None:
     if threat.kept and field.epsilon is None:
         return "what counts as kept was not measured"
     if attack.access != "none" and not field.searchable:
-        return "one move for all is searched on training positives, of which the probe catches none"
+        return "one move for all is searched on training positives, of which the probe catches too few"
     if field.n_problems == 0 or field.place.detection.n_caught == 0:
         return "the probe catches nothing to attack"
     return None

@@ -320,20 +320,20 @@ def test_what_nothing_moves_is_no_failure_to_engage() -> None:
 
 
 def test_few_catches_are_searched_farther_and_none_not_at_all() -> None:
-    """Half of a low recall is known badly; where nothing is caught in training, nothing can be searched."""
+    """Half of a low recall is known badly; where next to nothing is caught in training, nothing can be searched."""
     field = _field(Threat(scope="universal"), "paper")
     place = field.place
     scores = np.sort(np.asarray(place.probe.score(searched_on(_scene(), place).positives), dtype=float))
     shares = {}
-    for caught in (len(scores), 6, 0):
+    for caught in (len(scores), 6, 4, 0):
         threshold = float(scores[-caught - 1]) if caught < len(scores) else float(scores[0]) - 1
         strict = replace(place, detection=replace(place.detection, threshold=threshold if caught else scores[-1] + 1))
         train = searched_on(_scene(), strict)
         shares[caught] = train.tau / (0.5 * max((train.margin > 0).mean(), 1e-9))
-        if caught == 0:
+        if caught < 5:
             here = replace(arena(_scene(), strict, None), items=field.items)
             row = run_attack(registry.load("attacks", "gradient"), here, budget=100, seed=0)
-            assert "of which the probe catches none" in row.status
+            assert "of which the probe catches too few" in row.status
             assert run_attack(registry.load("attacks", "steer_means"), here, budget=100, seed=0).status == "ok"
     assert shares[len(scores)] > 2 * shares[6] > 0
 
