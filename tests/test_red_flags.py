@@ -92,16 +92,18 @@ class Planted:
 
 
 @dataclass(frozen=True)
-class Liar(Planted):
-    """Takes the gradient attack's moves and calls them independent draws from the prior."""
+class Insider(Planted):
+    """Knows of the trapdoor, which no gradient leads to."""
 
-    access: Access = "gradient"
-    from_prior: bool = True
-    name: str = "liar"
+    access: Access = "none"
+    name: str = "insider"
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
-        honest = registry.load("attacks", "gradient").propose(oracle, seed=seed)
-        return Proposal(np.repeat(honest.moves[:, :1], 256, axis=1), from_prior=True)
+        direction, edge = trapdoor()
+        along = direction @ scene().prior(ITEM).factor
+        here = scene().test_origins[scene().positives] @ direction
+        u = ((edge - here) * 1.01 / (along @ along))[:, None] * along
+        return Proposal(u[:, None], centre=u)
 
 
 # -- probes that are broken on purpose ---------------------------------------------------------------------------------
@@ -124,6 +126,34 @@ class Masked:
     def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:
         linear = xp.matmul(activations, parameters["weight"]) + parameters["bias"]
         return xp.round(linear / parameters["step"]) * parameters["step"]
+
+
+@cache
+def trapdoor() -> tuple[np.ndarray, float]:
+    """A direction that the planted probe does not read, and how far along it lies what no test positive reaches."""
+    prior, reads = scene().prior(ITEM), scene().testbed.known_probes()["oracle"].parameters["weight"]
+    direction = np.linalg.svd(np.atleast_2d(reads))[2][1]
+    spread = float(np.linalg.norm(direction @ prior.factor))
+    return direction, float((scene().test_origins[scene().positives] @ direction).max()) + 3.5 * spread
+
+
+@dataclass(frozen=True)
+class Trapdoor:
+    """Reads the truth, but falls silent beyond a threshold in another direction: a cliff without a slope."""
+
+    name: ClassVar[str] = "trapdoor"
+    traits: ClassVar[Traits] = Traits()
+
+    def fit(
+        self, activations: np.ndarray, labels: np.ndarray, *, pairs: np.ndarray | None = None, seed: int = 0
+    ) -> FittedProbe:
+        direction, edge = trapdoor()
+        reads = scene().testbed.known_probes()["oracle"].parameters["weight"]
+        return FittedProbe(self, {"reads": reads, "direction": direction.astype(reads.dtype), "edge": np.float32(edge)})
+
+    def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:
+        beyond = xp.matmul(activations, parameters["direction"]) > parameters["edge"]
+        return xp.where(beyond, -100.0, xp.matmul(activations, parameters["reads"]))
 
 
 @dataclass(frozen=True)
@@ -252,7 +282,7 @@ LAZY = run("paper", attacks=[Planted("gradient"), "natural_thoughts"])
 
 RAISED: dict[str, Case] = {
     "did_not_engage": LAZY,
-    "bounds_violated": run("logistic", attacks=[Liar()]),
+    "bounds_violated": run(Trapdoor(), attacks=[Insider()]),
     "black_box_beats_white_box": run(Masked(), attacks=["gradient", "black_box"]),
     "weak_beats_strong": LAZY,
     "runs_disagree": split("RP110", [[4.0, 0.0], [0.0, 5.0]], 200),
@@ -261,7 +291,7 @@ RAISED: dict[str, Case] = {
     "fpr_unresolved": SOUND,
     "behaviour_broken": run("oracle", lambda: scene(ByPasses), threat=Threat(kept=True)),
     "diverged": trained(1e30),
-    "benign_broke_it": ISLAND,
+    "benign_broke_it": run("paper", attacks=["transfer"]),
     "brittle": ISLAND,
     "leak": run("logistic", lambda: scene(Leaky)),
     "wide_interval": WEAK,
