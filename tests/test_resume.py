@@ -701,7 +701,9 @@ def test_a_real_result_comes_back_as_it_was(whole: tuple[RunResult, tuple[Any, s
         assert same(records.decode(json.loads(json.dumps(records.encode(result)))), result)
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, len, np.array([None]), b"x", registry, Alone()], ids=str)
+@pytest.mark.parametrize(
+    "value", [object(), {1, 2}, len, np.array([None]), b"x", registry, Alone()], ids=lambda v: type(v).__name__
+)
 def test_what_is_no_result_is_refused(value: Any) -> None:
     with pytest.raises(TypeError, match="cannot be written"):
         records.encode([value])
