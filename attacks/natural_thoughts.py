@@ -46,7 +46,7 @@ class NaturalThoughts:
         rng = np.random.default_rng(np.random.SeedSequence(seed))
         fits = self.max_elements // (oracle.n_problems * oracle.dim)
         draws = max(1, min(self.draws, oracle.budget, fits))
-        return Proposal(rng.standard_normal((oracle.n_problems, draws, oracle.dim)), from_prior=True, random=True)
+        return Proposal(rng.standard_normal((oracle.n_problems, draws, oracle.dim)), from_prior=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ local and sampled, is searched within half of epsilon.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,7 +70,10 @@ class Arena:
 
     def shift(self, problems: np.ndarray, moves: np.ndarray) -> np.ndarray:
         """True behaviour shift ``(p, n)`` of ``moves (p, n, d)`` of these problems."""
-        return _shift(self.scene, self.items, self.crowd, problems, moves)
+        if self.crowd is not None:
+            return self.crowd.mean_shifts(moves[0])[None]
+        assert self.scene.behaviour is not None
+        return self.scene.behaviour.shift(self.items[problems], moves)
 
     def mind(self, access: Access, budget: int) -> Mind:
         """What the model knows of itself, and may ask of the probe."""
@@ -112,39 +115,26 @@ def arena(scene: Scene, place: Situation, epsilon: float | None) -> Arena:
                 place.probe, prior, scene.test_origins[items], place.detection.threshold - slack, closed=False
             )
             joint = searched = both(opened, kept_event(prior, scene.behaviour.factors(items), aimed))
-    if kept and not exact:
-        assert epsilon is not None
-        joint = judged_event(scene, place, failed, items, crowd, epsilon)
     pool = None
     if scene.observed is not None:
         edits = scene.observed - scene.test_origins[:, None, :]
         pool = prior.inverse(edits[items] if crowd is None else edits.mean(axis=0)[None])
     kept_within = epsilon if threat.kept else None
-    return Arena(scene, place, failed, joint, searched, items, pool, kept_within, crowd, asked, scored, searchable)
+    field = Arena(scene, place, failed, joint, searched, items, pool, kept_within, crowd, asked, scored, searchable)
+    return replace(field, joint=judged_event(field)) if kept and not exact else field
 
 
-def judged_event(
-    scene: Scene, place: Situation, failed: LimitState, items: np.ndarray, crowd: Crowd | None, epsilon: float
-) -> LimitState:
+def judged_event(field: Arena) -> LimitState:
     """Failed and kept, by a forward pass of every point that fails; no gradient."""
+    failed, epsilon = field.failed, field.epsilon
+    assert epsilon is not None
 
     def function(problems: np.ndarray, u: np.ndarray) -> np.ndarray:
         g = failed.value(problems, u)
         some = np.flatnonzero((g <= 0).any(axis=1))
         if len(some):
-            shift = _shift(scene, items, crowd, problems[some], np.asarray(place.prior.move(u[some])))
+            shift = field.shift(problems[some], np.asarray(field.place.prior.move(u[some])))
             g[some] = np.maximum(g[some], shift / epsilon - 1)
         return g
 
     return LimitState(function, failed.dim, failed.n_problems)
-
-
-def _shift(scene: Scene, items: np.ndarray, crowd: Crowd | None, problems: np.ndarray, moves: np.ndarray) -> np.ndarray:
-    if crowd is not None:
-        return crowd.mean_shifts(moves[0])[None]
-    behaviour = scene.behaviour
-    assert behaviour is not None
-    if behaviour.exact:
-        image = np.einsum("pnd,prd->pnr", moves, behaviour.factors(items[problems]))
-        return np.asarray(0.5 * (image**2).sum(-1))
-    return behaviour.shift(items[problems], moves)

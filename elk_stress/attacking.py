@@ -79,7 +79,7 @@ def run_attack(attack: Attack, field: Arena, *, budget: int, seed: int) -> Attac
     verdict = _judge(field, tried)
     broken, length = verdict.broken, verdict.length
     benign = _control(field, attack, oracle, proposal, seed)
-    if benign is None and not proposal.random:
+    if benign is None and not (proposal.random or proposal.from_prior):
         benign = _benign(field, tried, length, seed)
     edit = _edit(field, tried, verdict)
     flags: list[Flag] = []

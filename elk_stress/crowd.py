@@ -62,9 +62,6 @@ class Crowd:
     def mean_shifts(self, moves: np.ndarray) -> np.ndarray:
         """``(n,)`` nats of each universal move ``(n, d)``, averaged over the items that are watched."""
         assert self.behaviour is not None
-        if self.behaviour.exact:
-            image = np.einsum("nd,prd->pnr", moves, self.behaviour.factors(self.watched))
-            return np.asarray(0.5 * (image**2).sum(-1).mean(axis=0))
         shared = np.broadcast_to(moves[None], (len(self.watched), *moves.shape))
         return np.asarray(self.behaviour.shift(self.watched, shared).mean(axis=0))
 

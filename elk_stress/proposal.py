@@ -58,7 +58,7 @@ class Proposal:
             turns it into a rigorous evidence bound. ``None`` if it is no such thing. An edit's own moves are centres.
         from_prior: the candidates are independent draws from the prior: as many fresh ones are counted to bound B.
         stays: it proposes to stay, for it has shown that no move of its kind exists: this is no failure to engage.
-        random: the candidates are random moves, which need no control: they are one.
+        random: the candidates are random moves, which need no control: they are one (so are draws from the prior).
         spent: bits spent per problem where exactly known, in the attack's own prior (best-of-n: log2 n).
         spent_as: what kind of bits these are: they guarantee different things, and are not compared across kinds.
         edit: how the model thinks about every item from now on, of which the moves are what happens to these problems;

@@ -195,7 +195,7 @@ def _applicable(
     for probe in probes:
         if isinstance(probe, str) and probe in PLANTED:
             if probe in known:
-                apply.append(known[probe])
+                apply.append(probe)
             else:
                 skipped[probe] = f"{testbed.name} does not know one"
             continue

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from stub_attacks import Stub
 
 from elk_stress import registry
 from elk_stress.arena import Arena, arena
@@ -111,16 +112,13 @@ def test_real_contexts_are_put_to_the_probe_as_they_are() -> None:
 
 
 @dataclass(frozen=True)
-class _Asks:
+class _Asks(Stub):
     """Asks about all training items, again and again, and proposes to stay."""
 
     times: int = 1
 
     name: ClassVar[str] = "asks"
     access: ClassVar[Any] = "gradient"
-    scopes: ClassVar[Any] = ("item",)
-    needs: ClassVar[Any] = ("mind",)
-    priors: ClassVar[Any] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         mind = oracle.mind
@@ -156,14 +154,10 @@ def test_a_refused_question_is_not_counted() -> None:
 
 
 @dataclass(frozen=True)
-class _Away:
+class _Away(Stub):
     """Subtracts twice what the planted probe reads from every thought."""
 
     name: ClassVar[str] = "away"
-    access: ClassVar[Any] = "none"
-    scopes: ClassVar[Any] = ("item",)
-    needs: ClassVar[Any] = ("mind",)
-    priors: ClassVar[Any] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         mind = oracle.mind
@@ -254,16 +248,13 @@ def test_an_edit_that_lowers_the_score_engages_in_whatever_units_the_probe_score
 
 
 @dataclass(frozen=True)
-class _Along:
+class _Along(Stub):
     """Moves every thought a little along what the planted probe reads."""
 
     sign: float
 
     name: ClassVar[str] = "along"
     access: ClassVar[Any] = "score"
-    scopes: ClassVar[Any] = ("item",)
-    needs: ClassVar[Any] = ("mind",)
-    priors: ClassVar[Any] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         mind = oracle.mind
@@ -280,14 +271,11 @@ def test_a_bound_takes_draws_of_its_own() -> None:
 
 
 @dataclass(frozen=True)
-class _Cheat:
+class _Cheat(Stub):
     """Failing points that are said to be draws from the prior."""
 
     name: ClassVar[str] = "cheat"
-    access: ClassVar[Any] = "none"
-    scopes: ClassVar[Any] = ("item",)
     needs: ClassVar[Any] = ()
-    priors: ClassVar[Any] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         nearest = 1.01 * nearest_of_linear(_field(Threat()).failed)
@@ -375,16 +363,12 @@ def test_what_broke_it_is_told_with_the_least_access_first() -> None:
 
 
 @dataclass(frozen=True)
-class _Secret:
+class _Secret(Stub):
     """Writes the truth into the activations; says so, or does not."""
 
     says_so: bool
 
     name: ClassVar[str] = "secret"
-    access: ClassVar[Any] = "none"
-    scopes: ClassVar[Any] = ("item",)
-    needs: ClassVar[Any] = ("mind",)
-    priors: ClassVar[Any] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         mind = oracle.mind

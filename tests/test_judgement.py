@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from stub_attacks import Stub
 
 from elk_stress import registry
 from elk_stress.arena import Arena, arena
@@ -29,14 +30,10 @@ def _field(probe: str, scope: Any = "item", epsilon: float | None = None) -> Are
 
 
 @dataclass(frozen=True)
-class _Liar:
+class _Liar(Stub):
     """Proposes moves that its edit does not make, and says that nothing shifted."""
 
     name: ClassVar[str] = "liar"
-    access: ClassVar[Any] = "none"
-    scopes: ClassVar[Any] = ("item",)
-    needs: ClassVar[Any] = ("mind",)
-    priors: ClassVar[Any] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         mind = oracle.mind
@@ -45,14 +42,11 @@ class _Liar:
 
 
 @dataclass(frozen=True)
-class _Far:
+class _Far(Stub):
     """Goes far along the planted direction, which behaviour does not look at."""
 
     name: ClassVar[str] = "far"
-    access: ClassVar[Any] = "none"
-    scopes: ClassVar[Any] = ("item",)
     needs: ClassVar[Any] = ()
-    priors: ClassVar[Any] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         place = _field("paper").place

@@ -77,18 +77,16 @@ def run(
 
 @dataclass(frozen=True)
 class Planted:
-    """Proposes one point per item, ``length`` along a fixed direction, and asks nothing."""
+    """Proposes to stay, and asks nothing."""
 
     access: Access = "none"
-    length: float = 0.0
-    from_prior: bool = False
     name: str = "planted"
     scopes: ClassVar[tuple[Literal["item"], ...]] = ("item",)
     needs: ClassVar[tuple[()]] = ()
     priors: ClassVar[tuple[()]] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
-        return Proposal(np.full((oracle.n_problems, 1, oracle.dim), self.length / oracle.dim**0.5))
+        return Proposal(np.zeros((oracle.n_problems, 1, oracle.dim)))
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,7 @@ def _exact(field: Arena) -> np.ndarray:
 
 def verified_bound(field: Arena, centres: np.ndarray, confidence: float, *, seed: int) -> np.ndarray:
     """As on a real model: 64 draws, each that fails judged by its own forward pass."""
-    assert field.epsilon is not None
-    event = judged_event(field.scene, field.place, field.failed, field.items, field.crowd, field.epsilon)
-    return EvidenceBound(64, 0.25, confidence)(event, seed=seed, centres=centres[:, None]).value
+    return EvidenceBound(64, 0.25, confidence)(judged_event(field), seed=seed, centres=centres[:, None]).value
 
 
 def test_it_lies_above_the_exact_bits_and_not_far() -> None:
