@@ -207,12 +207,14 @@ def _refit(scene: Scene, probe: FittedProbe | str) -> FittedProbe | None:
 
 def _with_train(scene: Scene, train: np.ndarray, chosen: np.ndarray) -> Scene:
     """The scene with attacked training rows; rows that were not sampled keep their clean activations unused."""
+    # a defence is refitted with the thoughts that it knew before the attack
+    thoughts = scene.known_thoughts
     if len(chosen) == len(scene.train):
-        return replace(scene, fit=train, train=train, _priors={}, _controls={})
+        return replace(scene, fit=train, train=train, thoughts=thoughts, _priors={}, _controls={})
     items = scene.testbed.splits["train"]
     ids = tuple(items.ids[i] for i in chosen)
     part = replace(items, ids=ids, labels=items.labels[chosen], groups=items.groups[chosen], texts=None)
-    return replace(scene, fit=train, train=train, train_items=part, _priors={}, _controls={})
+    return replace(scene, fit=train, train=train, thoughts=thoughts, train_items=part, _priors={}, _controls={})
 
 
 def _sample(rows: np.ndarray, pairs: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from elk_stress import registry
 from elk_stress.arrays import like, namespace
+
+if TYPE_CHECKING:
+    from elk_stress.priors import EllipticalPrior
 
 __all__ = ["FittedProbe", "Probe", "Traits", "as_fitted", "check_activations", "check_training_data", "direction"]
 
@@ -29,23 +32,31 @@ class Traits:
 
     Attributes:
         learns: it must separate planted classes after ``fit`` (the rock and a random direction do not).
-        linear: its score is ``activations @ weight + bias`` with parameters of these names.
+        linear: its score is ``activations @ weight + bias`` with parameters of these names (with ``tokens``: the mean
+            of that over the tokens).
         needs_pairs: ``fit`` wants ``pairs``.
-        tokens: activations carry a token axis and ``score`` takes a ``mask``.
-        needs_model: it runs a model itself.
-        negatives_only: it learns from negatives alone.
-        differentiable: scores carry gradients.
+        needs_prior: ``fit`` wants ``prior``, how differently the model could have thought (a defence may know it).
+        needs_behaviour: ``fit`` wants ``behaviour``, what the model's output depends on at the site.
+        tokens: activations carry a token axis, ``(*batch, tokens, d)``, and ``fit`` and ``score`` take a ``mask``. A
+            token is any one of several reads of an item: tokens of a text, neutral contexts, sites of equal width.
+        negatives_only: it learns from negatives alone; positives change nothing.
+        differentiable: scores carry gradients (almost everywhere).
         rotation_equivariant: fitting commutes with rotations of the activations.
+        flips: fitted on swapped labels it gives the negated score.
+        streams: ``fitter()`` fits it batch by batch (:mod:`elk_stress.streaming`).
     """
 
     learns: bool = True
     linear: bool = False
     needs_pairs: bool = False
+    needs_prior: bool = False
+    needs_behaviour: bool = False
     tokens: bool = False
-    needs_model: bool = False
     negatives_only: bool = False
     differentiable: bool = True
     rotation_equivariant: bool = False
+    flips: bool = False
+    streams: bool = False
 
 
 @runtime_checkable
@@ -72,8 +83,13 @@ class Probe(Protocol):
     ) -> FittedProbe:
         """Fit on ``activations (n, d)`` and ``labels (n,)`` in {0, 1}, 1 = positive.
 
+        What a probe declares that it needs comes as a further keyword argument, and only then: ``prior`` (an
+        :class:`~elk_stress.priors.EllipticalPrior`), ``behaviour (m, rank, d)`` (Fisher factors F of m training items:
+        a move shifts the output by about ``0.5 ||F move||^2`` nats), ``mask (n, tokens)`` (true = a token is there;
+        ``None`` = all are).
+
         Args:
-            activations: one row per (item, context).
+            activations: one row per (item, context); with the ``tokens`` trait ``(n, tokens, d)``.
             labels: 1 = positive.
             pairs: ``(n_pairs, 2)`` row indices of contrast pairs (row 0: the affirmed form, row 1: its negation),
                 for probes with the ``needs_pairs`` trait.
@@ -82,7 +98,14 @@ class Probe(Protocol):
         ...
 
     def score(self, xp: Any, parameters: Mapping[str, Array], activations: Array) -> Array:
-        """Pure scores ``(*batch, d) -> (*batch,)`` with array-API operations of ``xp``."""
+        """Pure scores ``(*batch, d) -> (*batch,)`` with array-API operations of ``xp``.
+
+        With the ``tokens`` trait ``score(xp, parameters, activations, mask)``: ``(*batch, tokens, d)`` and a mask
+        ``(*batch, tokens)`` or ``None`` -> ``(*batch,)``.
+
+        A probe that knows how steep its score is may have a method ``lipschitz(parameters, factor) -> float``: a bound
+        on ``|score(x + factor u) - score(x + factor v)| / ||u - v||`` for ``factor (d, k)``. It gets certified bits.
+        """
         ...
 
 
@@ -95,12 +118,18 @@ class FittedProbe:
         parameters: numpy arrays by name; linear probes have ``weight (d,)`` and ``bias ()``.
         site: where its activations were read, for error messages.
         notes: what ``fit`` wants the reader to know (convergence, how a sign was chosen, ...).
+        dim: width of the activations that it was fitted on; by default that of the parameter ``weight``, if any.
     """
 
     probe: Probe
     parameters: Mapping[str, np.ndarray]
     site: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
+    dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dim is None and "weight" in self.parameters:
+            object.__setattr__(self, "dim", int(self.parameters["weight"].shape[0]))
 
     @property
     def name(self) -> str:
@@ -112,17 +141,15 @@ class FittedProbe:
         """The recipe's traits."""
         return self.probe.traits
 
-    @property
-    def dim(self) -> int | None:
-        """Width of the activations, from the parameters that carry it (``weight``), or ``None``."""
-        weight = self.parameters.get("weight")
-        return None if weight is None else int(weight.shape[0])
-
-    def score(self, activations: Array) -> Array:
+    def score(self, activations: Array, mask: Array | None = None) -> Array:
         """Scores ``(*batch, d) -> (*batch,)`` in the namespace, dtype and device of ``activations``; differentiable.
 
+        Args:
+            activations: ``(*batch, tokens, d)`` for a probe with the ``tokens`` trait.
+            mask: ``(*batch, tokens)`` bool, true = a token is there; only for such a probe. By default all are.
+
         Raises:
-            ValueError: another width than the probe was fitted on.
+            ValueError: another width than the probe was fitted on; a mask for a probe that reads no tokens.
         """
         if self.dim is not None and activations.shape[-1] != self.dim:
             where = f" (site {self.site})" if self.site else ""
@@ -131,7 +158,21 @@ class FittedProbe:
                 f"{self.dim}{where}; read them at that site, or refit"
             )
         parameters = {name: like(value, activations) for name, value in self.parameters.items()}
+        if self.traits.tokens:
+            return self.probe.score(namespace(activations), parameters, activations, mask)  # type: ignore[call-arg]
+        if mask is not None:
+            raise ValueError(f"the probe {self.name!r} reads one activation per item; a mask is for probes of tokens")
         return self.probe.score(namespace(activations), parameters, activations)
+
+    def lipschitz(self, factor: np.ndarray) -> float | None:
+        """A bound on how steep the score is in u, for moves ``factor @ u`` with ``factor (d, k)``; ``None`` if unknown.
+
+        Exact for linear probes: ``||factor^T weight||``.
+        """
+        if self.traits.linear and not self.traits.tokens:
+            return float(np.linalg.norm(np.asarray(factor, dtype=float).T @ np.asarray(self.parameters["weight"])))
+        known = getattr(self.probe, "lipschitz", None)
+        return None if known is None else float(known(self.parameters, np.asarray(factor, dtype=float)))
 
     def save(self, folder: str | Path) -> Path:
         """Write ``probe.safetensors`` and ``probe.json`` into ``folder`` (made if missing). Never pickle."""
@@ -142,7 +183,7 @@ class FittedProbe:
         save_file({k: np.array(v, order="C") for k, v in self.parameters.items()}, str(folder / "probe.safetensors"))
         recipe = {k.name: getattr(self.probe, k.name) for k in fields(self.probe) if k.init}  # type: ignore[arg-type]
         kind = "direction" if isinstance(self.probe, _Direction) else self.name
-        record = {"name": kind, "recipe": recipe, "site": self.site, "notes": dict(self.notes)}
+        record = {"name": kind, "recipe": recipe, "site": self.site, "notes": dict(self.notes), "dim": self.dim}
         (folder / "probe.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
         return folder
 
@@ -167,7 +208,9 @@ class FittedProbe:
             probe: Probe = _Direction(**record["recipe"])
         else:
             probe = registry.load("probes", record["name"], **record["recipe"])
-        return cls(probe, load_file(str(folder / "probe.safetensors")), record["site"], record["notes"])
+        return cls(
+            probe, load_file(str(folder / "probe.safetensors")), record["site"], record["notes"], record.get("dim")
+        )
 
 
 @dataclass(frozen=True)
@@ -212,13 +255,19 @@ def as_fitted(
     labels: np.ndarray | None = None,
     *,
     pairs: np.ndarray | None = None,
+    prior: EllipticalPrior | None = None,
+    behaviour: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
     seed: int = 0,
     site: str = "",
 ) -> FittedProbe:
     """A fitted probe from a fitted probe, a bare direction, a recipe or a registered name (fitted here if needed).
 
+    A recipe gets what it needs of ``prior``, ``behaviour`` and ``mask`` (:meth:`Probe.fit`), and nothing else of them.
+
     Raises:
         TypeError: none of these, or a recipe without data to fit it on.
+        ValueError: bad data, or without what the recipe needs.
     """
     if isinstance(probe, FittedProbe):
         return probe
@@ -232,9 +281,25 @@ def as_fitted(
         )
     if activations is None or labels is None:
         raise TypeError(f"probe {recipe.name!r} is not fitted; pass training activations and labels, or a fitted probe")
-    check_training_data(activations, labels)
-    fitted = recipe.fit(activations, labels, pairs=pairs, seed=seed)
-    return FittedProbe(fitted.probe, fitted.parameters, fitted.site or site, fitted.notes)
+    traits = recipe.traits
+    check_training_data(activations, labels, tokens=traits.tokens)
+    needed: dict[str, Any] = {"prior": prior} if traits.needs_prior else {}
+    needed |= {"behaviour": behaviour} if traits.needs_behaviour else {}
+    for name, value in needed.items():
+        if value is None:
+            raise ValueError(
+                f"probe {recipe.name!r} needs {name} to be fitted: {_NEEDS[name]}; pass {name}=, or stress the recipe "
+                "on a testbed, which knows it"
+            )
+    needed |= {"mask": mask} if traits.tokens else {}
+    fitted = recipe.fit(activations, labels, pairs=pairs, seed=seed, **needed)
+    return replace(fitted, site=fitted.site or site, dim=activations.shape[-1])
+
+
+_NEEDS = {
+    "prior": "how differently the model could have thought (elk_stress.priors.natural of items under contexts)",
+    "behaviour": "Fisher factors (m, rank, d) of the model's output at the site (testbed.shift_factor)",
+}
 
 
 def check_activations(activations: np.ndarray, what: str = "activations") -> None:
@@ -252,10 +317,13 @@ def check_activations(activations: np.ndarray, what: str = "activations") -> Non
         )
 
 
-def check_training_data(activations: np.ndarray, labels: np.ndarray) -> None:
+def check_training_data(activations: np.ndarray, labels: np.ndarray, *, tokens: bool = False) -> None:
     """Refuse what no probe can be fitted on: bad activations, mismatched lengths, one class only, other labels."""
-    if activations.ndim != 2 or len(activations) != len(labels):
-        raise ValueError(f"expected activations (n, d) and labels (n,), got {activations.shape} and {np.shape(labels)}")
+    if activations.ndim != 2 + tokens or len(activations) != len(labels):
+        shape = "(n, tokens, d)" if tokens else "(n, d)"
+        raise ValueError(
+            f"expected activations {shape} and labels (n,), got {activations.shape} and {np.shape(labels)}"
+        )
     check_activations(activations, "training activations")
     values = set(np.unique(labels).tolist())
     if not values <= {0, 1}:

@@ -28,6 +28,7 @@ from elk_stress.report.folder import check_folder, write_folder, write_result
 from elk_stress.result import StressResult, plain
 from elk_stress.testbed import PLANTED, Testbed
 from elk_stress.threat import Threat
+from elk_stress.tokens import tokens_of
 from elk_stress.versions import versions
 
 __all__ = ["Interrupted", "RunResult", "run"]
@@ -203,10 +204,10 @@ def _applicable(
         fitted = isinstance(recipe, FittedProbe)
         if recipe.traits.needs_pairs and not fitted and testbed.splits["train"].pairs is None:
             skipped[_name(probe)] = "it learns from contrast pairs and these data have none (field pair)"
-        elif recipe.traits.tokens:
+        elif recipe.traits.needs_behaviour and not fitted and testbed.shift_cost == "none":
+            skipped[_name(probe)] = f"it learns from what the model does, and {testbed.name} has no output"
+        elif recipe.traits.tokens and tokens_of(testbed) is None:
             skipped[_name(probe)] = "it reads a token axis and this testbed gives one activation per item"
-        elif recipe.traits.needs_model:
-            skipped[_name(probe)] = "it runs a model itself, which the stress test cannot move"
         else:
             apply.append(probe)
     return apply, skipped

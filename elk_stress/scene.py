@@ -25,11 +25,14 @@ from elk_stress.probe import FittedProbe, Probe, as_fitted, check_activations
 from elk_stress.survival import Resamples
 from elk_stress.testbed import PLANTED, Items, SplitName, Testbed, check_splits
 from elk_stress.threat import DEFAULT_EPSILON_FACTOR, Threat
+from elk_stress.tokens import Flat, flatten, read, tokens_of
 
 __all__ = ["Scene", "fit_probe", "prepare_scene"]
 
 # replicates x items of the bootstrap: bounds its memory and its time on large data
 _BOOTSTRAP_CELLS = 4_000_000
+# training items whose Fisher factor a defence gets: each costs a few passes through a language model
+_MOST_FACTORS = 64
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Scene:
         bare_calibration: calibration items alone, or ``None``.
         observed: test items under contexts B, or ``None`` if there are none.
         given_prior: a prior that the caller chose instead of natural thoughts, or ``None``.
+        thoughts: the prior that defences may know; by default (:attr:`known_thoughts`) fitted on ``fit``.
         train_items: the items of ``train``, where they are not all of the testbed's.
     """
 
@@ -56,6 +60,7 @@ class Scene:
     bare_calibration: np.ndarray | None
     observed: np.ndarray | None
     given_prior: EllipticalPrior | None = None
+    thoughts: EllipticalPrior | None = None
     train_items: Items | None = None
     n_verify: int = 64
     replicates: int = 1000
@@ -112,6 +117,26 @@ class Scene:
     def train_behaviour(self) -> Behaviour | None:
         """The same of training items."""
         return None if self.behaviour is None else replace(self.behaviour, split="train", _natural={}, _factors={})
+
+    @property
+    def known_thoughts(self) -> EllipticalPrior:
+        """Natural thoughts as a defence may know them when it is fitted: from the contexts that probes are fitted on.
+
+        Never the prior that it is then judged by: a probe that whitens by that covariance ignores the judge's very
+        contexts, and its bits would be fictitious. With one context for fitting, or a given prior, the same serves both
+        (the first is flagged ``shared_contexts``).
+        """
+        if self.thoughts is None:
+            separate = self.given_prior is None and self.fit.shape[1] > 1
+            self.thoughts = natural(self.fit[self.plain_train]) if separate else self.prior(Threat())
+        return self.thoughts
+
+    @cached_property
+    def known_behaviour(self) -> np.ndarray:
+        """``(m, rank, d)`` Fisher factors of up to 64 training items: what a defence may know of the output."""
+        assert self.train_behaviour is not None
+        n = len(self.plain_train)
+        return self.train_behaviour.factors(self.plain_train[np.linspace(0, n - 1, min(n, _MOST_FACTORS)).astype(int)])
 
     @cached_property
     def epsilon(self) -> float:
@@ -258,8 +283,11 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
     if isinstance(probe, str) and probe in PLANTED and probe in scene.testbed.known_probes():
         probe = scene.testbed.known_probes()[probe]
     recipe = registry.load("probes", probe) if isinstance(probe, str) else probe
+    tokens = tokens_of(scene.testbed)
     if isinstance(recipe, (FittedProbe, np.ndarray)):
         fitted = as_fitted(recipe, site=scene.testbed.site)
+        if tokens is not None and fitted.dim == scene.testbed.dim // tokens:
+            return flatten(fitted, tokens)
         if fitted.dim is not None and fitted.dim != scene.testbed.dim:
             raise ValueError(
                 f"probe {fitted.name!r} was fitted on {fitted.dim} features (site {fitted.site or 'unknown'}) but "
@@ -275,7 +303,30 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
         rows, pairs = scene.plain_train, None
     activations = scene.fit[rows].reshape(-1, scene.fit.shape[-1])
     labels = np.repeat(train.labels[rows], contexts)
-    return as_fitted(recipe, activations, labels, pairs=pairs, seed=scene.seed, site=scene.testbed.site)
+    if tokens is not None:
+        # recipes that are laid out over all reads already fit themselves on what they read
+        activations = activations if isinstance(recipe, Flat) else read(activations, tokens, recipe)
+    prior, behaviour = None, None
+    if recipe.traits.needs_prior:
+        prior = scene.known_thoughts
+    if recipe.traits.needs_behaviour and scene.train_behaviour is not None:
+        behaviour = scene.known_behaviour
+    if tokens is not None and not recipe.traits.tokens and not isinstance(recipe, Flat):
+        # a probe of one read knows how that one moves
+        last = scene.testbed.dim // tokens
+        prior = prior and replace(prior, factor=prior.factor[-last:])
+        behaviour = None if behaviour is None else behaviour[..., -last:]
+    fitted = as_fitted(
+        recipe,
+        activations,
+        labels,
+        pairs=pairs,
+        prior=prior,
+        behaviour=behaviour,
+        seed=scene.seed,
+        site=scene.testbed.site,
+    )
+    return fitted if tokens is None or isinstance(recipe, Flat) else flatten(fitted, tokens)
 
 
 def _gaussian(threat: Threat) -> Threat:
