@@ -250,6 +250,9 @@ def prepare_scene(
         fit = testbed.activations("train", "fit")
     except LookupError:
         fit = found["train"]
+    if prior is None:
+        # a testbed may know how its items move instead of having it estimated
+        prior = getattr(testbed, "prior", None)
     try:
         observed: np.ndarray | None = testbed.activations("test", "observed")
         bare: np.ndarray | None = testbed.activations("calibration", "bare")

@@ -151,42 +151,56 @@ class LanguageModel:
         sites: Sequence[str],
         *,
         advance: Callable[[int], None] | None = None,
+        tokens: int | None = None,
         share_prefix: bool = True,
         padding_side: Literal["left", "right"] = "right",
     ) -> dict[str, np.ndarray]:
         """Activations ``(n_texts, dim)`` float32 at the last real token of each text, per site; cached as one block.
+
+        With ``tokens`` = T: ``(n_texts, T, dim)``, at the last T real tokens in their order.
 
         Args:
             texts: plain texts; what they have in common at the beginning runs once.
             sites: what to read.
             advance: called with the number of texts finished, for progress bars.
             share_prefix: run the common prefix once (causal models only).
+            tokens: how many tokens to read, from the last one back; by default the last alone.
             padding_side: where shorter texts of a batch are padded; the result is the same.
+
+        Raises:
+            ValueError: no such site, or a text of fewer tokens than are to be read.
         """
         deepest = max(self.depth(site) for site in sites)
+        shape = (len(texts), self.dim) if tokens is None else (len(texts), tokens, self.dim)
         keys = dict.fromkeys(sites, "")
         found: dict[str, np.ndarray] = {}
         if self._cache is not None:
-            keys = {site: self._cache.key(self._identity, site, texts) for site in sites}
+            which = "" if tokens is None else f" last {tokens} tokens"
+            keys = {site: self._cache.key(self._identity, site + which, texts) for site in sites}
             loaded = {site: self._cache.load(key) for site, key in keys.items()}
-            found = {
-                s: block for s, block in loaded.items() if block is not None and block.shape == (len(texts), self.dim)
-            }
+            found = {s: block for s, block in loaded.items() if block is not None and block.shape == shape}
         wanted = [site for site in sites if site not in found]
         if not wanted:
             if advance is not None:
                 advance(len(texts))
             return found
         deepest = max(self.depth(site) for site in wanted)
-        out = {site: np.empty((len(texts), self.dim), dtype=np.float32) for site in wanted}
+        out = {site: np.empty(shape, dtype=np.float32) for site in wanted}
         rows = self.tokenize(texts)
-        prefix = _common_prefix(rows) if share_prefix and self.causal else 0
+        shortest = min(range(len(rows)), key=lambda i: len(rows[i]))
+        if len(rows[shortest]) < (tokens or 1):
+            raise ValueError(
+                f"the text {texts[shortest]!r} has {len(rows[shortest])} tokens, but {tokens} are to be read; "
+                "read fewer tokens, or longer texts"
+            )
+        # what is read must be in every text's own part
+        prefix = min(_common_prefix(rows), len(rows[shortest]) - (tokens or 1)) if share_prefix and self.causal else 0
         prefix = prefix if prefix >= _LEAST_PREFIX and len(rows) > 1 else 0
         past = self._keys_and_values(rows[0][:prefix], deepest) if prefix else None
         # where nothing can be kept, the beginning is read with every text
         tails = rows if past is None else [row[prefix:] for row in rows]
         for batch in _batches([len(tail) for tail in tails]):
-            captured = self._read_batch([tails[i] for i in batch], wanted, deepest, past, padding_side)
+            captured = self._read_batch([tails[i] for i in batch], wanted, deepest, past, padding_side, tokens)
             for site in wanted:
                 out[site][batch] = captured[site]
             if advance is not None:
@@ -209,7 +223,13 @@ class LanguageModel:
         return [list(row) for row in rows]
 
     def _read_batch(
-        self, rows: list[list[int]], sites: Sequence[str], deepest: int, past: Any, padding_side: str
+        self,
+        rows: list[list[int]],
+        sites: Sequence[str],
+        deepest: int,
+        past: Any,
+        padding_side: str,
+        tokens: int | None,
     ) -> dict[str, np.ndarray]:
         import torch
 
@@ -225,6 +245,8 @@ class LanguageModel:
             cache = self.make_cache({i: (k, v) for i, (k, v) in enumerate(past)}, len(rows))
         captured = self.run_to(deepest, sites, ids, mask, position, cache)
         index = torch.arange(len(rows), device=ids.device)
+        if tokens is not None:
+            index, last = index[:, None], last[:, None] + torch.arange(1 - tokens, 1, device=ids.device)
         return {site: hidden[index, last].float().cpu().numpy() for site, hidden in captured.items()}
 
     def run_to(

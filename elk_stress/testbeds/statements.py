@@ -67,6 +67,9 @@ class Statements:
         device, dtype: where and in what precision the model runs.
         data: a jsonl file of the user's own items.
         threads: torch's threads; all available cores by default.
+        tokens: read the last so many tokens of each item instead of the last alone, for probes of tokens (attribute
+            ``tokens``, activations flattened to ``tokens * width``). Moves of several tokens at once are not carried
+            through the model, so behaviour is not constrained then.
         subject: a model already in memory, instead of ``model``.
     """
 
@@ -86,6 +89,7 @@ class Statements:
         dtype: str = "float32",
         data: str | Path | None = None,
         threads: int | None = None,
+        tokens: int | None = None,
         subject: LanguageModel | None = None,
     ) -> None:
         if size not in _SIZES:
@@ -103,7 +107,11 @@ class Statements:
             "prior": seen[fitting:],
             "observed": neutral.contexts("observed", observing),
         }
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}")
+        self.tokens = tokens
         self._options = {"size": size, "relation": relation, "positive": positive, "seed": seed, "data": data}
+        self._options |= {} if tokens is None else {"tokens": tokens}
         self._model_options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads}
         self._model = model
         self._subject = subject
@@ -135,8 +143,8 @@ class Statements:
 
     @property
     def dim(self) -> int:
-        """Width of the activations."""
-        return self._loaded().dim
+        """Width of the activations, of all tokens that are read."""
+        return self._loaded().dim * (self.tokens or 1)
 
     @property
     def splits(self) -> Mapping[SplitName, Items]:
@@ -144,9 +152,9 @@ class Statements:
         return self._splits
 
     @property
-    def shift_cost(self) -> Literal["exact", "model"]:
-        """Every shift is a forward pass."""
-        return "model"
+    def shift_cost(self) -> Literal["exact", "model", "none"]:
+        """Every shift is a forward pass; of several tokens none is measured."""
+        return "model" if self.tokens is None else "none"
 
     def known_probes(self) -> Mapping[str, FittedProbe]:
         """None: of a real model nobody knows a probe that must survive."""
@@ -183,7 +191,8 @@ class Statements:
             for context in self._contexts.get(which, ("",)):
                 preceded = [f"{context} {text}" if context else text for text in listed]
                 # one block per context: what was read before an interrupt is on disk
-                blocks.append(subject.read(preceded, [self._site], advance=read.advance)[self._site])
+                found = subject.read(preceded, [self._site], tokens=self.tokens, advance=read.advance)
+                blocks.append(found[self._site].reshape(len(listed), -1))
             self._blocks[which] = np.stack(blocks, axis=1)
 
     def activations(self, split: SplitName, contexts: ContextSet = "prior") -> np.ndarray:
@@ -223,7 +232,13 @@ class Statements:
         return self._host
 
     def prefixed(self, split: SplitName) -> PrefixedModel:
-        """The model reading the split's items behind any prefix, which takes the place of the host context."""
+        """The model reading the split's items behind any prefix, which takes the place of the host context.
+
+        Raises:
+            ValueError: several tokens of an item are read, which a prefix moves otherwise.
+        """
+        if self.tokens is not None:
+            raise ValueError("attacks by prefixes are judged at the last token; make Statements without tokens")
         if split not in self._prefixed:
             from elk_stress.subjects.prefixed import PrefixedModel
 
