@@ -1,0 +1,84 @@
+r"""Choosing a probe's hyperparameters on training rows alone: folds by item, and what held-out rows say.
+
+Rows come as (item x context): the rows of one item stand together and have one label. A row must not vouch for a probe
+that saw the same item in another context, so that an item's rows stay in one fold (:func:`item_folds`). Two figures,
+both the mean over folds, each fold judged by a probe fitted on the others:
+
+* :func:`held_out_auroc`: how well it ranks,
+* :func:`kept_bits`: what a defence is for. At the threshold that a share ``fpr`` of held-out negatives exceed, the bits
+  ``-log2 Phi(-m / s)`` of each held-out positive, m its margin (0 if missed), s the score's standard deviation under
+  the prior: the bits kept per positive of a linear probe under a Gaussian prior.
+
+Units: bits; AUROC in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from elk_stress.bits import bits_of_beta
+
+__all__ = ["auroc", "held_out", "held_out_auroc", "item_folds", "kept_bits", "smallest_good"]
+
+
+def item_folds(labels: np.ndarray, folds: int) -> np.ndarray:
+    """``(n,)`` fold of each row: a class's items dealt in turn; fewer folds where a class has fewer items.
+
+    The lengths of the runs of equal labels share the number of rows per item as a divisor; where the greatest common
+    one leaves a class with fewer than two items, a row counts as an item.
+    """
+    labels = np.asarray(labels).astype(int)
+    counts = np.bincount(labels, minlength=2)
+    ends = np.flatnonzero(np.diff(labels, append=2))
+    block = int(np.gcd.reduce(np.diff(ends, prepend=-1)))
+    block = block if counts.min() >= 2 * block else 1
+    folds = max(1, min(folds, int(counts.min()) // block))
+    fold = np.zeros(len(labels), dtype=int)
+    for label in (0, 1):
+        own = np.flatnonzero(labels == label)
+        fold[own] = np.arange(len(own)) // block % folds
+    return fold
+
+
+def held_out(labels: np.ndarray, folds: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of indices (to fit on, held out); with too few items for two folds, all rows serve as both."""
+    fold = item_folds(labels, folds)
+    for k in range(int(fold.max()) + 1):
+        out = fold == k
+        yield (np.flatnonzero(out), np.flatnonzero(out)) if out.all() else (np.flatnonzero(~out), np.flatnonzero(out))
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Chance that a positive scores above a negative, ties counting half."""
+    from scipy.stats import rankdata
+
+    positive = np.asarray(labels) == 1
+    n, m = int(positive.sum()), int((~positive).sum())
+    return float((rankdata(scores)[positive].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def held_out_auroc(
+    fit: Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]],
+    rows: np.ndarray,
+    labels: np.ndarray,
+    folds: int,
+) -> float:
+    """Mean AUROC on held-out items of ``fit(rows, labels) -> score(rows)``."""
+    found = [auroc(fit(rows[a], labels[a])(rows[b]), labels[b]) for a, b in held_out(labels, folds)]
+    return float(np.mean(found))
+
+
+def kept_bits(scores: np.ndarray, labels: np.ndarray, deviation: float, fpr: float) -> float:
+    """Bits kept per positive at the false-positive rate ``fpr``; ``deviation``: of the score under the prior."""
+    positive = np.asarray(labels) == 1
+    margin = np.maximum(scores[positive] - np.quantile(scores[~positive], 1.0 - fpr), 0.0)
+    bits = np.abs(bits_of_beta(margin / max(deviation, np.finfo(float).tiny)))
+    return float(np.mean(np.where(margin > 0, np.minimum(bits, 1e6), 0.0)))
+
+
+def smallest_good(values: dict[int, float], tolerance: float) -> int:
+    """The least key whose value is within ``tolerance`` of the best."""
+    best = max(values.values())
+    return min(key for key, value in values.items() if value >= best - tolerance)
