@@ -21,7 +21,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from elk_stress.moments import Moments, ledoit_wolf_share
 from elk_stress.probe import FittedProbe, Traits
+from elk_stress.streaming import Fitter
 
 __all__ = ["LDA"]
 
@@ -37,7 +39,7 @@ class LDA:
     shrinkage: float | None = None
 
     name: ClassVar[str] = "lda"
-    traits: ClassVar[Traits] = Traits(linear=True, rotation_equivariant=True)
+    traits: ClassVar[Traits] = Traits(linear=True, rotation_equivariant=True, flips=True, streams=True)
 
     def fit(
         self, activations: np.ndarray, labels: np.ndarray, *, pairs: np.ndarray | None = None, seed: int = 0
@@ -47,17 +49,26 @@ class LDA:
         Raises:
             ValueError: one row per class, which shows no spread; or a shrinkage that leaves the covariance singular.
         """
+        fitter = self.fitter()
+        fitter.update(activations, labels)
+        return fitter.fit(seed=seed)
+
+    def fitter(self) -> Fitter:
+        """The same, batch by batch (:mod:`elk_stress.streaming`)."""
+        return Fitter(self._finish, "scatter")
+
+    def _finish(self, moments: tuple[Moments, Moments], rows: object, seed: int) -> FittedProbe:
         from scipy.linalg import LinAlgError, solve
 
-        rows, positive = np.asarray(activations, dtype=float), np.asarray(labels) == 1
-        high, low = rows[positive].mean(axis=0), rows[~positive].mean(axis=0)
-        covariance, share = _pooled_covariance(rows, positive, high, low, self.shrinkage)
+        low, high = moments[0].mean, moments[1].mean
+        covariance, share = _pooled_covariance(moments, self.shrinkage)
         try:
             weight = np.asarray(solve(covariance, high - low, assume_a="pos"))
         except LinAlgError:
             raise ValueError(
-                f"lda: the covariance of {len(rows)} rows in {rows.shape[1]} dimensions is singular at shrinkage "
-                f"{share:.3g}; give more rows of different items, or shrinkage= a larger number up to 1"
+                f"lda: the covariance of {moments[0].count + moments[1].count} rows in {len(high)} dimensions is "
+                f"singular at shrinkage {share:.3g}; give more rows of different items, or shrinkage= a larger number "
+                "up to 1"
             ) from None
         parameters = {"weight": weight, "bias": np.asarray(-weight @ (high + low) / 2)}
         return FittedProbe(self, parameters, notes={"shrinkage": share})
@@ -67,20 +78,17 @@ class LDA:
         return xp.matmul(activations, parameters["weight"]) + parameters["bias"]
 
 
-def _pooled_covariance(
-    rows: np.ndarray, positive: np.ndarray, high: np.ndarray, low: np.ndarray, shrinkage: float | None
-) -> tuple[np.ndarray, float]:
+def _pooled_covariance(moments: tuple[Moments, Moments], shrinkage: float | None) -> tuple[np.ndarray, float]:
     """Within-class covariance, each class weighing half, and the share of the identity in it."""
-    from sklearn.covariance import ledoit_wolf, shrunk_covariance
-
-    n = len(rows)
-    n_high = int(positive.sum())
-    # rows scaled by sqrt(n / 2n_c): their mean outer product is the average of the two classes' covariances
-    scale = np.sqrt(n / 2 / np.where(positive, n_high, n - n_high))
-    centred = (rows - np.where(positive[:, None], high, low)) * scale[:, None]
-    if shrinkage is None:
-        covariance, share = ledoit_wolf(centred, assume_centered=True)
-    else:
-        covariance, share = shrunk_covariance(centred.T @ centred / n, shrinkage), shrinkage
+    count = moments[0].count + moments[1].count
+    covariance, fourth = np.zeros(()), 0.0
+    for part in moments:
+        assert part.square is not None
+        covariance = covariance + part.square / (2 * part.count)
+        # rows scaled by sqrt(n / 2n_c): their mean outer product is the average of the two classes' covariances
+        fourth += part.fourth * (count / (2 * part.count)) ** 2
+    share = ledoit_wolf_share(covariance, fourth, count) if shrinkage is None else shrinkage
+    dim = len(covariance)
+    shrunk = (1 - share) * covariance + share * np.trace(covariance) / dim * np.eye(dim)
     # the two means were fitted to the same rows
-    return np.asarray(covariance) * (n / max(n - 2, 1)), float(share)
+    return shrunk * (count / max(count - 2, 1)), float(share)

@@ -1,4 +1,4 @@
-"""Logistic regression on standardized features with an L2 penalty; the classes weigh the same.
+r"""Logistic regression on standardized features with an L2 penalty; the classes weigh the same.
 
 Equations: features standardized to ``z = (x - mean) / sd`` over the training rows, then
 
@@ -10,21 +10,33 @@ with weights c_i that sum to 1, half in each class. The standardization is folde
 The penalty is on the *mean* loss: repeating every row (the same items under more contexts) leaves the probe as it is,
 where scikit-learn's ``C`` would weaken the penalty. ``l2 = 0.01`` equals ``C = 1`` at 100 rows.
 
+Solved by Newton's method: a pass over the rows gives loss and gradient, and the Hessian of evenly spaced rows, enough
+to step well (all of them up to 20,000). There is one minimum, so that every way to it ends at the same probe. Fewer
+rows than features: the weights lie in the span of the rows, and are looked for there.
+
 Shapes: activations ``(*batch, d)`` -> log-odds ``(*batch,)`` in nats at equal class frequencies.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from elk_stress.moments import Moments
 from elk_stress.probe import FittedProbe, Traits
+from elk_stress.streaming import Fitter, Rows
 
 __all__ = ["Logistic"]
+
+# a Hessian is made of all rows up to so many, of so many per feature beyond
+_ALL_ROWS = 20_000
+_HESSIAN_ROWS = 20
+# Newton's decrement at the end: the root mean square change of scores that one more step would make, about
+_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -33,14 +45,14 @@ class Logistic:
 
     Attributes:
         l2: weight of ``||v||^2 / 2`` against the mean log-loss; above 0.
-        max_iterations: of L-BFGS; whether it converged is written in the notes.
+        max_iterations: of Newton's method; whether it converged is written in the notes.
     """
 
     l2: float = 0.01
     max_iterations: int = 2000
 
     name: ClassVar[str] = "logistic"
-    traits: ClassVar[Traits] = Traits(linear=True)
+    traits: ClassVar[Traits] = Traits(linear=True, flips=True, streams=True)
 
     def fit(
         self, activations: np.ndarray, labels: np.ndarray, *, pairs: np.ndarray | None = None, seed: int = 0
@@ -50,26 +62,110 @@ class Logistic:
         Raises:
             ValueError: ``l2`` is not positive (separable classes would send the weights to infinity).
         """
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
+        fitter = Fitter(self._finish, "spread", keep="memory")
+        fitter.update(activations, labels)
+        return fitter.fit(seed=seed)
 
+    def fitter(self, folder: str | Path | None = None) -> Fitter:
+        """The same, batch by batch (:mod:`elk_stress.streaming`); rows are spooled to a file in ``folder``."""
+        return Fitter(self._finish, "spread", keep="file", folder=folder)
+
+    def _finish(self, moments: tuple[Moments, Moments], rows: Rows | None, seed: int) -> FittedProbe:
+        assert rows is not None
         if not self.l2 > 0:
             raise ValueError(f"logistic: l2 must be above 0, got {self.l2}; for almost no penalty use 1e-6")
-        rows, targets = np.asarray(activations, dtype=float), np.asarray(labels).astype(int)
-        mean, spread = rows.mean(axis=0), rows.std(axis=0)
+        every = moments[0].merged(moments[1])
+        assert every.square is not None
+        mean, spread = every.mean, np.sqrt(every.square / every.count)
         # a feature that is constant but for rounding carries nothing; dividing by its spread would amplify noise
         spread = np.where(spread > 1e-10 * np.maximum(1.0, np.abs(mean)), spread, np.inf)
-        model = LogisticRegression(
-            C=1.0 / (self.l2 * len(rows)), class_weight="balanced", max_iter=self.max_iterations, tol=1e-6
-        )
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ConvergenceWarning)
-            model.fit((rows - mean) / spread, targets)
-        converged = not any(issubclass(w.category, ConvergenceWarning) for w in caught)
-        weight = model.coef_[0] / spread
-        parameters = {"weight": weight, "bias": np.asarray(model.intercept_[0] - weight @ mean)}
+        weights = 0.5 / moments[0].count, 0.5 / moments[1].count
+        if rows.count < len(mean):
+            # the penalty keeps v in the span of the rows: as many unknowns as rows
+            parts = list(rows.chunks())
+            basis, inside = np.linalg.qr(np.concatenate([(part - mean) / spread for part, _ in parts]).T)
+            few = Rows("memory")
+            few.append(inside.T, np.concatenate([labels for _, labels in parts]))
+            problem = _Problem(few, np.zeros(rows.count), np.ones(rows.count), weights, self.l2)
+            solution, converged = _newton(problem, self.max_iterations)
+            normal = basis @ solution[:-1]
+        else:
+            problem = _Problem(rows, mean, spread, weights, self.l2)
+            solution, converged = _newton(problem, self.max_iterations)
+            normal = solution[:-1]
+        weight = normal / spread
+        parameters = {"weight": weight, "bias": np.asarray(solution[-1] - weight @ mean)}
         return FittedProbe(self, parameters, notes={"converged": converged})
 
     def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:
         """``activations @ weight + bias``."""
         return xp.matmul(activations, parameters["weight"]) + parameters["bias"]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The penalized loss of ``(v, b)``, read from the rows in passes.
+
+    Attributes:
+        weights: of a negative and of a positive row.
+    """
+
+    rows: Rows
+    mean: np.ndarray
+    spread: np.ndarray
+    weights: tuple[float, float]
+    l2: float
+
+    def at(self, point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """Loss, gradient ``(d + 1,)`` and Hessian ``(d + 1, d + 1)``, from one pass over the rows."""
+        dim = len(self.mean)
+        penalty = np.append(np.full(dim, self.l2), 0.0)
+        loss = 0.5 * float(penalty @ point**2)
+        slope, curve, seen = penalty * point, np.zeros((dim + 1, dim + 1)), 0.0
+        every = max(1, self.rows.count // max(_HESSIAN_ROWS * dim, _ALL_ROWS))
+        for z, sign, weight in self._standardized():
+            margin = sign * (z @ point)
+            loss += float(weight @ np.logaddexp(0.0, -margin))
+            # the chance given to the wrong class
+            miss = 0.5 * (1.0 - np.tanh(0.5 * margin))
+            slope -= (weight * sign * miss) @ z
+            some = slice(None, None, every)
+            seen += float(weight[some].sum())
+            scaled = z[some] * np.sqrt(weight * miss * (1.0 - miss))[some, None]
+            curve += scaled.T @ scaled
+        curve /= seen
+        curve[np.diag_indices(dim + 1)] += penalty
+        return loss, slope, curve
+
+    def _standardized(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Rows with a one appended, signs and weights, chunk by chunk."""
+        for chunk, labels in self.rows.chunks():
+            z = np.ones((len(chunk), chunk.shape[1] + 1))
+            np.subtract(chunk, self.mean, out=z[:, :-1])
+            z[:, :-1] /= self.spread
+            yield z, np.where(labels == 1, 1.0, -1.0), np.where(labels == 1, self.weights[1], self.weights[0])
+
+
+def _newton(problem: _Problem, most: int) -> tuple[np.ndarray, bool]:
+    """The minimum, and whether it was reached within ``most`` passes."""
+    from scipy.linalg import cho_factor, cho_solve
+
+    point = np.zeros(len(problem.mean) + 1)
+    loss, slope, curve = problem.at(point)
+    size = 1.0
+    step = np.zeros_like(point)
+    decrement = np.inf
+    for _ in range(most):
+        if size == 1.0:
+            step = -cho_solve(cho_factor(curve), slope)
+            decrement = float(-step @ slope)
+            if decrement <= _TOLERANCE**2:
+                return point + step, True
+        there = point + size * step
+        new = problem.at(there)
+        # Armijo's condition; where its difference would drown in rounding, Newton's full step is taken on trust
+        if new[0] <= loss - 1e-4 * size * decrement or decrement < 1e-12:
+            point, (loss, slope, curve), size = there, new, 1.0
+        else:
+            size /= 2
+    return point, False

@@ -18,7 +18,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from elk_stress.moments import Moments
 from elk_stress.probe import FittedProbe, Traits
+from elk_stress.streaming import Fitter
 
 __all__ = ["MassMean"]
 
@@ -28,14 +30,22 @@ class MassMean:
     """Difference of the class means, zero halfway between them (Marks & Tegmark 2310.06824)."""
 
     name: ClassVar[str] = "mass_mean"
-    traits: ClassVar[Traits] = Traits(linear=True, rotation_equivariant=True)
+    traits: ClassVar[Traits] = Traits(linear=True, rotation_equivariant=True, flips=True, streams=True)
 
     def fit(
         self, activations: np.ndarray, labels: np.ndarray, *, pairs: np.ndarray | None = None, seed: int = 0
     ) -> FittedProbe:
         """Two means of ``activations (n, d)``; deterministic, ``seed`` is not used."""
-        rows, positive = np.asarray(activations, dtype=float), np.asarray(labels) == 1
-        high, low = rows[positive].mean(axis=0), rows[~positive].mean(axis=0)
+        fitter = self.fitter()
+        fitter.update(activations, labels)
+        return fitter.fit(seed=seed)
+
+    def fitter(self) -> Fitter:
+        """The same, batch by batch (:mod:`elk_stress.streaming`)."""
+        return Fitter(self._finish)
+
+    def _finish(self, moments: tuple[Moments, Moments], rows: object, seed: int) -> FittedProbe:
+        low, high = moments[0].mean, moments[1].mean
         weight = high - low
         return FittedProbe(self, {"weight": weight, "bias": np.asarray(-weight @ (high + low) / 2)})
 
