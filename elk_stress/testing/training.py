@@ -25,13 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from elk_stress.testing.shared import Checks, run_checks
 from elk_stress.training.checkpoint import Checkpoints
 from elk_stress.training.evasion import targets_from
 from elk_stress.training.protocols import Log, State, Targets, Trainee, TrainingAttack
 
 __all__ = ["check_training_attack", "checks_for_training_attack"]
-
-Checks = dict[str, Callable[[], None]]
 
 _HALF = 2  # steps of either part of the short run
 _FALL = 0.1  # by less, the engine says that an attack did not engage
@@ -51,8 +50,6 @@ def check_training_attack(
     Raises:
         AssertionError: the first check that fails, by name.
     """
-    from elk_stress.testing import run_checks
-
     checks = checks_for_training_attack(attack, trainee, strength=strength, seed=seed)
     return run_checks(f"attack {attack.name!r}", checks)
 
