@@ -53,7 +53,8 @@ def item_event(
 ) -> LimitState:
     """One problem per row of ``origins (n, d)``: the probe no longer scores it above ``threshold``, one or ``(n,)``.
 
-    A linear probe carries its closed form unless ``closed`` is false (joint events have none).
+    A linear probe carries its closed form unless ``closed`` is false (joint events have none). One that knows how
+    steep its score is carries that, under Gaussian tails: its bits are bounded from below (``certificate``).
     """
     weight = linear_weight(probe)
     margins = np.asarray(probe.score(origins), dtype=float) - threshold
@@ -66,7 +67,8 @@ def item_event(
         return (probe.score(x) - data["threshold"][:, None]) / scale
 
     thresholds = np.broadcast_to(np.asarray(threshold, dtype=np.float32), len(origins))
-    return _searched(function, prior, {"origin": np.asarray(origins, dtype=np.float32), "threshold": thresholds})
+    data = {"origin": np.asarray(origins, dtype=np.float32), "threshold": thresholds}
+    return _searched(function, prior, data, slope=_slope(probe, prior, scale))
 
 
 def kept_event(prior: EllipticalPrior, factors: np.ndarray, epsilon: float) -> LimitState:
@@ -105,7 +107,8 @@ def universal_recall_event(
         ordered = jnp.sort((probe.score(x) - threshold) / spread, axis=-1)[..., ::-1]
         return jnp.take_along_axis(ordered, jnp.asarray(data["rank"])[:, None, None], axis=-1)[..., 0]
 
-    return _searched(function, prior, {"rank": ranks.astype(np.int32)})
+    # an order statistic is no steeper than the steepest of what it orders
+    return _searched(function, prior, {"rank": ranks.astype(np.int32)}, slope=_slope(probe, prior, spread))
 
 
 def universal_auroc_event(
@@ -135,7 +138,8 @@ def universal_auroc_event(
         ordered = jnp.sort(gaps.reshape(*gaps.shape[:2], pairs), axis=-1)[..., ::-1]
         return jnp.take_along_axis(ordered, jnp.asarray(data["rank"])[:, None, None], axis=-1)[..., 0]
 
-    return _searched(function, prior, {"rank": ranks.astype(np.int32)})
+    # a difference of two scores is at most twice as steep
+    return _searched(function, prior, {"rank": ranks.astype(np.int32)}, slope=_slope(probe, prior, spread / 2))
 
 
 def nearest_of_linear(state: LimitState, overshoot: float = 1e-6) -> np.ndarray:
@@ -244,12 +248,26 @@ def failures_of_linear(state: LimitState, n: int, rng: np.random.Generator) -> n
     return v if z is None else np.concatenate([v, z[..., None]], axis=-1)
 
 
-def _searched(function: Any, prior: EllipticalPrior, data: dict[str, np.ndarray]) -> LimitState:
+def _searched(
+    function: Any, prior: EllipticalPrior, data: dict[str, np.ndarray], *, slope: float | None = None
+) -> LimitState:
     """A limit state without a closed form: jax in single precision, one problem per row of ``data``."""
     n_problems = len(next(iter(data.values())))
     return LimitState(
-        function=function, dim=prior.dim, n_problems=n_problems, backend="jax", dtype="float32", data=data
+        function=function,
+        dim=prior.dim,
+        n_problems=n_problems,
+        backend="jax",
+        dtype="float32",
+        data=data,
+        lipschitz=None if slope is None else np.full(n_problems, slope),
     )
+
+
+def _slope(probe: FittedProbe, prior: EllipticalPrior, unit: float) -> float | None:
+    """A bound on how steep ``score / unit`` is in u; ``None`` where unknown, zero, or under a heavy tail."""
+    known = None if prior.tail.extra else probe.lipschitz(prior.factor)
+    return None if not known or not math.isfinite(known) else known / unit
 
 
 def _size(margins: np.ndarray) -> float:
