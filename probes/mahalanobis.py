@@ -1,0 +1,127 @@
+r"""Mahalanobis distance from the negatives: a detector of anomalies that never saw a positive (Lee et al. 1807.03888).
+
+Equations: over the n negatives, mean m and covariance C = S / n, shrunk as ``C' = (1 - a) C + a tr(C)/d I`` with the
+oracle-approximating share a of Chen, Wiesel, Eldar & Hero 2010 (0907.4698; in the form of scikit-learn's ``OAS``):
+
+    mu = tr(C)/d,   e = mean of the squared entries of C,   a = min(1, (e + mu^2) / ((n + 1) (e - mu^2 / d)))
+    score(x) = sqrt(1 + (x - m)^T C'^-1 (x - m))
+
+a needs count, mean and scatter alone (Ledoit and Wolf's needs fourth moments besides), so merged moments fit the same
+probe. Rows of one item under several contexts are correlated: a is somewhat smaller than for independent rows.
+
+Why this form. Every increasing function of the distance ranks alike and fails at the same points. The square's slope
+grows without bound; the plain distance has no slope at the mean itself (0/0). The root of one plus the square is smooth
+everywhere, nearly linear away from the mean, and no steeper than 1 in whitened coordinates: that is the bound of
+``lipschitz``, ``||W F||`` for moves ``F u`` (W whitens), and gives certified bits.
+
+Shapes: activations ``(*batch, d)`` -> ``(*batch,)``, in standard deviations, at least 1. Centred before it is whitened,
+so that float32 does not cancel.
+
+As a baseline of mechanistic anomaly detection: Johnston et al. 2504.08812.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from elk_stress.moments import Moments
+from elk_stress.probe import FittedProbe, Traits
+
+__all__ = ["Mahalanobis", "oas_covariance", "spectrum"]
+
+
+@dataclass(frozen=True)
+class Mahalanobis:
+    """Distance from the negatives' mean in their own shrunk covariance; learns from negatives alone.
+
+    Attributes:
+        shrinkage: the share a of the identity in (0, 1], or ``None`` for the oracle-approximating one.
+    """
+
+    shrinkage: float | None = None
+
+    name: ClassVar[str] = "mahalanobis"
+    traits: ClassVar[Traits] = Traits(negatives_only=True, rotation_equivariant=True)
+
+    def __post_init__(self) -> None:
+        if self.shrinkage is not None and not 0 < self.shrinkage <= 1:
+            raise ValueError(
+                f"mahalanobis: shrinkage is a share of the identity above 0 and up to 1, got {self.shrinkage}; "
+                "None chooses it from the data"
+            )
+
+    def fit(
+        self, activations: np.ndarray, labels: np.ndarray, *, pairs: np.ndarray | None = None, seed: int = 0
+    ) -> FittedProbe:
+        """Fit on the negatives among ``activations (n, d)``; deterministic, ``seed`` is not used.
+
+        Raises:
+            ValueError: fewer than two different negatives.
+        """
+        return self.from_moments(Moments.of(negatives_of(activations, labels, self.name), "scatter"))
+
+    def from_moments(self, negatives: Moments) -> FittedProbe:
+        """The probe of the negatives' moments (count, mean and scatter), however they were gathered.
+
+        Raises:
+            ValueError: fewer than two different negatives, or moments without a scatter matrix.
+        """
+        covariance, share = oas_covariance(negatives, self.shrinkage)
+        sizes, axes = spectrum(covariance)
+        # symmetric, so that the signs and order of the axes do not matter
+        whitener = (axes / np.sqrt(sizes)) @ axes.T
+        return FittedProbe(
+            self,
+            {"centre": negatives.mean, "whitener": whitener},
+            notes={"shrinkage": share, "n_negatives": negatives.count},
+            dim=len(negatives.mean),
+        )
+
+    def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:
+        """``sqrt(1 + ||(activations - centre) @ whitener||^2)``."""
+        white = xp.matmul(activations - parameters["centre"], parameters["whitener"])
+        return xp.sqrt(1.0 + xp.sum(white * white, axis=-1))
+
+    def lipschitz(self, parameters: Mapping[str, np.ndarray], factor: np.ndarray) -> float:
+        """The spectral norm of ``whitener @ factor``: the score is 1-Lipschitz in whitened coordinates."""
+        return float(np.linalg.norm(parameters["whitener"] @ factor, 2))
+
+
+def negatives_of(activations: np.ndarray, labels: np.ndarray, name: str) -> np.ndarray:
+    """Rows with label 0 in float64; refuses to learn from fewer than two."""
+    rows = np.asarray(activations, dtype=float)[np.asarray(labels) == 0]
+    if len(rows) < 2:
+        raise ValueError(f"{name} learns from negatives (label 0) alone and needs at least 2 of them, got {len(rows)}")
+    return rows
+
+
+def oas_covariance(moments: Moments, shrinkage: float | None = None) -> tuple[np.ndarray, float]:
+    """Shrunk covariance ``(d, d)`` and the share of the identity in it, from count, mean and scatter alone.
+
+    Raises:
+        ValueError: rows that do not differ, or moments without a scatter matrix.
+    """
+    if moments.square is None or moments.square.ndim != 2:
+        raise ValueError("a covariance needs moments of order 'scatter'; gather them with Moments.of(rows, 'scatter')")
+    dim, count = len(moments.square), moments.count
+    covariance = moments.square / max(count, 1)
+    mean_size = float(np.trace(covariance)) / dim
+    if not mean_size > 1e-20 * max(1.0, float(moments.mean @ moments.mean)):
+        raise ValueError(f"the {count} negatives do not differ from each other; give negatives of different items")
+    share = shrinkage
+    if share is None:
+        energy = float(np.mean(covariance**2))
+        away = (count + 1.0) * (energy - mean_size**2 / dim)
+        # in one dimension, or where C is a multiple of the identity, there is nothing to choose
+        share = 1.0 if away <= 0 else min(1.0, (energy + mean_size**2) / away)
+    return np.asarray((1.0 - share) * covariance + share * mean_size * np.eye(dim)), float(share)
+
+
+def spectrum(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues, largest first and kept above rounding, and the orthonormal axes ``(d, d)`` as columns."""
+    sizes, axes = np.linalg.eigh(covariance)
+    return np.maximum(sizes[::-1], 1e-12 * sizes[-1]), axes[:, ::-1]
