@@ -1,21 +1,36 @@
-"""The suite of an attack: what it proposes on half-spaces of known distance.
+"""The suite of an attack: what it proposes against half-spaces of known distance, and what it may ask for that.
 
-See :func:`checks_for_attack`.
+=============================  =========================================================================================
+declarations                   a frozen dataclass; access, scopes, needs and priors are known words
+proposals                      finite moves of the right shape for any number of problems, dimension and budget
+budget                         it never spends more than it was given, down to a single question
+access                         it uses what it declares: no more (the oracle refuses) and no less
+deterministic                  the same seed proposes the same moves, whatever was attacked in between; no hidden state
+breaks_what_must_break         positive control: a half-space at half a standard deviation, for every problem
+does_not_break_what_holds      negative control: where nothing fails, nothing is claimed to
+finds_the_nearest_failure      with gradients: the half-space at 3 is reached at a length of at most 3.15
+draws_from_the_prior           ``from_prior=True`` is true: variance and tail of the draws, each within five standard
+                               errors (false alarm 6e-7); another seed gives other draws
+chooses_from_the_pool          ``needs = ("pool",)``: every move is in its problem's pool, ``spent`` at most log2 n
+control                        a ``control`` method asks the probe nothing and proposes well-formed moves
+=============================  =========================================================================================
+
+An attack that needs a ``mind`` runs through :mod:`elk_stress.testing.mind` instead.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from typing import get_args
 
 import numpy as np
 
-from elk_stress.attack import Access, Attack, Oracle, Proposal
+from elk_stress.attack import Access, Attack, Need, Oracle, Proposal
 from elk_stress.limit_state import LimitState
-from elk_stress.testing.shared import Checks, read_only, refuses, run_checks
+from elk_stress.testing.shared import Checks, declared, no_hidden_state, read_only, refuses, run_checks, settings
 
 __all__ = ["check_attack", "checks_for_attack"]
 
-_ACCESS: tuple[Access, ...] = ("none", "label", "score", "gradient", "weights")
+_ACCESS: tuple[Access, ...] = get_args(Access)
 
 
 def check_attack(attack: Attack, *, seed: int = 0) -> list[str]:
@@ -33,7 +48,13 @@ def checks_for_attack(attack: Attack, *, seed: int = 0) -> Checks:
     problems = {"item": 3, "universal": 1}
 
     def oracle(
-        distance: float, n_problems: int, budget: int = 600, *, constant: bool = False, pool_size: int = 32
+        distance: float,
+        n_problems: int,
+        budget: int = 600,
+        *,
+        constant: bool = False,
+        pool_size: int = 32,
+        dim: int = dim,
     ) -> _RecordingOracle:
         pool = None
         if "pool" in attack.needs:
@@ -51,23 +72,52 @@ def checks_for_attack(attack: Attack, *, seed: int = 0) -> Checks:
         return attack.propose(asked, seed=with_seed)
 
     def declarations() -> None:
-        assert dataclasses.is_dataclass(attack), "an attack is a frozen dataclass of hyperparameters"
-        assert type(attack).__dataclass_params__.frozen, "the dataclass must be frozen"
+        declared(attack, "an attack")
         assert attack.access in _ACCESS, f"access {attack.access!r} is none of {', '.join(_ACCESS)}"
         assert attack.scopes, "it must work in at least one scope"
         assert set(attack.scopes) <= set(problems), f"scopes {attack.scopes} are none of item, universal"
-        assert (type(attack).__doc__ or "").strip(), "it needs a docstring: its first line is its description"
+        assert set(attack.needs) <= set(get_args(Need)), f"needs {attack.needs} are none of {', '.join(get_args(Need))}"
+        assert isinstance(attack.priors, tuple), "priors is a tuple of names of priors, empty for all"
 
     def proposals() -> None:
+        from hypothesis import given
+        from hypothesis import strategies as st
+
         for scope in attack.scopes:
             _well_formed(propose(oracle(3.0, problems[scope])), problems[scope], dim)
 
+        @settings(6)
+        @given(
+            scope=st.sampled_from(attack.scopes),
+            n_problems=st.integers(1, 5),
+            width=st.integers(1, 12),
+            limit=st.integers(30, 200),
+            with_seed=st.integers(0, 2**32),
+        )
+        def holds(scope: str, n_problems: int, width: int, limit: int, with_seed: int) -> None:
+            n_problems = n_problems if scope == "item" else 1
+            asked = oracle(3.0, n_problems, limit, dim=width)
+            _well_formed(propose(asked, with_seed), n_problems, width)
+
+        holds()
+
     def budget() -> None:
-        for limit in (7, 40, 600):
+        from hypothesis import example, given
+        from hypothesis import strategies as st
+
+        @settings(6)
+        @given(limit=st.integers(1, 600))
+        @example(limit=1)
+        @example(limit=7)
+        @example(limit=600)
+        def holds(limit: int) -> None:
+            # a pool is as large as what may be asked of it
             asked = oracle(3.0, problems[attack.scopes[0]], limit)
             _well_formed(propose(asked), asked.n_problems, dim)
             spent = int((asked.queries + asked.gradients).max())
             assert spent <= limit, f"it spent {spent} of a budget of {limit}"
+
+        holds()
 
     def access() -> None:
         asked = oracle(3.0, problems[attack.scopes[0]])
@@ -78,10 +128,13 @@ def checks_for_attack(attack: Attack, *, seed: int = 0) -> Checks:
         )
 
     def deterministic() -> None:
-        state = repr(np.random.get_state())  # noqa: NPY002
-        first, second = (propose(oracle(3.0, problems[attack.scopes[0]])) for _ in range(2))
-        assert np.array_equal(first.moves, second.moves), "two runs from one seed propose different moves"
-        assert repr(np.random.get_state()) == state, "it used numpy's global random state"  # noqa: NPY002
+        count = problems[attack.scopes[0]]
+        with no_hidden_state(attack):
+            first = propose(oracle(3.0, count)).moves.copy()
+            # in between another problem: what it remembers of that would show
+            propose(oracle(0.7, count), seed + 1)
+            second = propose(oracle(3.0, count)).moves
+        assert np.array_equal(first, second), "two runs from one seed propose different moves"
 
     def breaks_what_must_break() -> None:
         """Every attack within reach of an easy half-space; each problem has a direction of its own."""
@@ -113,6 +166,7 @@ def checks_for_attack(attack: Attack, *, seed: int = 0) -> Checks:
         if not all(run.from_prior for run in runs):
             assert not any(run.from_prior for run in runs), "whether moves are draws from the prior must not vary"
             return
+        assert not np.array_equal(runs[0].moves, runs[1].moves), "draws from the prior are the same for every seed"
         moves = np.concatenate([run.moves for run in runs], axis=1)
         # false alarm of each: five standard deviations
         share, n = float((asked.true_value(moves) <= 0).mean()), moves.shape[0] * moves.shape[1]
@@ -135,6 +189,15 @@ def checks_for_attack(attack: Attack, *, seed: int = 0) -> Checks:
         assert (proposal.spent <= most + 1e-12).all(), f"it reports {proposal.spent.max()} bits but log2 n = {most}"
         refuses(lambda: propose(_RecordingOracle(_half_spaces(3.0, 1, dim, False), attack.access, 600)), "pool")
 
+    def control() -> None:
+        asked = oracle(3.0, problems[attack.scopes[0]])
+        proposal = propose(asked)
+        spent = asked.queries + asked.gradients
+        with no_hidden_state(attack):
+            benign = attack.control(asked, proposal, seed=seed)  # type: ignore[attr-defined]
+        _well_formed(benign, asked.n_problems, dim)
+        assert np.array_equal(asked.queries + asked.gradients, spent), "its benign control asked the probe"
+
     if "mind" in attack.needs:
         from elk_stress.testing.mind import checks_for_mind
 
@@ -148,6 +211,8 @@ def checks_for_attack(attack: Attack, *, seed: int = 0) -> Checks:
         "breaks_what_must_break": breaks_what_must_break,
         "does_not_break_what_holds": does_not_break_what_holds,
     }
+    if hasattr(attack, "control"):
+        checks["control"] = control
     if attack.access in ("gradient", "weights"):
         checks["finds_the_nearest_failure"] = finds_the_nearest_failure
     if "pool" in attack.needs:

@@ -11,8 +11,9 @@ import numpy as np
 from elk_stress.arrays import to_numpy
 from elk_stress.probe import FittedProbe, Probe
 from elk_stress.testing.data import PlantedClasses, planted_classes
+from elk_stress.testing.shared import no_hidden_state, read_only
 
-__all__ = ["Case", "close", "score", "spread"]
+__all__ = ["Case", "close", "score", "spread", "take"]
 
 _SEPARATION = 8.0  # so that a density sees positives in 16 dimensions, and a projection on few of them keeps enough
 
@@ -47,6 +48,26 @@ class Case:
     def swapped(self) -> FittedProbe:
         """Fitted on ``data`` with the labels swapped."""
         return self.data.fit(self.probe, seed=self.seed, labels=1 - self.data.labels)
+
+    @cached_property
+    def again(self) -> FittedProbe:
+        """Fitted on read-only copies of ``data`` with the same seed, after another fit, watching for hidden state."""
+        assert self.fitted is not self.swapped
+        data = self.data
+        frozen = replace(
+            data,
+            activations=read_only(data.activations),
+            labels=read_only(data.labels),
+            pairs=read_only(data.pairs),
+            mask=None if data.mask is None else read_only(data.mask),
+        )
+        with no_hidden_state(self.probe):
+            try:
+                return frozen.fit(self.probe, seed=self.seed)
+            except ValueError as error:
+                if "read-only" not in str(error):
+                    raise
+                raise AssertionError(f"it writes into its input ({error}); work on a copy") from error
 
     def some(self, count: int, seed: int = 0) -> PlantedClasses:
         """A few held-out items (their pairs mean nothing)."""

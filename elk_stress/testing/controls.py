@@ -13,9 +13,9 @@ on nothing remembered) has, given all its values, exactly the Mann-Whitney null 
 
 It holds for every probe: an unsupervised one learns a true direction and, from shuffled labels, a sign; a detector
 learns from a random half of both classes; neither knows the permutation. Contrast pairs stay pairs (one of the two is
-positive). Each of ``SHUFFLES`` labellings is a test of its own, at ``FALSE_ALARM / SHUFFLES`` each (Bonferroni): a
-correct probe fails with a chance of at most about ``FALSE_ALARM`` over the draw of the labellings, which are fixed by
-the seed. The score of a probe that remembers rows or labels, or that answers by position, is not so innocent.
+positive). It is one test per probe: a correct one fails with chance ``FALSE_ALARM`` over the draw of labelling and
+permutation, which the seed fixes; any of 50 correct ones with 0.5%. What fails is a probe that remembers rows or labels
+of earlier fits, or that answers by position. (One that only overfits is not at fault: its held-out score is chance.)
 """
 
 from __future__ import annotations
@@ -26,15 +26,12 @@ from statistics import NormalDist
 import numpy as np
 
 from elk_stress.testing.case import Case, score, take
-from elk_stress.testing.data import planted_classes
 from elk_stress.testing.shared import auroc
 
-__all__ = ["FALSE_ALARM", "SHUFFLES", "chance", "does_not_learn", "knows_no_more_than_it_was_told", "learns"]
+__all__ = ["FALSE_ALARM", "chance", "does_not_learn", "knows_no_more_than_it_was_told", "learns"]
 
 FALSE_ALARM = 1e-4
-SHUFFLES = 2
 _LEARNED = 0.95
-_PAIRS = 60  # few, so that a fit remembers them
 
 
 def learns(case: Case) -> None:
@@ -61,25 +58,21 @@ def does_not_learn(case: Case) -> None:
 
 def knows_no_more_than_it_was_told(case: Case) -> None:
     """The negative control: shuffled labels of held-out rows are not found; see the module."""
-    for shuffle in range(SHUFFLES):
-        rng = np.random.default_rng(np.random.SeedSequence([case.seed, shuffle, 29]))
-        train, test = (planted_classes(_PAIRS, seed=case.seed + 4 + 2 * shuffle + part) for part in (0, 1))
-        if case.probe.traits.tokens:
-            train, test = (part.tokens(seed=case.seed + 4) for part in (train, test))
-        # one of each pair is positive, at random; the same labelling for both
-        first = rng.permutation(np.arange(_PAIRS) % 2)
-        labels = np.concatenate([first, 1 - first])
-        order = rng.permutation(len(labels))
-        shuffled = replace(take(test, order), labels=labels)
-        places = np.argsort(order)
-        replace(shuffled, pairs=_with_one_positive(places[test.pairs], labels)).fit(case.probe, seed=case.seed)
-        fitted = replace(train, labels=labels).fit(case.probe, seed=case.seed)
-        scores = np.asarray(score(fitted, shuffled.activations, shuffled.mask))
-        value, limit = auroc(scores, labels), chance(scores, labels, FALSE_ALARM / SHUFFLES)
-        assert value <= limit, (
-            f"held-out rows under shuffled labels: AUROC {value:.3f}, and chance exceeds {limit:.3f} once in "
-            f"{SHUFFLES / FALSE_ALARM:,.0f}; it remembers earlier fits, or answers by a row's position"
-        )
+    rng = np.random.default_rng(np.random.SeedSequence([case.seed, 29]))
+    # one of each pair is positive, at random; the same labelling for both
+    first = rng.permutation(np.arange(len(case.data.pairs)) % 2)
+    labels = np.concatenate([first, 1 - first])
+    test = replace(take(case.held_out, rng.permutation(len(labels))), labels=labels)
+    # pairs in name only: a positive and a negative each
+    pairs = np.stack([np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)], axis=1)
+    replace(test, pairs=pairs).fit(case.probe, seed=case.seed)
+    fitted = case.data.fit(case.probe, seed=case.seed, labels=labels)
+    scores = np.asarray(score(fitted, test.activations, test.mask))
+    value, limit = auroc(scores, labels), chance(scores, labels, FALSE_ALARM)
+    assert value <= limit, (
+        f"held-out rows under shuffled labels: AUROC {value:.3f}, where chance exceeds {limit:.3f} once in "
+        f"{1 / FALSE_ALARM:,.0f}; it remembers earlier fits, or answers by a row's position"
+    )
 
 
 def chance(scores: np.ndarray, labels: np.ndarray, rate: float) -> float:
@@ -91,8 +84,3 @@ def chance(scores: np.ndarray, labels: np.ndarray, rate: float) -> float:
     variance = max(n + 1 - ties, 0.0) / (12 * high * low)
     # half a step for continuity: an AUROC is a multiple of 1 / (2 n1 n0)
     return 0.5 + float(np.sqrt(variance)) * NormalDist().inv_cdf(1 - rate) + 0.5 / (high * low)
-
-
-def _with_one_positive(pairs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The pairs that still hold one positive after rows were relabelled."""
-    return np.asarray(pairs[labels[pairs].sum(axis=1) == 1])

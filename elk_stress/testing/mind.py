@@ -20,6 +20,7 @@ from elk_stress.result import AttackResult
 from elk_stress.scene import Scene, prepare_scene
 from elk_stress.situation import situation
 from elk_stress.testbeds.linear import Linear
+from elk_stress.testing.shared import no_hidden_state
 from elk_stress.threat import Threat
 
 __all__ = ["checks_for_mind"]
@@ -48,7 +49,8 @@ def checks_for_mind(attack: Attack, well_formed: Any, *, seed: int = 0) -> dict[
             well_formed(propose(field)[0], field.n_problems, field.failed.dim)
 
     def deterministic() -> None:
-        first, second = (propose(_field("paper", attack.scopes[0], False))[0].moves for _ in range(2))
+        with no_hidden_state(attack):
+            first, second = (propose(_field("paper", attack.scopes[0], False))[0].moves for _ in range(2))
         assert np.array_equal(first, second), "two runs from one seed propose different moves"
 
     def access() -> None:

@@ -16,8 +16,19 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-__all__ = ["Checks", "auroc", "declared", "fields_of", "no_hidden_state", "read_only", "refuses", "rotation"]
-__all__ += ["run_checks", "settings"]
+__all__ = [
+    "Checks",
+    "auroc",
+    "declared",
+    "fields_of",
+    "no_global_randomness",
+    "no_hidden_state",
+    "read_only",
+    "refuses",
+    "rotation",
+    "run_checks",
+    "settings",
+]
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -72,13 +83,21 @@ def fields_of(thing: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def no_hidden_state(thing: Any) -> Iterator[None]:
-    """What runs inside must leave alone the global random states (numpy, torch, Python) and the fields of ``thing``."""
-    before, fields = _random_states(), repr(fields_of(thing))
+def no_global_randomness(who: str) -> Iterator[None]:
+    """What runs inside must leave alone the global random states of numpy, torch and Python."""
+    before = _random_states()
     yield
     after = _random_states()
     for library, state in before.items():
-        assert after[library] == state, f"it used {library}'s global random state; draw from the seed that it is given"
+        assert after[library] == state, f"{who} used {library}'s global random state; draw from a seed of its own"
+
+
+@contextmanager
+def no_hidden_state(thing: Any) -> Iterator[None]:
+    """What runs inside must leave alone the global random states, and the fields of the dataclass ``thing``."""
+    fields = repr(fields_of(thing))
+    with no_global_randomness("it"):
+        yield
     assert repr(fields_of(thing)) == fields, f"it changed its own fields from {fields} to {fields_of(thing)!r}"
 
 

@@ -1,6 +1,22 @@
-"""The suite of a testbed: splits that do not leak, activations that can be read twice, a truth, and a shift.
+"""The suite of a testbed: splits that do not leak, activations that can be read again, a truth, and a shift.
 
-See :func:`checks_for_testbed`.
+=============================  =========================================================================================
+declarations                   the protocol, three splits, a JSON description; ``tokens``, if any, divide ``dim``
+grouping, items                no entity in two splits, unique ids; labels, groups, texts and pairs fit
+activations                    float32 ``(items, contexts, dim)``, finite, not constant; reading again gives the same,
+                               even after somebody wrote into what was read first; no context set equals another
+truth_is_there                 positive control: logistic regression on training items reads it from held-out ones
+known_probes                   they score the testbed, all reads or the last of each item
+no_hidden_state                reading and shifting leaves the global random states alone
+=============================  =========================================================================================
+
+Only where behaviour has an output (``shift_cost`` is not ``none``):
+
+=============================  =========================================================================================
+shift_at_zero, shift_grows     0 for the unmoved item, more for longer moves, never negative
+shift_of_any_batch             the same for an item and a move in any order and among any others (drawn by hypothesis)
+factor_agrees                  ``0.5 ||F move||^2`` for small moves; for any move where ``shift_cost`` is ``exact``
+=============================  =========================================================================================
 """
 
 from __future__ import annotations
@@ -12,7 +28,8 @@ import numpy as np
 
 from elk_stress.probe import FittedProbe, as_fitted
 from elk_stress.testbed import ContextSet, Testbed, check_splits
-from elk_stress.testing.shared import Checks, auroc, run_checks
+from elk_stress.testing.shared import Checks, auroc, no_global_randomness, run_checks, settings
+from elk_stress.tokens import flatten, tokens_of
 
 __all__ = ["check_testbed", "checks_for_testbed"]
 
@@ -47,7 +64,11 @@ def checks_for_testbed(testbed: Testbed, *, n_items: int = 6, seed: int = 0) -> 
         assert isinstance(testbed, Testbed), "it lacks a part of the Testbed protocol"
         assert set(testbed.splits) == set(names), f"splits are {sorted(testbed.splits)}, not {', '.join(names)}"
         assert testbed.site, "it must say where activations are read"
-        assert testbed.shift_cost in ("exact", "model"), f"shift_cost is {testbed.shift_cost!r}"
+        assert testbed.shift_cost in ("exact", "model", "none"), f"shift_cost is {testbed.shift_cost!r}"
+        tokens = tokens_of(testbed)
+        assert tokens is None or (tokens >= 1 and testbed.dim % tokens == 0), (
+            f"it says that its {testbed.dim} coordinates are {tokens} reads of equal width; they cannot be"
+        )
         json.dumps(testbed.describe())
 
     def grouping() -> None:
@@ -83,8 +104,20 @@ def checks_for_testbed(testbed: Testbed, *, n_items: int = 6, seed: int = 0) -> 
                 assert np.ptp(array, axis=0).max() > 0, f"{name}/{kind}: the same for every item"
             assert contexts["prior"].shape[1] >= 2, f"{name}: a prior needs at least two contexts"
             assert contexts["bare"].shape[1] == 1, f"{name}: the bare item is one context"
-            again = testbed.activations(name, "prior")
-            assert np.array_equal(contexts["prior"], again), f"{name}: reading twice gives other activations"
+            kept = contexts["prior"].copy()
+            writable = contexts["prior"].flags.writeable
+            if writable:
+                contexts["prior"][...] = 0.0
+            again = np.array(testbed.activations(name, "prior"))
+            if writable:
+                # a testbed that failed is as it was
+                contexts["prior"][...] = kept
+            assert np.array_equal(kept, again), (
+                f"{name}: reading twice gives other activations; they must not be those that a caller can write into"
+            )
+            assert not _shares_a_context(kept, contexts["observed"]), f"{name}: prior and observed share a context"
+        fit = testbed.activations("train", "fit")
+        assert not _shares_a_context(fit, testbed.activations("train", "prior")), "fit and prior share a context"
 
     def truth_is_there() -> None:
         testbed.prepare()
@@ -105,6 +138,7 @@ def checks_for_testbed(testbed: Testbed, *, n_items: int = 6, seed: int = 0) -> 
         testbed.prepare()
         rows = some_items()
         natural = moves(rows, 2)
+        assert (testbed.shift("test", rows, natural) >= -1e-6).all(), "a shift is negative, and a KL cannot be"
         medians = [float(np.median(testbed.shift("test", rows, scale * natural))) for scale in (0.25, 0.5, 1.0, 2.0)]
         assert np.isfinite(medians).all(), "a shift is not finite"
         assert all(a < b for a, b in itertools.pairwise(medians)), (
@@ -112,6 +146,29 @@ def checks_for_testbed(testbed: Testbed, *, n_items: int = 6, seed: int = 0) -> 
         )
         again = float(np.median(testbed.shift("test", rows, 2.0 * natural)))
         assert again == medians[-1], "shift is not deterministic"
+
+    def shift_of_any_batch() -> None:
+        from hypothesis import given
+        from hypothesis import strategies as st
+
+        testbed.prepare()
+        rows = some_items()
+        natural = moves(rows, 3)
+        full = testbed.shift("test", rows, natural)
+
+        @settings(4)
+        @given(order=st.permutations(range(len(rows))), count=st.integers(1, len(rows)), move=st.integers(0, 2))
+        def holds(order: list[int], count: int, move: int) -> None:
+            chosen = np.array(order[:count])
+            found = testbed.shift("test", rows[chosen], natural[chosen][:, [move]])[:, 0]
+            gap = np.abs(found - full[chosen, move]).max()
+            # float32 sums in another order
+            assert gap <= 1e-3 * (1e-3 + np.abs(full).max()), (
+                f"an item's shift changes by {gap:.1e} nats with the items and moves beside it"
+            )
+
+        with no_global_randomness("it"):
+            holds()
 
     def factor_agrees() -> None:
         testbed.prepare()
@@ -126,6 +183,9 @@ def checks_for_testbed(testbed: Testbed, *, n_items: int = 6, seed: int = 0) -> 
         small = natural * np.sqrt(0.01 / predicted)[..., None]
         ratio = testbed.shift("test", rows, small) / 0.01
         middle = float(np.median(ratio))
+        if testbed.shift_cost == "exact":
+            gap = float(np.abs(testbed.shift("test", rows, natural) / predicted - 1).max())
+            assert gap < 1e-3, f"it declares its shift to be exactly 0.5 ||F move||^2, and {gap:.1e} of it is not"
         assert 0.6 < middle < 1.6, f"the true shift of small moves is {middle:.2f} times the factor's; expected about 1"
 
     def known_probes() -> None:
@@ -133,16 +193,36 @@ def checks_for_testbed(testbed: Testbed, *, n_items: int = 6, seed: int = 0) -> 
         bare = testbed.activations("test", "bare")[:, 0]
         for name, probe in testbed.known_probes().items():
             assert isinstance(probe, FittedProbe), f"known probe {name!r} is {type(probe).__name__}, not a FittedProbe"
-            assert np.isfinite(probe.score(bare)).all(), f"known probe {name!r} does not score the testbed"
+            tokens = tokens_of(testbed)
+            laid_out = flatten(probe, tokens) if tokens and probe.dim == testbed.dim // tokens else probe
+            assert np.isfinite(laid_out.score(bare)).all(), f"known probe {name!r} does not score the testbed"
 
-    return {
+    def no_hidden_state() -> None:
+        testbed.prepare()
+        with no_global_randomness("it"):
+            testbed.prepare()
+            testbed.activations("train", "prior")
+            testbed.describe()
+
+    checks: Checks = {
         "declarations": declarations,
         "grouping": grouping,
         "items": items,
         "activations": activations,
         "truth_is_there": truth_is_there,
-        "shift_at_zero": shift_at_zero,
-        "shift_grows": shift_grows,
-        "factor_agrees": factor_agrees,
         "known_probes": known_probes,
+        "no_hidden_state": no_hidden_state,
     }
+    if testbed.shift_cost != "none":
+        checks |= {
+            "shift_at_zero": shift_at_zero,
+            "shift_grows": shift_grows,
+            "shift_of_any_batch": shift_of_any_batch,
+            "factor_agrees": factor_agrees,
+        }
+    return checks
+
+
+def _shares_a_context(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether some context of one set reads every item as some context of the other does."""
+    return any(np.array_equal(one[:, i], other[:, j]) for i in range(one.shape[1]) for j in range(other.shape[1]))
