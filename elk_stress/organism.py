@@ -16,7 +16,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -227,6 +227,12 @@ class Organism(abc.ABC):
         import jax
 
         return jax.tree.map(lambda leaf: leaf[model], self.weights)
+
+    def of_model(self, model: int) -> Organism:
+        """The same organism as the testbed of another of its models; nothing is trained again."""
+        other = replace(self, model=model)
+        other.__dict__.update({name: getattr(self, name) for name in ("weights", "learned", "splits", "_inputs")})
+        return other
 
     def known_probes_of(self, model: int) -> dict[str, FittedProbe]:
         """``oracle`` and ``paper`` of one model, each 0 halfway between the class means of calibration items."""

@@ -28,6 +28,9 @@ from elk_stress.scene import Scene
 from elk_stress.situation import Situation, score_gradients
 from elk_stress.survival import bits_of_margin, grid_of
 
+# of the metric's curve for probes without a closed form, beside half advantage; between them the curve steps
+_LEVELS = 7
+
 __all__ = ["stress_universal", "universal_event", "universal_joint_event"]
 
 
@@ -47,9 +50,10 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
     floor = 0.0 if threat.metric == "recall" else 0.5
     worthless = clean <= floor
     n = len(scene.positives)
-    levels = (
-        np.unique(np.concatenate([[tau], np.arange(n) / n])) if threat.metric == "recall" else np.linspace(0.5, 1, 21)
-    )
+    levels = np.arange(n) / n if threat.metric == "recall" else np.linspace(0.5, 1, 21)
+    if not place.probe.traits.linear:
+        # without a closed form every level is an estimate, in which a particle is scored on all items
+        levels = levels[np.unique(np.linspace(0, len(levels) - 1, _LEVELS).astype(int))]
     levels = np.unique(np.concatenate([[tau], levels[levels < clean]]))
     every = event_bits(universal_event(crowd, place, levels), max_bits=max_bits, n_particles=n_particles, seed=seed)
     at_tau = int(np.searchsorted(levels, tau))

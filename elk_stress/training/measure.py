@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
+from elk_stress import registry
 from elk_stress.probe import FittedProbe, Probe, as_fitted
 from elk_stress.training.protocols import Trainee
 
@@ -161,10 +162,16 @@ def fit_cells(
     A cell whose activations are not finite (a diverged model) gets its model's probe from ``instead``.
     """
     items = trainee.splits["train"]
+    made = registry.load("probes", recipe) if isinstance(recipe, str) else recipe
+    known = getattr(trainee, "knowledge", None)
+    needs = known is not None and (made.traits.needs_prior or made.traits.needs_behaviour)
+    # of the original models: a defender who refits knows what it knew
+    knowledge = [known(model) if needs else {} for model in range(trainee.n_models)]  # type: ignore[misc]
 
     def fit(cell: np.ndarray, model: int) -> FittedProbe:
         if instead is not None and not np.isfinite(cell).all():
             return instead[model]
-        return as_fitted(recipe, cell, items.labels, pairs=items.pairs, seed=seed, site=trainee.site)
+        more = {"pairs": items.pairs, "seed": seed, "site": trainee.site, **knowledge[model]}
+        return as_fitted(made, cell, items.labels, **more)
 
     return [[fit(cell, model) for model, cell in enumerate(row)] for row in activations]
