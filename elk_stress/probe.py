@@ -7,9 +7,8 @@ of the activations, which themselves never leave it, so one definition is differ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -174,43 +173,41 @@ class FittedProbe:
         known = getattr(self.probe, "lipschitz", None)
         return None if known is None else float(known(self.parameters, np.asarray(factor, dtype=float)))
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``probe.safetensors`` and ``probe.json`` into ``folder`` (made if missing). Never pickle."""
-        from safetensors.numpy import save_file
+    def save(self, path: str | Path) -> Path:
+        """Write one file if ``path`` ends in ``.safetensors``, else a folder; never pickle. Returns where.
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: np.array(v, order="C") for k, v in self.parameters.items()}, str(folder / "probe.safetensors"))
-        recipe = {k.name: getattr(self.probe, k.name) for k in fields(self.probe) if k.init}  # type: ignore[arg-type]
-        kind = "direction" if isinstance(self.probe, _Direction) else self.name
-        record = {"name": kind, "recipe": recipe, "site": self.site, "notes": dict(self.notes), "dim": self.dim}
-        (folder / "probe.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-        return folder
+        Raises:
+            ValueError: a recipe that no file can hold; see :func:`elk_stress.probe_files.save_probe`.
+        """
+        from elk_stress.probe_files import save_probe
+
+        return save_probe(self, path)
 
     @classmethod
-    def load(cls, folder: str | Path) -> FittedProbe:
+    def load(cls, path: str | Path) -> FittedProbe:
         """Read a probe back; its recipe is found in the registry by name. Scores are identical to those saved.
 
         Raises:
             FileNotFoundError: not a saved probe.
+            ValueError: a pickle, or no record of a probe; see :func:`elk_stress.probe_files.load_probe`.
             UnknownName: the package that registers the probe is not installed.
         """
-        from safetensors.numpy import load_file
+        from elk_stress.probe_files import load_probe
 
-        folder = Path(folder)
-        try:
-            record = json.loads((folder / "probe.json").read_text())
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{folder} holds no probe.json; expected a folder written by FittedProbe.save"
-            ) from None
-        if record["name"] == "direction":
-            probe: Probe = _Direction(**record["recipe"])
-        else:
-            probe = registry.load("probes", record["name"], **record["recipe"])
-        return cls(
-            probe, load_file(str(folder / "probe.safetensors")), record["site"], record["notes"], record.get("dim")
-        )
+        return load_probe(path)
+
+    def push(self, repo_id: str, **options: Any) -> str:
+        """Upload to the Hugging Face hub, with a model card; see :func:`elk_stress.probe_files.push_probe`."""
+        from elk_stress.probe_files import push_probe
+
+        return push_probe(self, repo_id, **options)
+
+    @classmethod
+    def pull(cls, repo_id: str, **options: Any) -> FittedProbe:
+        """Read from the Hugging Face hub; see :func:`elk_stress.probe_files.pull_probe`."""
+        from elk_stress.probe_files import pull_probe
+
+        return pull_probe(repo_id, **options)
 
 
 @dataclass(frozen=True)

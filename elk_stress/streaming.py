@@ -47,7 +47,8 @@ class Fitter:
         keep: whether ``finish`` reads the rows again (otherwise it gets ``None``), from a ``file`` or from ``memory``,
             that is from the arrays that came, which must then stay as they are.
         folder: where the file is made; by default the system's temporary folder.
-        negatives_only: positives are counted and nothing else of them is read.
+        negatives_only: of positives nothing is gathered, and there may be none; ``finish`` says how many negatives it
+            needs.
     """
 
     def __init__(
@@ -108,10 +109,10 @@ class Fitter:
         """
         if self._moments is None:
             raise ValueError("no rows came; call update(activations, labels) before fit")
-        if not all(self._counts):
+        if not all(self._counts) and not self._negatives_only:
             have = 1 if self._counts[1] else 0
             raise ValueError(f"labels hold one class only ({{{have}}}); a probe needs both positives and negatives")
-        if not self._varies and sum(self._counts) > 1:
+        if not self._varies and sum(self._counts) > 1 and not self._negatives_only:
             raise ValueError(f"training activations are constant over all {sum(self._counts)} rows")
         return self._finish(self._moments, self._rows, seed)
 
@@ -153,14 +154,14 @@ class Rows:
         self.count, self.dim = self.count + len(activations), activations.shape[1]
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Float64 rows ``(m, d)`` with their labels ``(m,)`` int8, a few MB at a time, in the order they came."""
+        """Rows ``(m, d)`` as they came, with their labels ``(m,)`` int8, a few MB at a time, in order."""
         waiting = (part for array in self._labels.arrays(()) for part in _split(array, _CHUNK))
         labels = np.empty(0, dtype=np.int8)
         for array in self._rows.arrays((self.dim,)):
             for chunk in _split(array, max(1, _CHUNK // self.dim)):
                 while len(labels) < len(chunk):
                     labels = np.concatenate([labels, next(waiting)])
-                yield np.asarray(chunk, dtype=float), labels[: len(chunk)]
+                yield np.asarray(chunk), labels[: len(chunk)]
                 labels = labels[len(chunk) :]
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ Shapes: activations ``(*batch, d)`` -> log-odds ``(*batch,)`` in nats at equal c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -121,29 +121,28 @@ class _Problem:
         dim = len(self.mean)
         penalty = np.append(np.full(dim, self.l2), 0.0)
         loss = 0.5 * float(penalty @ point**2)
-        slope, curve, seen = penalty * point, np.zeros((dim + 1, dim + 1)), 0.0
+        slope, offset, curve, seen = np.zeros(dim), 0.0, np.zeros((dim + 1, dim + 1)), 0.0
         every = max(1, self.rows.count // max(_HESSIAN_ROWS * dim, _ALL_ROWS))
-        for z, sign, weight in self._standardized():
-            margin = sign * (z @ point)
+        for chunk, labels in self.rows.chunks():
+            # the scale goes into the weights: a row is touched as seldom as can be
+            rows = np.subtract(chunk, self.mean, dtype=float)
+            sign = np.where(labels == 1, 1.0, -1.0)
+            weight = np.where(labels == 1, self.weights[1], self.weights[0])
+            margin = sign * (rows @ (point[:-1] / self.spread) + point[-1])
             loss += float(weight @ np.logaddexp(0.0, -margin))
             # the chance given to the wrong class
             miss = 0.5 * (1.0 - np.tanh(0.5 * margin))
-            slope -= (weight * sign * miss) @ z
+            pull = weight * sign * miss
+            slope -= pull @ rows
+            offset -= float(pull.sum())
             some = slice(None, None, every)
             seen += float(weight[some].sum())
-            scaled = z[some] * np.sqrt(weight * miss * (1.0 - miss))[some, None]
+            root = np.sqrt(weight * miss * (1.0 - miss))[some, None]
+            scaled = np.concatenate([rows[some] / self.spread * root, root], axis=1)
             curve += scaled.T @ scaled
         curve /= seen
         curve[np.diag_indices(dim + 1)] += penalty
-        return loss, slope, curve
-
-    def _standardized(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Rows with a one appended, signs and weights, chunk by chunk."""
-        for chunk, labels in self.rows.chunks():
-            z = np.ones((len(chunk), chunk.shape[1] + 1))
-            np.subtract(chunk, self.mean, out=z[:, :-1])
-            z[:, :-1] /= self.spread
-            yield z, np.where(labels == 1, 1.0, -1.0), np.where(labels == 1, self.weights[1], self.weights[0])
+        return loss, np.append(slope / self.spread, offset) + penalty * point, curve
 
 
 def _newton(problem: _Problem, most: int) -> tuple[np.ndarray, bool]:

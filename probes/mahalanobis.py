@@ -30,6 +30,7 @@ import numpy as np
 
 from elk_stress.moments import Moments
 from elk_stress.probe import FittedProbe, Traits
+from elk_stress.streaming import Fitter
 
 __all__ = ["Mahalanobis", "oas_covariance", "spectrum"]
 
@@ -45,7 +46,7 @@ class Mahalanobis:
     shrinkage: float | None = None
 
     name: ClassVar[str] = "mahalanobis"
-    traits: ClassVar[Traits] = Traits(negatives_only=True, rotation_equivariant=True)
+    traits: ClassVar[Traits] = Traits(negatives_only=True, rotation_equivariant=True, streams=True)
 
     def __post_init__(self) -> None:
         if self.shrinkage is not None and not 0 < self.shrinkage <= 1:
@@ -62,7 +63,17 @@ class Mahalanobis:
         Raises:
             ValueError: fewer than two different negatives.
         """
-        return self.from_moments(Moments.of(negatives_of(activations, labels, self.name), "scatter"))
+        fitter = self.fitter()
+        fitter.update(activations, labels)
+        return fitter.fit(seed=seed)
+
+    def fitter(self) -> Fitter:
+        """The same, batch by batch (:mod:`elk_stress.streaming`)."""
+        return Fitter(self._finish, "scatter", negatives_only=True)
+
+    def _finish(self, moments: tuple[Moments, Moments], rows: object, seed: int) -> FittedProbe:
+        enough_negatives(moments[0].count, self.name)
+        return self.from_moments(moments[0])
 
     def from_moments(self, negatives: Moments) -> FittedProbe:
         """The probe of the negatives' moments (count, mean and scatter), however they were gathered.
@@ -93,10 +104,15 @@ class Mahalanobis:
 
 def negatives_of(activations: np.ndarray, labels: np.ndarray, name: str) -> np.ndarray:
     """Rows with label 0 in float64; refuses to learn from fewer than two."""
-    rows = np.asarray(activations, dtype=float)[np.asarray(labels) == 0]
-    if len(rows) < 2:
-        raise ValueError(f"{name} learns from negatives (label 0) alone and needs at least 2 of them, got {len(rows)}")
+    rows: np.ndarray = np.asarray(activations, dtype=float)[np.asarray(labels) == 0]
+    enough_negatives(len(rows), name)
     return rows
+
+
+def enough_negatives(count: int, name: str) -> None:
+    """Refuse to learn from fewer than two."""
+    if count < 2:
+        raise ValueError(f"{name} learns from negatives (label 0) alone and needs at least 2 of them, got {count}")
 
 
 def oas_covariance(moments: Moments, shrinkage: float | None = None) -> tuple[np.ndarray, float]:
