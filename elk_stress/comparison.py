@@ -61,9 +61,18 @@ def compare(a: StressResult, b: StressResult) -> tuple[Comparison, ...]:
     return compare_all({f"{a.probe} (a)" if same else a.probe: a, f"{b.probe} (b)" if same else b.probe: b})
 
 
-def compare_all(results: Mapping[str, StressResult]) -> tuple[Comparison, ...]:
-    """All pairs of probes under all common threats; Holm's correction over all rows together."""
-    rows = [row for (name_a, a), (name_b, b) in combinations(results.items(), 2) for row in _pair(name_a, name_b, a, b)]
+def compare_all(
+    results: Mapping[str, StressResult], pairs: Sequence[tuple[str, str]] | None = None
+) -> tuple[Comparison, ...]:
+    """All pairs of probes under all common threats; Holm's correction over all rows together.
+
+    Args:
+        results: by name.
+        pairs: the pairs to compare instead of all, chosen before the results were seen: a table of all pairs of many
+            probes corrects every difference away. Pairs of which one is not among the results are left out.
+    """
+    chosen = list(combinations(results, 2)) if pairs is None else [p for p in pairs if set(p) <= set(results)]
+    rows = [row for a, b in chosen for row in _pair(a, b, results[a], results[b])]
     corrected = holm([row.p for row in rows])
     return tuple(
         Comparison(

@@ -249,6 +249,8 @@ class ThreatResult:
         epsilons: headline value at multiples of epsilon.
         bare_threshold: headline value with the (uncalibrated) threshold set at bare items, or ``None``.
         replicates: bootstrap replicates of (headline, recall-bits area), for paired comparison.
+        certified: item scope, Gaussian tail: the half-life of lower bounds that no attack can undercut, where the probe
+            knows how steep it is: all items' bounds hold together at 95% confidence, given threshold and origins.
         attacks: one row per attack.
     """
 
@@ -269,6 +271,7 @@ class ThreatResult:
     epsilons: Mapping[str, float] = field(default_factory=dict)
     bare_threshold: float | None = None
     replicates: np.ndarray | None = None
+    certified: Bits | None = None
     attacks: tuple[AttackResult, ...] = ()
     flags: tuple[Flag, ...] = ()
     status: str = "ok"
@@ -350,6 +353,7 @@ class StressResult:
         for name, row in self.threats.items():
             lines.append(f"  {name}: {row.quantity} {row.headline}")
             lines += [f"    {row.broken_by()}"] if row.broken_by() else []
+            lines += [f"    certified: {row.certified.value:.1f} bits against any attack"] if row.certified else []
         if self.audit is not None:
             lines.append(f"  after the break: {self.audit.verdict}")
         lines += [f"  flag: {where}: {f}" for where, f in self.all_flags]

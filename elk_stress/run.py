@@ -114,6 +114,7 @@ def run(
     fpr: float = 0.05,
     progress: Any = None,
     config: Mapping[str, Any] | None = None,
+    pairs: Sequence[tuple[str, str]] | None = None,
     fresh: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> RunResult:
@@ -131,6 +132,7 @@ def run(
         fpr: false-positive rate of the threshold.
         progress: a ``rich.progress.Progress``, or ``None``.
         config: further settings to record (the command line, say).
+        pairs: names of the probes to compare, chosen beforehand; by default all with all.
         fresh: compute everything, whatever an earlier run left in ``out``.
         tell: gets lines about what an earlier run left; by default they are printed above the progress bars, if any.
 
@@ -174,7 +176,7 @@ def run(
                 _write_if_possible(state, folder)
                 advance()
         if len(state.results) > 1:
-            state = replace(state, comparisons=engine.compare_all(_by_name(state.results)))
+            state = replace(state, comparisons=engine.compare_all(_by_name(state.results), pairs))
     except KeyboardInterrupt:
         state = replace(state, status="interrupted", seconds=time.monotonic() - started)
         if state.results or state.failures:

@@ -312,3 +312,24 @@ def test_the_package_offers_functions_not_modules() -> None:
     # a submodule of the same name would replace the function once imported
     for name in ("stress", "stress_activations", "compare", "estimate_bits"):
         assert callable(getattr(elk_stress, name))
+
+
+def test_chosen_pairs_are_compared_and_no_others() -> None:
+    scene = prepare_scene(Linear(n_items=200, n_contexts=6), replicates=200)
+    threats = ["item/natural/gaussian"]
+    found = {p: stress(scene, p, threats=threats, attacks=[], controls=False) for p in ("paper", "lda", "logistic")}
+    rows = compare_all(found, [("lda", "logistic"), ("lda", "mlp")])
+    assert [(row.a, row.b) for row in rows] == [("lda", "logistic")]
+    # one row is corrected for nothing: the table of all pairs is
+    assert rows[0].holm == rows[0].p
+    assert len(compare_all(found)) == 3
+
+
+def test_a_linear_probe_is_its_own_certificate() -> None:
+    scene = prepare_scene(Linear(n_items=200, n_contexts=6), replicates=200)
+    result = stress(scene, "oracle", threats=["item/natural/gaussian", "item/natural/best"], attacks=[], controls=False)
+    gaussian, heavy = result.threats.values()
+    assert gaussian.certified is not None
+    assert gaussian.certified.value == pytest.approx(gaussian.headline.value, rel=1e-6)
+    assert heavy.certified is None, "the map of a heavy-tailed prior is not Lipschitz"
+    assert "certified:" in str(result)

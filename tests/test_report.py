@@ -297,7 +297,7 @@ def test_coverage_of_best_of_n_counts_what_is_outside() -> None:
 def test_result_json_is_complete_and_strict(tmp_path: Path) -> None:
     run = a_run()
     files = write_folder(run, tmp_path)
-    assert sorted(f.name for f in files) == ["best_of_n.png", "report.md", "result.json", "survival.png"]
+    assert sorted(f.name for f in files) == ["best_of_n.png", "bits.png", "report.md", "result.json", "survival.png"]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f.name for f in files), "no temporary file may stay"
 
     def refuse(name: str) -> float:
@@ -424,3 +424,26 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: py
         write_folder(a_run(seed=8), tmp_path)
     assert (tmp_path / "result.json").read_bytes() == before
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_overview_shows_every_probe_and_what_is_certified(tmp_path: Path) -> None:
+    from elk_stress.report import overview
+
+    sure = Bits(3.5, 3.5, float("inf"), Kind.LOWER_BOUND, "certificate")
+    plain, other = fabricated.result("lda", 12.0), fabricated.result("lipschitz", 20.0)
+    name = "item/natural/gaussian"
+    other = replace(other, threats={**other.threats, name: replace(other.threats[name], certified=sure)})
+    assert overview.certificates([plain]) == [
+        "No probe here says how steep it is, or no threat has Gaussian tails per item."
+    ]
+    lines = overview.certificates([plain, other])
+    assert any("`lipschitz` | >= 3.5" in line for line in lines)
+    assert not any("`lda`" in line for line in lines)
+    figure = overview.bits([plain, other])
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert [label.split(" ")[0] for label in labels] == ["lda", "lipschitz"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "certified" in legend
+    assert "certified" not in [t.get_text() for t in overview.bits([plain]).legends[0].get_texts()]
+    plots.save(figure, tmp_path / "bits.png")
+    assert (tmp_path / "bits.png").stat().st_size > 20_000

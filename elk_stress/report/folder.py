@@ -1,4 +1,4 @@
-"""The folder of a run: ``result.json``, ``survival.png``, ``best_of_n.png``, ``report.md``.
+"""The folder of a run: ``result.json``, ``bits.png``, ``survival.png``, ``best_of_n.png``, ``report.md``.
 
 Every file is written beside itself and then renamed into place, so a reader never sees half of one and a crash leaves
 the previous one. ``result.json`` comes first: nothing that fails to draw can lose a number.
@@ -65,9 +65,10 @@ def write_folder(run: RunResult, folder: Path) -> list[Path]:
     """Everything; returns the files written. Figures need at least one finished probe."""
     written = [write_result(run, folder)]
     if run.results:
-        from elk_stress.report import plots
+        from elk_stress.report import overview, plots
 
         for name, figure in (
+            ("bits.png", overview.bits(run.results)),
             ("survival.png", plots.survival(run.results)),
             ("best_of_n.png", plots.best_of_n(run.results)),
             ("incidental.png", plots.incidental(run.results)),

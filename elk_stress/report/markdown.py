@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from elk_stress.report import found, sections
+from elk_stress.report import found, overview, sections
 from elk_stress.result import plain
 
 if TYPE_CHECKING:
@@ -20,19 +20,23 @@ if TYPE_CHECKING:
 __all__ = ["report"]
 
 
-def report(run: RunResult, figures: Sequence[str] = ("survival.png", "best_of_n.png", "incidental.png")) -> str:
+def report(
+    run: RunResult, figures: Sequence[str] = ("bits.png", "survival.png", "best_of_n.png", "incidental.png")
+) -> str:
     """The whole report as Markdown; ``figures`` are the files beside it that were written."""
     results = run.results
     site = f" at `{results[0].site}`" if results else ""
     lines = [f"# Bits of optimization that each probe survives: `{run.testbed}`{site}", "", _status(run), ""]
     if results:
+        bits = sections.figure(figures, "bits.png", "bits of every probe")
         survival = sections.figure(figures, "survival.png", "recall(b)")
         best_of_n = sections.figure(figures, "best_of_n.png", "best of n")
         incidental = sections.figure(figures, "incidental.png", "bits against the incidental fraction")
         parts = {
             "What was found": found.found(run),
             "Why believe it, or not": found.belief(run),
-            "Probes and threats": sections.main_table(results) + survival,
+            "Probes and threats": sections.main_table(results) + bits + survival,
+            "What is certified": overview.certificates(results),
             "What these bits guarantee": sections.guarantees(),
             "Detection when nobody attacks": sections.detection(results),
             "Controls": sections.controls(run.controls),

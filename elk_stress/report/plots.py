@@ -33,7 +33,7 @@ from elk_stress.report import words
 from elk_stress.result import BestOfNCurves, Curve, StressResult, ThreatResult
 from elk_stress.threat import Threat
 
-__all__ = ["COLOURS", "LINES", "best_of_n", "blank", "incidental", "save", "survival"]
+__all__ = ["COLOURS", "LINES", "best_of_n", "blank", "incidental", "save", "survival", "title_and_legend"]
 
 # Okabe-Ito, ordered so that neighbours differ in lightness
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#D55E00", "#56B4E9", "#8C8C00")
@@ -66,7 +66,7 @@ def survival(results: Sequence[StressResult]) -> Figure:
         axes[i][0].set_ylabel(f"{label}\nrecall(b)" if len(kept) > 1 else "recall(b)")
         axes[i][0].yaxis.set_major_formatter(PercentFormatter(1.0))
     fpr = results[0].detection.fpr
-    _title_and_legend(
+    title_and_legend(
         figure,
         f"What each probe still catches after b bits: {results[0].testbed} at {results[0].site}, "
         f"{fpr:.0%} false positives",
@@ -109,7 +109,7 @@ def best_of_n(results: Sequence[StressResult]) -> Figure | None:
     handles.append(Patch(color="0.8", label="95% interval of the prediction"))
     handles.append(Line2D([], [], color="black", marker="o", mfc="white", ls="none", label="observed, 95% interval"))
     n = max(curves.n_contexts for _, r in having for curves in r.best_of_n)
-    _title_and_legend(figure, f"Best of n of {n} real contexts, predicted and observed", handles)
+    title_and_legend(figure, f"Best of n of {n} real contexts, predicted and observed", handles)
     return figure
 
 
@@ -155,7 +155,7 @@ def incidental(results: Sequence[StressResult]) -> Figure | None:
     handles: list[Any] = [_handle(result.probe, k) for k, result, *_ in having]
     handles.append(Line2D([], [], color="0.3", marker="o", ls="none", label="behaviour free"))
     handles.append(Line2D([], [], color="0.3", marker="o", mfc="white", ls="none", label="behaviour kept"))
-    _title_and_legend(figure, f"Bits and what they rest on: {results[0].testbed} at {results[0].site}", handles)
+    title_and_legend(figure, f"Bits and what they rest on: {results[0].testbed} at {results[0].site}", handles)
     return figure
 
 
@@ -282,7 +282,7 @@ def blank(width: float, height: float) -> Figure:
     return figure
 
 
-def _title_and_legend(figure: Figure, title: str, handles: Sequence[Any]) -> None:
+def title_and_legend(figure: Figure, title: str, handles: Sequence[Any]) -> None:
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     columns = max(2, min(len(handles), int(figure.get_figwidth() / 2.2)))
     figure.legend(
