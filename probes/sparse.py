@@ -48,8 +48,8 @@ class Sparse:
     """Logistic regression on k features of a dictionary learned on the activations, k chosen on training rows.
 
     Attributes:
-        features: F, size of the dictionary; fewer where there are fewer rows.
-        active: how many features are on in a row, on average.
+        features: F, size of the dictionary; at most one for every two rows.
+        active: how many features are on in a row, on average; at most a quarter.
         sizes: k to choose from.
         folds: of items, for the choice of k; fewer where a class has fewer rows.
         steps: of Adam, for the dictionary; the step size falls to zero along a cosine.
@@ -120,8 +120,9 @@ class Sparse:
     def _dictionary(self, rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
         """Encoder ``(d, F)``, thresholds ``(F,)`` on ``rows @ encoder``, and the share of variance explained."""
         rng = np.random.default_rng(np.random.SeedSequence(seed))
-        features = min(self.features, len(rows))
-        active = min(self.active, max(features // 2, 1))
+        # a feature per row would learn the rows by heart, and nothing that another row shares
+        features = max(min(self.features, len(rows) // 2), 1)
+        active = max(min(self.active, features // 4), 1)
         # features begin at rows, so that each is on for some
         first = rows[rng.permutation(len(rows))[:features]].T
         first = first / np.maximum(np.linalg.norm(first, axis=0), 1e-12)
