@@ -41,8 +41,9 @@ class Case:
 
     @cached_property
     def fitted(self) -> FittedProbe:
-        """Fitted on ``data``."""
-        return self.data.fit(self.probe, seed=self.seed)
+        """Fitted on ``data``, watching for hidden state."""
+        with no_hidden_state(self.probe):
+            return self.data.fit(self.probe, seed=self.seed)
 
     @cached_property
     def swapped(self) -> FittedProbe:

@@ -32,6 +32,8 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., None])
 
+_ODD = 2_718_281_828
+
 Checks = dict[str, Callable[[], None]]
 
 
@@ -84,10 +86,20 @@ def fields_of(thing: Any) -> dict[str, Any]:
 
 @contextmanager
 def no_global_randomness(who: str) -> Iterator[None]:
-    """What runs inside must leave alone the global random states of numpy, torch and Python."""
+    """What runs inside must leave alone the global random states of numpy, torch and Python.
+
+    Meanwhile these are where no seed is likely to put them, so that seeding them is seen too; then they are put back.
+    """
+    kept, kept_too = np.random.get_state(), random.getstate()  # noqa: NPY002
+    np.random.seed(_ODD)  # noqa: NPY002
+    random.seed(_ODD)
     before = _random_states()
-    yield
-    after = _random_states()
+    try:
+        yield
+        after = _random_states()
+    finally:
+        np.random.set_state(kept)  # noqa: NPY002
+        random.setstate(kept_too)
     for library, state in before.items():
         assert after[library] == state, f"{who} used {library}'s global random state; draw from a seed of its own"
 

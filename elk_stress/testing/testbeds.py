@@ -3,8 +3,8 @@
 =============================  =========================================================================================
 declarations                   the protocol, three splits, a JSON description; ``tokens``, if any, divide ``dim``
 grouping, items                no entity in two splits, unique ids; labels, groups, texts and pairs fit
-activations                    float32 ``(items, contexts, dim)``, finite, not constant; reading again gives the same,
-                               even after somebody wrote into what was read first; no context set equals another
+activations                    float32 ``(items, contexts, dim)``, finite, not constant; reading again gives the same;
+                               no context is in two sets
 truth_is_there                 positive control: logistic regression on training items reads it from held-out ones
 known_probes                   they score the testbed, all reads or the last of each item
 no_hidden_state                reading and shifting leaves the global random states alone
@@ -104,18 +104,9 @@ def checks_for_testbed(testbed: Testbed, *, n_items: int = 6, seed: int = 0) -> 
                 assert np.ptp(array, axis=0).max() > 0, f"{name}/{kind}: the same for every item"
             assert contexts["prior"].shape[1] >= 2, f"{name}: a prior needs at least two contexts"
             assert contexts["bare"].shape[1] == 1, f"{name}: the bare item is one context"
-            kept = contexts["prior"].copy()
-            writable = contexts["prior"].flags.writeable
-            if writable:
-                contexts["prior"][...] = 0.0
-            again = np.array(testbed.activations(name, "prior"))
-            if writable:
-                # a testbed that failed is as it was
-                contexts["prior"][...] = kept
-            assert np.array_equal(kept, again), (
-                f"{name}: reading twice gives other activations; they must not be those that a caller can write into"
-            )
-            assert not _shares_a_context(kept, contexts["observed"]), f"{name}: prior and observed share a context"
+            again = testbed.activations(name, "prior")
+            assert np.array_equal(contexts["prior"], again), f"{name}: reading twice gives other activations"
+            assert not _shares_a_context(again, contexts["observed"]), f"{name}: prior and observed share a context"
         fit = testbed.activations("train", "fit")
         assert not _shares_a_context(fit, testbed.activations("train", "prior")), "fit and prior share a context"
 
@@ -156,17 +147,20 @@ def checks_for_testbed(testbed: Testbed, *, n_items: int = 6, seed: int = 0) -> 
         natural = moves(rows, 3)
         full = testbed.shift("test", rows, natural)
 
-        @settings(4)
-        @given(order=st.permutations(range(len(rows))), count=st.integers(1, len(rows)), move=st.integers(0, 2))
-        def holds(order: list[int], count: int, move: int) -> None:
-            chosen = np.array(order[:count])
-            found = testbed.shift("test", rows[chosen], natural[chosen][:, [move]])[:, 0]
-            gap = np.abs(found - full[chosen, move]).max()
+        @settings(3)
+        @given(order=st.permutations(range(len(rows))), others=st.permutations(range(3)))
+        def holds(order: list[int], others: list[int]) -> None:
+            found = testbed.shift("test", rows[order], natural[order][:, others])
+            agrees(found, full[order][:, others])
+
+        def agrees(found: np.ndarray, expected: np.ndarray) -> None:
+            gap = np.abs(found - expected).max()
             # float32 sums in another order
             assert gap <= 1e-3 * (1e-3 + np.abs(full).max()), (
                 f"an item's shift changes by {gap:.1e} nats with the items and moves beside it"
             )
 
+        agrees(testbed.shift("test", rows[:1], natural[:1, :1]), full[:1, :1])
         with no_global_randomness("it"):
             holds()
 

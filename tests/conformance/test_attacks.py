@@ -60,31 +60,115 @@ class Broken:
             moves = moves * 3
         if self.fault == "flat":
             moves = moves[:, 0]
+        if self.fault == "draws from numpy's global state":
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+        if self.fault == "remembers the last problem":
+            last = getattr(type(self), "last", 0.0)
+            type(self).last = float(g.sum())  # type: ignore[attr-defined]
+            moves = moves * (1 + 1e-6 * last)
+        if self.fault == "knows three problems of six dimensions" and oracle.dim != 6:
+            moves = np.concatenate([moves, moves], axis=-1)
         if self.fault == "unseeded":
             moves = moves + np.random.default_rng().standard_normal(moves.shape) * 1e-9
+        if self.fault == "fails what cannot fail" and (g == 1).all():
+            moves = np.full_like(moves, np.inf)
         if self.fault == "not a number":
             moves = moves * np.nan
+        if self.fault == "the same draws for every seed":
+            rng = np.random.default_rng(np.random.SeedSequence(0))
+            return Proposal(rng.standard_normal((oracle.n_problems, 10, oracle.dim)), from_prior=True)
         if self.fault == "sells a search as prior draws":
             return Proposal(moves, from_prior=True)
         return Proposal(moves)
 
 
+@dataclass(frozen=True)
+class Needy(Broken):
+    """Wants something that no oracle has."""
+
+    needs: ClassVar[tuple[Need, ...]] = ("luck",)  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Controlled(Broken):
+    """Has a benign control of its own."""
+
+    def control(self, oracle: Oracle, proposal: Proposal, *, seed: int) -> Proposal:
+        if self.fault == "asks the probe":
+            oracle.gradient(np.arange(oracle.n_problems), proposal.moves)
+        return Proposal(-proposal.moves)
+
+
+@dataclass(frozen=True)
+class Picks(Broken):
+    """Takes the lowest of the pool."""
+
+    access: ClassVar[Access] = "score"
+    needs: ClassVar[tuple[Need, ...]] = ("pool",)
+
+    def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
+        if oracle.pool is None:
+            raise ValueError("it chooses among a pool and got none")
+        pool = oracle.pool[:, : oracle.budget]
+        best = oracle.score(np.arange(oracle.n_problems), pool).argmin(axis=1)
+        moves = pool[np.arange(oracle.n_problems), best][:, None]
+        spent = np.full(oracle.n_problems, np.log2(pool.shape[1]))
+        made_up = self.fault == "makes one up"
+        return Proposal(moves * (1.01 if made_up else 1.0), spent=None if "spent" in self.fault else spent)
+
+
 FAULTS = {
-    "overspends": "budget",
-    "claims gradients it does not use": "access",
-    "one move for all": "breaks_what_must_break",
-    "too long": "finds_the_nearest_failure",
-    "flat": "proposals",
-    "unseeded": "deterministic",
-    "not a number": "proposals",
-    "sells a search as prior draws": "draws_from_the_prior",
+    "needs what nobody has": ("declarations", "needs"),
+    "overspends": ("budget", "budget"),
+    "claims gradients it does not use": ("access", "declare what it uses"),
+    "one move for all": ("breaks_what_must_break", "does each problem get a move of its own"),
+    "fails what cannot fail": ("does_not_break_what_holds", "not finite"),
+    "too long": ("finds_the_nearest_failure", "the move has length"),
+    "flat": ("proposals", "moves have shape"),
+    "knows three problems of six dimensions": ("proposals", "moves have shape"),
+    "not a number": ("proposals", "not finite"),
+    "unseeded": ("deterministic", "two runs from one seed"),
+    "remembers the last problem": ("deterministic", "two runs from one seed"),
+    "draws from numpy's global state": ("deterministic", "numpy's global random state"),
+    "sells a search as prior draws": ("draws_from_the_prior", "prior"),
+    "the same draws for every seed": ("draws_from_the_prior", "the same for every seed"),
 }
 
 
-@pytest.mark.parametrize(("fault", "check"), FAULTS.items(), ids=FAULTS)
-def test_suite_catches(fault: str, check: str) -> None:
-    with pytest.raises((AssertionError, RuntimeError)):
-        checks_for_attack(Broken(fault))[check]()
+@pytest.mark.parametrize(("fault", "check", "says"), [(f, *row) for f, row in FAULTS.items()], ids=FAULTS)
+def test_suite_catches(fault: str, check: str, says: str) -> None:
+    kind = Needy if fault == "needs what nobody has" else Broken
+    with pytest.raises((AssertionError, RuntimeError), match=says):
+        checks_for_attack(kind(fault))[check]()
+
+
+def test_every_check_has_been_seen_to_fail() -> None:
+    below = {"chooses_from_the_pool", "control"}
+    everything = checks_for_attack(Controlled("none")).keys() | checks_for_attack(Picks("none")).keys()
+    assert {check for check, _ in FAULTS.values()} | below == everything
+
+
+@pytest.mark.parametrize("fault", ["asks the probe", "none"])
+def test_benign_control_asks_nothing(fault: str) -> None:
+    check = checks_for_attack(Controlled(fault))["control"]
+    if fault == "none":
+        check()
+        return
+    with pytest.raises(AssertionError, match="its benign control asked the probe"):
+        check()
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [("none", ""), ("makes one up", "not in its problem's pool"), ("does not say what it spent", "reports spent")],
+)
+def test_choice_among_a_pool(fault: str, says: str) -> None:
+    check = checks_for_attack(Picks(fault))["chooses_from_the_pool"]
+    if fault == "none":
+        check()
+        return
+    with pytest.raises(AssertionError, match=says):
+        check()
 
 
 def test_suite_passes_the_same_attack_without_a_fault() -> None:
