@@ -55,12 +55,12 @@ def checks_for_probe(probe: Probe, *, seed: int = 0) -> Checks:
     table = [
         (True, fits.declarations),
         (True, scores.shapes),
+        (True, fits.scoring_keeps_nothing),
         (True, scores.rows_are_independent),
         (True, scores.array_libraries),
         (True, fits.save_and_load),
         (True, fits.deterministic),
         (True, fits.inputs_are_left_alone),
-        (True, fits.scoring_keeps_nothing),
         (True, fits.bad_data_is_refused),
         (True, fits.width_and_mask_mismatches_are_refused),
         (needs, fits.what_it_needs_is_required),

@@ -18,7 +18,7 @@ class MedianDifference:
     """Difference of the class medians, zero halfway between them."""
 
     name: ClassVar[str] = "median_difference"
-    traits: ClassVar[Traits] = Traits(linear=True)
+    traits: ClassVar[Traits] = Traits(linear=True, flips=True)
 
     def fit(
         self, activations: np.ndarray, labels: np.ndarray, *, pairs: np.ndarray | None = None, seed: int = 0
