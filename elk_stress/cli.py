@@ -64,6 +64,9 @@ examples:
   elk-stress run --model ./my-model --data mine.jsonl --site layers.12 --probes logistic
       a model and data of your own: one JSON object a line with text, label (1 = positive)
       and optionally group (items of one group stay in one split) and pair (contrast pairs)
+  elk-stress run --probe probe.safetensors --activations a.safetensors --labels y.npy
+      a saved probe on arrays of your own, without any model; (n, d), or (n, contexts, d) for moves as
+      different as your contexts make them
   elk-stress probes --json
       what is registered, yours included
   a killed run goes on where it stopped when the same command is given with the same --out
@@ -137,13 +140,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run(run: argparse.ArgumentParser) -> None:
     what = run.add_argument_group("what")
-    what.add_argument("--testbed", default="statements", metavar="NAME", help="registered name (default: statements)")
+    what.add_argument("--testbed", metavar="NAME", help="registered name (default: statements)")
     what.add_argument("--preset", metavar="NAME", help=f"named settings: {', '.join(PRESETS)}")
     what.add_argument(
         "--probes",
         metavar="all|A,B",
         help="names; testbeds of known truth also know oracle and paper; all: registered ones that apply, the others "
         "are listed (default)",
+    )
+    what.add_argument(
+        "--probe",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="a saved probe, *.safetensors or a folder; may be given several times, with --probes or without",
     )
     what.add_argument("--attacks", metavar="all|A,B", help="names; all: those that apply (default)")
     what.add_argument(
@@ -161,6 +171,10 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     where.add_argument("--site", metavar="auto|layers.N", help="where to read; auto: chosen on a validation split")
     where.add_argument("--dtype", metavar="NAME", help="of the model, e.g. float32, bfloat16")
     where.add_argument("--device", metavar="NAME", help="of the model, e.g. cpu, cuda")
+    arrays = run.add_argument_group("arrays instead of a model (.safetensors or .npy)")
+    arrays.add_argument("--activations", type=Path, metavar="FILE", help="(n, d) or (n, contexts, d)")
+    arrays.add_argument("--labels", type=Path, metavar="FILE", help="(n,), 1 = positive, else 0")
+    arrays.add_argument("--groups", type=Path, metavar="FILE", help="(n,): items of one group stay in one split")
     how = run.add_argument_group("how")
     how.add_argument("--fpr", type=_fraction, default=0.05, metavar="RATE", help="false-positive rate (default: 0.05)")
     how.add_argument("--epsilon", type=_positive, metavar="NATS", help="behaviour kept: shift at most this")
@@ -275,12 +289,16 @@ def _train(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     preset = _preset(options.preset)
-    probes = _names("probes", options.probes or preset.get("probes", "all"))
+    asked_probes = options.probes or preset.get("probes") or ("" if options.probe else "all")
+    probes = _names("probes", asked_probes) if asked_probes else []
+    _check_arrays(options)
     attacks = options.attacks or preset.get("attacks", "all")
     chosen = attacks if attacks == "all" else _names("attacks", attacks)
     asked = options.threats if options.threats != "default" else preset.get("threats", "default")
     threats = _threats(asked, options.epsilon)
-    _names("testbeds", options.testbed)
+    options.testbed = options.testbed or ("arrays" if options.activations else "statements")
+    if not options.activations:
+        _names("testbeds", options.testbed)
     if options.data is not None and not options.data.is_file():
         raise _BadInput(f"--data {options.data}: no such file; expected JSON lines with fields text and label")
     out = options.out or Path("runs") / "-".join(
@@ -290,6 +308,8 @@ def _run(options: argparse.Namespace) -> int:
     from elk_stress.subjects.threads import configure_threads
 
     configure_threads()
+    from elk_stress.cli_arrays import arrays_testbed, run_arrays
+    from elk_stress.probe import FittedProbe
     from elk_stress.report.folder import check_folder
     from elk_stress.run import Interrupted, run
     from elk_stress.subjects.models import ModelUnavailable
@@ -297,11 +317,17 @@ def _run(options: argparse.Namespace) -> int:
     code, existed = DONE, out.exists()
     try:
         check_folder(out)
-        testbed = _testbed(options)
+        given = [FittedProbe.load(path) for path in options.probe or ()]
+        if options.activations:
+            testbed = arrays_testbed(
+                options.activations, options.labels, options.groups, [*given, *probes], options.seed
+            )
+        else:
+            testbed = _testbed(options)
         with _progress(options) as progress:
-            result = run(
+            result = (run_arrays if options.activations else run)(
                 testbed,
-                probes,
+                [*given, *probes],
                 out=out,
                 attacks=chosen,
                 threats=threats,
@@ -411,6 +437,25 @@ def _threats(text: str, epsilon: float | None) -> tuple[Threat, ...] | None:
     return tuple(replace(threat, epsilon=epsilon) if threat.kept else threat for threat in found)
 
 
+def _check_arrays(options: argparse.Namespace) -> None:
+    """Arrays come with their labels, and with nothing that belongs to a model."""
+    if options.activations is None:
+        lone = [f"--{name}" for name in ("labels", "groups") if getattr(options, name) is not None]
+        if lone:
+            raise _BadInput(f"{', '.join(lone)} without --activations; give the arrays that they belong to")
+        return
+    if options.labels is None:
+        raise _BadInput("--activations needs --labels: (n,), 1 = positive, else 0, as .npy or .safetensors")
+    model = ("testbed", "size", "model", "data", "relation", "positive", "site", "dtype", "device", "epsilon")
+    refused = [f"--{name}" for name in model if getattr(options, name) is not None]
+    if refused:
+        raise _BadInput(f"--activations are arrays without a model; {', '.join(refused)} does not apply to them")
+    for name in ("activations", "labels", "groups"):
+        path = getattr(options, name)
+        if path is not None and not path.is_file():
+            raise _BadInput(f"--{name} {path}: no such file; expected .safetensors or .npy")
+
+
 def _testbed(options: argparse.Namespace) -> Any:
     """The testbed with the options that were given; seed and size only where it takes them."""
     from elk_stress import registry
@@ -465,8 +510,13 @@ def _tell(progress: Any, line: str) -> None:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     # only the name of a file: where it lies is nobody's business and no part of the result
+    def told(value: Any) -> Any:
+        if isinstance(value, list):
+            return [told(v) for v in value]
+        return value.name if isinstance(value, Path) else value
+
     return {
-        name: value.name if isinstance(value, Path) else value
+        name: told(value)
         for name, value in vars(options).items()
         if value is not None and name not in ("command", "fresh", "json", "no_progress", "strict", "traceback")
     }

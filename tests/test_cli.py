@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_engine import FakeTestbed, install, light
 
 from elk_stress import cli, registry
+from elk_stress.probe import direction
 
 Calls = list[dict[str, Any]]
 
@@ -59,6 +61,15 @@ def one_line(captured: Any) -> str:
         (["run", "--seed", "-1"], "expected a whole number from 0 on"),
         (["run", "--size", "huge"], "invalid choice"),
         (["run", "--data", "missing.jsonl"], "--data missing.jsonl: no such file"),
+        (["run", "--activations", "a.npy"], "--activations needs --labels"),
+        (["run", "--labels", "y.npy"], "--labels without --activations"),
+        (["run", "--activations", "a.npy", "--labels", "y.npy"], "--activations a.npy: no such file"),
+        (
+            ["run", "--activations", "a.npy", "--labels", "y.npy", "--model", "m", "--epsilon", "1"],
+            "--model, --epsilon d",
+        ),
+        (["run", "--probe", "mine.pkl", "--out", "o"], "a pickle: a program that runs when it is loaded"),
+        (["run", "--probe", "mine.safetensors", "--out", "o"], "mine.safetensors: no such file or folder"),
         (["run", "--relation", "x"], "does not take --relation; it takes: size, seed"),
         (["run", "--wrong"], "unrecognized arguments"),
         (["fly"], "invalid choice"),
@@ -268,3 +279,121 @@ def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
+
+
+# -- arrays ------------------------------------------------------------------------------------------------------------
+
+
+def write_arrays(folder: Path, *, contexts: int = 0) -> list[str]:
+    """Two overlapping classes in files; the flags that name them."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(np.random.SeedSequence(4))
+    labels = np.arange(240) % 2
+    shape = (240, contexts, 4) if contexts else (240, 4)
+    data = rng.standard_normal(shape) * 0.5 + 2.0 * labels.reshape(-1, *[1] * (len(shape) - 1))
+    save_file({"activations": data.astype(np.float32), "other": np.ones(3)}, str(folder / "a.safetensors"))
+    np.save(folder / "y.npy", labels)
+    np.save(folder / "g.npy", np.arange(240) // 2)
+    return ["--activations", "a.safetensors", "--labels", "y.npy", "--groups", "g.npy"]
+
+
+FAST = ["--attacks", "isotropic_noise", "--max-bits", "12", "--no-progress", "--out", "o"]
+
+
+def test_a_saved_probe_is_stressed_on_arrays_without_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = write_arrays(tmp_path)
+    direction(np.ones(4), -4.0, name="mine").save("p.safetensors")
+    assert cli.main(["run", "--probe", "p.safetensors", *files, *FAST]) == 0
+    out = capsys.readouterr().out
+    assert "arrays at given" in out
+    assert out.rstrip().endswith("written to o")
+    record = json.loads((tmp_path / "o" / "result.json").read_text())
+    assert [r["probe"] for r in record["results"]] == ["mine"]
+    assert record["status"] == "ok"
+    assert record["config"]["command"]["probe"] == ["p.safetensors"]
+    (name,) = record["results"][0]["threats"]
+    assert name.startswith("item/isotropic")
+    assert {f.name for f in (tmp_path / "o").iterdir()} >= {"result.json", "report.md", "survival.png", "pieces"}
+
+
+def test_saved_and_named_probes_are_compared_under_contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = write_arrays(tmp_path, contexts=6)
+    direction(np.array([1.0, 0, 0, 0]), -1.0, name="mine").save("folder")
+    threat = ["--threats", "item/natural/gaussian"]
+    assert cli.main(["run", "--probe", "folder", "--probes", "mass_mean,ccs", *files, *threat, *FAST]) == 0
+    record = json.loads((tmp_path / "o" / "result.json").read_text())
+    assert [r["probe"] for r in record["results"]] == ["mine", "mass_mean"]
+    assert "ccs" in record["skipped"]
+    assert record["comparisons"], "two probes on the same items are compared"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda: np.save("y.npy", np.zeros(240)), "labels hold one class only"),
+        (lambda: np.save("y.npy", np.arange(9) % 2), "expected labels (n,) and groups (n,)"),
+        (lambda: np.save("y.npy", np.array([{}], dtype=object)), "is no .npy file of numbers"),
+        (lambda: Path("a.safetensors").write_bytes(b"no header"), "is not a safetensors file"),
+        (lambda: np.save("g.npy", np.arange(3)), "expected labels (n,) and groups (n,)"),
+        (lambda: direction(np.ones(5)).save("p.safetensors"), "fitted on 5 features"),
+    ],
+)
+def test_bad_arrays_are_one_line(
+    spoil: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = write_arrays(tmp_path)
+    direction(np.ones(4)).save("p.safetensors")
+    spoil()
+    assert cli.main(["run", "--probe", "p.safetensors", *files, *FAST]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_saved_probe_meets_a_testbed_too(engine: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def run(testbed: Any, probes: Any, **_: Any) -> Any:
+        seen.extend([testbed.name, *probes])
+        raise ValueError("enough")
+
+    monkeypatch.setattr("elk_stress.run.run", run)
+    direction(np.ones(4), name="mine").save("p.safetensors")
+    assert cli.main(["run", "--probe", "p.safetensors", "--no-progress"]) == 2
+    assert cli.main(["run", "--probe", "p.safetensors", "--probes", "lda", "--no-progress"]) == 2
+    assert [getattr(p, "name", p) for p in seen] == ["fake", "mine", "fake", "mine", "lda"]
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors"])
+def test_arrays_are_mapped_and_equal(kind: str, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    from elk_stress.cli_arrays import read_array
+
+    for dtype in ("float16", "float32", "float64", "int64", "bool"):
+        array = (np.arange(24).reshape(2, 3, 4) % 7).astype(dtype)
+        path = tmp_path / f"{dtype}.{kind}"
+        np.save(path, array) if kind == "npy" else save_file({"whatever": array}, str(path))
+        read = read_array(path, "activations")
+        assert read.dtype == array.dtype
+        np.testing.assert_array_equal(read, array)
+        assert not read.flags.writeable, "it was copied"
+
+
+def test_of_several_tensors_one_must_be_called_activations(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    from elk_stress.cli_arrays import read_array
+
+    save_file({"a": np.ones(2), "b": np.ones(3)}, str(tmp_path / "two.safetensors"))
+    with pytest.raises(ValueError, match=r"holds 2 tensors \(a, b\); expected one, or one called 'activations'"):
+        read_array(tmp_path / "two.safetensors", "activations")
+    (tmp_path / "x.csv").write_text("")
+    with pytest.raises(ValueError, match=r"expected activations as \.safetensors or \.npy, got \.csv"):
+        read_array(tmp_path / "x.csv", "activations")
