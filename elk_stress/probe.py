@@ -103,7 +103,8 @@ class Probe(Protocol):
         ``(*batch, tokens)`` or ``None`` -> ``(*batch,)``.
 
         A probe that knows how steep its score is may have a method ``lipschitz(parameters, factor) -> float``: a bound
-        on ``|score(x + factor u) - score(x + factor v)| / ||u - v||`` for ``factor (d, k)``. It gets certified bits.
+        on ``|score(x + factor u) - score(x + factor v)| / ||u - v||`` for ``factor (d, k)``, or ``None``. It gets
+        certified bits.
         """
         ...
 
@@ -171,7 +172,8 @@ class FittedProbe:
         if self.traits.linear and not self.traits.tokens:
             return float(np.linalg.norm(np.asarray(factor, dtype=float).T @ np.asarray(self.parameters["weight"])))
         known = getattr(self.probe, "lipschitz", None)
-        return None if known is None else float(known(self.parameters, np.asarray(factor, dtype=float)))
+        bound = None if known is None else known(self.parameters, np.asarray(factor, dtype=float))
+        return None if bound is None else float(bound)
 
     def save(self, path: str | Path) -> Path:
         """Write one file if ``path`` ends in ``.safetensors``, else a folder; never pickle. Returns where.

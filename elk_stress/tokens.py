@@ -93,3 +93,11 @@ class Flat:
         if self.recipe.traits.tokens:
             return self.recipe.score(xp, parameters, split, None)  # type: ignore[call-arg]
         return self.recipe.score(xp, parameters, split[..., -1, :])
+
+    def lipschitz(self, parameters: Mapping[str, Any], factor: np.ndarray) -> float | None:
+        """That of the recipe for moves of what it reads; unknown for probes of tokens."""
+        known = getattr(self.recipe, "lipschitz", None)
+        if known is None or self.recipe.traits.tokens:
+            return None
+        found = known(parameters, factor[-(factor.shape[0] // self.tokens) :])
+        return None if found is None else float(found)
