@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from elk_stress.training.comparison import compare_pressure as compare_pressure
     from elk_stress.training.pressure import stress_training as stress_training
     from elk_stress.training.results import PressureResult as PressureResult
+    from elk_stress.wrapping import wrap as wrap
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ _HOME = {
     "PressureResult": "elk_stress.training.results",
     "compare_pressure": "elk_stress.training.comparison",
     "stress_training": "elk_stress.training.pressure",
+    "wrap": "elk_stress.wrapping",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

@@ -42,6 +42,8 @@ def applies(attack: Attack, field: Arena) -> str | None:
     threat = field.place.threat
     if threat.scope not in attack.scopes:
         return f"works in {', '.join(attack.scopes)} scope only"
+    if attack.access == "gradient" and not field.place.probe.traits.differentiable:
+        return "the probe has no gradient"
     if "pool" in attack.needs and field.pool is None:
         return "needs real alternatives (contexts held back), and there are none"
     if "pool" in attack.needs and threat.prior != "natural":

@@ -3,7 +3,9 @@ r"""What is left after the break: is the probe still right, miscalibrated, moved
 Every training, calibration and test row is attacked first, positive or not, by one procedure: it moves the shortest way
 in the prior's metric to where the probe scores it like the median negative. That is past the threshold, so that
 lowering it does not undo the break; and since negatives go through the same, a refit cannot simply learn "was moved"
-(with random moves of equal length for negatives it does: refits then beat the clean probe). Stages, each a
+(with random moves of equal length for negatives it does: refits then beat the clean probe). A probe without a gradient
+is moved the shortest way of a linear map fitted to its own scores (ridge, on the rows as they are), as far as the probe
+itself needs, or to where it comes nearest on that way. Stages, each a
 class-balanced log-loss in nats per item on attacked test rows, beside the rock's ln 2:
 
 ============  ====================================================================================
@@ -45,6 +47,8 @@ CANDIDATES = ("logistic", "lda", "mass_mean", "mlp")
 _ELEMENTS = 1 << 23
 # (item, context) rows of a split that are attacked at most
 _MOST_ROWS = 8_000
+# lengths tried along the way of a linear map, in multiples of what the map itself asks for; halvings between two
+_TIMES, _HALVINGS = np.linspace(0.0, 4.0, 17), 8
 
 
 def audit(scene: Scene, probe: FittedProbe, *, seed: int = 0) -> Audit:
@@ -56,7 +60,11 @@ def audit(scene: Scene, probe: FittedProbe, *, seed: int = 0) -> Audit:
     splits = scene.testbed.splits
     chosen = {name: _sample(rows, splits[name].pairs, rng) for name, rows in _every(scene).items()}
     clean = {name: rows[chosen[name]] for name, rows in _every(scene).items()}
-    attacked = {name: _attack(probe, prior, rows, target, seed) for name, rows in clean.items()}
+    if probe.traits.differentiable:
+        attacked = {name: _attack(probe, prior, rows, target, seed) for name, rows in clean.items()}
+    else:
+        way = _way(probe, prior, clean["train"])
+        attacked = {name: _pushed(probe, way, rows, target) for name, rows in clean.items()}
     return _after(scene, probe, clean, attacked, chosen, threat.name)
 
 
@@ -179,6 +187,43 @@ def _attack(probe: FittedProbe, prior: EllipticalPrior, rows: np.ndarray, target
             u = _nearest(probe, prior, flat[part], target, above, seed)
             moves[part] = np.nan_to_num(np.asarray(prior.move(np.where(np.isfinite(u), u, 0.0))))
     return np.asarray((flat + moves).reshape(rows.shape), dtype=np.float32)
+
+
+def _way(probe: FittedProbe, prior: EllipticalPrior, rows: np.ndarray) -> np.ndarray:
+    """``(d,)``: the shortest move, in the prior's metric, that adds 1 to a linear map of the probe's scores.
+
+    With w of the ridge regression (penalty 1e-3 of the activations' own variance) this is ``L L^T w / ||L^T w||^2``.
+    """
+    flat = rows.reshape(-1, rows.shape[-1]).astype(float)
+    scores = _scores(probe, flat.astype(np.float32))
+    centred = flat - flat.mean(axis=0)
+    covariance = centred.T @ centred / len(flat)
+    ridge = 1e-3 * float(np.trace(covariance)) / len(covariance)
+    w = np.linalg.solve(covariance + ridge * np.eye(len(covariance)), centred.T @ (scores - scores.mean()) / len(flat))
+    inner = prior.factor.T.astype(float) @ w
+    return np.asarray(prior.factor @ inner / max(float(inner @ inner), 1e-300))
+
+
+def _pushed(probe: FittedProbe, way: np.ndarray, rows: np.ndarray, target: float) -> np.ndarray:
+    """Every row moved along ``way`` to the first place where the probe scores it ``target``, or the nearest to it."""
+    flat = rows.reshape(-1, rows.shape[-1]).astype(float)
+    gap = _scores(probe, flat.astype(np.float32)) - target
+
+    def beyond(times: np.ndarray) -> np.ndarray:
+        """What is left of each row's gap, in its own sign, after so many times the move that the map asks for."""
+        moved = flat - (times * gap)[:, None] * way
+        return np.asarray((_scores(probe, moved.astype(np.float32)) - target) * np.sign(gap))
+
+    left = np.stack([beyond(np.full(len(flat), t)) for t in _TIMES], axis=1)
+    crossed = left <= 0
+    first = np.where(crossed.any(axis=1), crossed.argmax(axis=1), np.abs(left).argmin(axis=1))
+    low, high = _TIMES[np.maximum(first - 1, 0)], _TIMES[first]
+    for _ in range(_HALVINGS):
+        middle = 0.5 * (low + high)
+        there = beyond(middle) <= 0
+        low, high = np.where(there, low, middle), np.where(there, middle, high)
+    times = np.where(crossed.any(axis=1), high, _TIMES[first])
+    return np.asarray((flat - (times * gap)[:, None] * way).reshape(rows.shape), dtype=np.float32)
 
 
 def _nearest(

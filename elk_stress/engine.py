@@ -140,7 +140,9 @@ def stress(
     tails = pieces.keep("tails", who, lambda: _tails(scene, fitted))
     epsilon = None if scene.behaviour is None else pieces.keep("epsilon", None, lambda: scene.epsilon)
     incidental = None
-    if scene.behaviour is not None:
+    if scene.behaviour is not None and not fitted.traits.differentiable:
+        skipped["incidental fraction"] = "does not apply: the probe has no gradient"
+    elif scene.behaviour is not None:
         incidental = pieces.keep("incidental", who, lambda: incidental_fraction(fitted, scene))
     return StressResult(
         probe=fitted.name,

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from scipy.special import log_ndtr, ndtri_exp
 
-from elk_stress.arrays import like
+from elk_stress.arrays import like, namespace
 from elk_stress.limit_state import LimitState, Linear
+from elk_stress.opaque import runs_in_jax
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
 
@@ -68,7 +69,7 @@ def item_event(
 
     thresholds = np.broadcast_to(np.asarray(threshold, dtype=np.float32), len(origins))
     data = {"origin": np.asarray(origins, dtype=np.float32), "threshold": thresholds}
-    return _searched(function, prior, data, slope=_slope(probe, prior, scale))
+    return _searched(function, prior, data, probe, slope=_slope(probe, prior, scale))
 
 
 def kept_event(prior: EllipticalPrior, factors: np.ndarray, epsilon: float) -> LimitState:
@@ -77,12 +78,11 @@ def kept_event(prior: EllipticalPrior, factors: np.ndarray, epsilon: float) -> L
     rank = prior.factor.shape[1]
 
     def function(data: Any, u: Any) -> Any:
-        import jax.numpy as jnp
-
+        xp = namespace(u)
         v = u[..., :rank]
         if prior.tail.extra:
-            v = v * prior.tail.scale(u[..., rank:], jnp)
-        image = jnp.einsum("pnk,prk->pnr", v, data["inner"])
+            v = v * prior.tail.scale(u[..., rank:], xp)
+        image = xp.einsum("pnk,prk->pnr", v, data["inner"])
         return 0.5 * (image * image).sum(-1) / data["epsilon"][:, None] - 1
 
     return _searched(function, prior, {"inner": inner, "epsilon": np.full(len(inner), epsilon, dtype=np.float32)})
@@ -101,14 +101,13 @@ def universal_recall_event(
     spread = float(np.std(np.asarray(probe.score(positives), dtype=float))) or 1.0
 
     def function(data: Any, u: Any) -> Any:
-        import jax.numpy as jnp
-
+        xp = namespace(u)
         x = prior.move(u)[:, :, None, :] + like(positives.astype(np.float32), u)[None, None]
-        ordered = jnp.sort((probe.score(x) - threshold) / spread, axis=-1)[..., ::-1]
-        return jnp.take_along_axis(ordered, jnp.asarray(data["rank"])[:, None, None], axis=-1)[..., 0]
+        ordered = xp.sort((probe.score(x) - threshold) / spread, axis=-1)[..., ::-1]
+        return xp.take_along_axis(ordered, xp.asarray(data["rank"])[:, None, None], axis=-1)[..., 0]
 
     # an order statistic is no steeper than the steepest of what it orders
-    return _searched(function, prior, {"rank": ranks.astype(np.int32)}, slope=_slope(probe, prior, spread))
+    return _searched(function, prior, {"rank": ranks.astype(np.int32)}, probe, n, slope=_slope(probe, prior, spread))
 
 
 def universal_auroc_event(
@@ -131,15 +130,16 @@ def universal_auroc_event(
     stacked = np.concatenate([positives, negatives]).astype(np.float32)
 
     def function(data: Any, u: Any) -> Any:
-        import jax.numpy as jnp
-
+        xp = namespace(u)
         scores = probe.score(prior.move(u)[:, :, None, :] + like(stacked, u)[None, None]) / spread
         gaps = scores[..., : len(positives), None] - scores[..., None, len(positives) :]
-        ordered = jnp.sort(gaps.reshape(*gaps.shape[:2], pairs), axis=-1)[..., ::-1]
-        return jnp.take_along_axis(ordered, jnp.asarray(data["rank"])[:, None, None], axis=-1)[..., 0]
+        ordered = xp.sort(gaps.reshape(*gaps.shape[:2], pairs), axis=-1)[..., ::-1]
+        return xp.take_along_axis(ordered, xp.asarray(data["rank"])[:, None, None], axis=-1)[..., 0]
 
     # a difference of two scores is at most twice as steep
-    return _searched(function, prior, {"rank": ranks.astype(np.int32)}, slope=_slope(probe, prior, spread / 2))
+    return _searched(
+        function, prior, {"rank": ranks.astype(np.int32)}, probe, len(items), slope=_slope(probe, prior, spread / 2)
+    )
 
 
 def nearest_of_linear(state: LimitState, overshoot: float = 1e-6) -> np.ndarray:
@@ -249,9 +249,18 @@ def failures_of_linear(state: LimitState, n: int, rng: np.random.Generator) -> n
 
 
 def _searched(
-    function: Any, prior: EllipticalPrior, data: dict[str, np.ndarray], *, slope: float | None = None
+    function: Any,
+    prior: EllipticalPrior,
+    data: dict[str, np.ndarray],
+    probe: FittedProbe | None = None,
+    cost: int = 1,
+    *,
+    slope: float | None = None,
 ) -> LimitState:
-    """A limit state without a closed form: jax in single precision, one problem per row of ``data``."""
+    """A limit state without a closed form: jax in single precision, one problem per row of ``data``.
+
+    Compiled and differentiated as far as the ``probe`` in it can be.
+    """
     n_problems = len(next(iter(data.values())))
     return LimitState(
         function=function,
@@ -261,6 +270,9 @@ def _searched(
         dtype="float32",
         data=data,
         lipschitz=None if slope is None else np.full(n_problems, slope),
+        differentiable=probe is None or probe.traits.differentiable,
+        jit=probe is None or runs_in_jax(probe),
+        cost=cost,
     )
 
 

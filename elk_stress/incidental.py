@@ -79,7 +79,8 @@ def incidental_fraction(
         seed: of the scene, if one is prepared.
 
     Raises:
-        ValueError: the testbed has no output; use a testbed with one (``linear``, ``statements``).
+        ValueError: the probe has no gradient; the testbed has no output; use a testbed with one (``linear``,
+            ``statements``).
     """
     if tolerance < 0:
         raise ValueError(f"tolerance is a number of nats of at least 0, got {tolerance}")
@@ -89,6 +90,11 @@ def incidental_fraction(
             f"{scene.testbed.name} has no output that behaviour could be read from; use a testbed that has one"
         )
     fitted = fit_probe(scene, probe)
+    if not fitted.traits.differentiable:
+        raise ValueError(
+            f"probe {fitted.name!r} has no gradient, of which a share could be incidental; compare its bits with "
+            "behaviour free and kept instead, or wrap a torch module or a jax function"
+        )
     chosen = _sample(scene.positives, scene.seed)
     prior = scene.prior(Threat())
     gradients = np.atleast_2d(score_gradients(fitted, scene.test_origins[chosen]))

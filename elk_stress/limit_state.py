@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from elk_stress.arrays import backend_of, to_numpy
+from elk_stress.arrays import backend_of, namespace, to_numpy
 
 __all__ = ["Backend", "BudgetExhausted", "LimitState", "Linear", "Meter", "both", "from_function"]
 
@@ -58,6 +58,13 @@ class LimitState:
         linear: closed form, where known.
         device: torch device for ``u`` (torch only).
         dtype: ``"float32"`` or ``"float64"``: what ``function`` receives.
+        differentiable: false where slopes say nothing or cannot be had (a forest, somebody's code): then nothing asks
+            for gradients, by finite differences neither, and estimators sample instead.
+        jit: whether a jax function may be compiled. One that leaves jax on its way (somebody's torch module) is called
+            as it is, on numpy arrays for values: a callback from compiled code can wait for a thread that its own
+            caller holds.
+        cost: activations that one evaluation scores, so that a probe without a gradient, which may be slow, is asked
+            within reason.
         starts: ``(problems, m, dim)`` points worth starting a search from, where the builder knows some.
         data: arrays with one row per problem. Where given, ``function`` receives the rows of its problems in place of
             their indices, ``({name: (p, ...)}, u (p, n, dim)) -> (p, n)``, so that one compiled function serves any
@@ -75,12 +82,15 @@ class LimitState:
     dtype: str = "float64"
     data: Mapping[str, np.ndarray] | None = None
     starts: np.ndarray | None = None
+    differentiable: bool = True
+    jit: bool = True
+    cost: int = 1
     _compiled: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def has_gradient(self) -> bool:
         """Whether a gradient costs about one evaluation (not ``dim`` of them)."""
-        return self.backend != "numpy" or self.gradient is not None
+        return self.differentiable and (self.backend != "numpy" or self.gradient is not None)
 
     def select(self, problems: np.ndarray) -> LimitState:
         """The limit states of some problems only, renumbered from 0; shares what is compiled if ``data`` is used."""
@@ -119,7 +129,16 @@ class LimitState:
         return self._chunked(self._value_chunk, problems, u)
 
     def value_and_gradient(self, problems: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """g and its gradient: ``(p, n)`` and ``(p, n, dim)``, float64."""
+        """g and its gradient: ``(p, n)`` and ``(p, n, dim)``, float64.
+
+        Raises:
+            TypeError: there is no gradient (``differentiable`` is false).
+        """
+        if not self.differentiable:
+            raise TypeError(
+                "this limit state has no gradient (its probe is not differentiable); use a method that asks for values "
+                "alone: auto, subset_simulation, monte_carlo, best_of_n"
+            )
         out = self._chunked(self._gradient_chunk, problems, u)
         return out[..., 0], out[..., 1:]
 
@@ -194,13 +213,18 @@ class LimitState:
         import jax
         import jax.numpy as jnp
 
-        if what not in self._compiled:
-            function = self.function
+        function = self.function
 
-            def total(points: Any, indices: Any) -> tuple[Any, Any]:
-                values = function(indices, points)
-                return values.sum(), values
+        def total(points: Any, indices: Any) -> tuple[Any, Any]:
+            values = function(indices, points)
+            return values.sum(), values
 
+        if not self.jit:
+            if what == "value":
+                # numpy all the way: jax would compile every operation for every shape
+                return np.asarray(function(self._rows(problems), u.astype(self.dtype)), dtype=float)
+            self._compiled.setdefault(what, jax.value_and_grad(total, has_aux=True))
+        elif what not in self._compiled:
             self._compiled[what] = jax.jit(
                 function if what == "value" else lambda i, v: jax.value_and_grad(total, has_aux=True)(v, i)
             )
@@ -355,15 +379,7 @@ def both(failed: LimitState, kept: LimitState) -> LimitState:
 
     def function(problems: Any, u: Any) -> Any:
         a, b = failed.function(problems, u), kept.function(problems, u)
-        if failed.backend == "torch":
-            import torch
-
-            return torch.maximum(a, b)
-        if failed.backend == "jax":
-            import jax.numpy as jnp
-
-            return jnp.maximum(a, b)
-        return np.maximum(a, b)
+        return namespace(a, b).maximum(a, b)
 
     gradient = None
     if failed.backend == "numpy" and failed.gradient is not None and kept.gradient is not None:
@@ -374,7 +390,17 @@ def both(failed: LimitState, kept: LimitState) -> LimitState:
             return np.where((a >= b)[..., None], slope_a(problems, u), slope_b(problems, u))
 
     data = None if failed.data is None or kept.data is None else {**failed.data, **kept.data}
-    return replace(failed, function=function, gradient=gradient, linear=None, lipschitz=None, data=data, _compiled={})
+    return replace(
+        failed,
+        function=function,
+        gradient=gradient,
+        linear=None,
+        lipschitz=None,
+        data=data,
+        differentiable=failed.differentiable and kept.differentiable,
+        jit=failed.jit and kept.jit,
+        _compiled={},
+    )
 
 
 def _detect(function: Callable[[Any], Any], dim: int, device: str) -> Backend:

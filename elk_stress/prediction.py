@@ -31,7 +31,7 @@ from elk_stress.flags import Flag, flag
 from elk_stress.left_tail import LeftTail, fit_left_tail
 from elk_stress.result import BestOfNCurves, Curve
 from elk_stress.scene import Scene
-from elk_stress.situation import Situation, context_scores, score_gradients
+from elk_stress.situation import Situation, context_scores, score_gradients, score_spread
 from elk_stress.survival import bits_of_margin
 from elk_stress.threat import Threat
 
@@ -158,12 +158,22 @@ def _replicates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predicted curves, and curves as they would be observed under as many contexts, ``(replicates, n)`` each."""
     tail, caught, c = place.prior.tail, place.caught, scene.test.shape[1]
-    gradient = score_gradients(place.probe, scene.test_origins[scene.positives])
+    origins = scene.test_origins[scene.positives]
+    gradient = score_gradients(place.probe, origins)
     weight = gradient if gradient.ndim == 1 else gradient.mean(axis=0)
-    universal = float(scene.prior(Threat(scope="universal")).standard_deviation(weight)) ** 2
-    means, own = context_scores(scene, weight)
+    smooth = place.probe.traits.differentiable
+
+    def variance(threat: Threat) -> float:
+        """Of the score under a prior: linearized, or of prior draws where there is no gradient."""
+        prior = scene.prior(threat)
+        if smooth:
+            return float(prior.standard_deviation(weight)) ** 2
+        return float((score_spread(place.probe, prior, origins, seed=scene.seed) ** 2).mean())
+
+    universal = variance(Threat(scope="universal"))
+    means, own = context_scores(scene, weight if smooth else place.probe)
     common = max(float(means @ means) / max(c - 1, 1) - own / len(scene.plain_train), universal)
-    own = max(own, float(scene.prior(Threat()).standard_deviation(weight)) ** 2 - universal)
+    own = max(own, variance(Threat()) - universal)
     # in units of the score; of a probe or an event that is not linear, the margin that costs as many bits
     margin = tail.quantile_of_bits(np.minimum(bits.value, _NEVER)) * place.deviation[caught]
     spread = max(float(place.margin.var(ddof=1)) if len(place.margin) > 1 else 0.0, 1e-300)

@@ -17,6 +17,7 @@ from elk_stress.detection import (
 from elk_stress.events import linear_weight
 from elk_stress.flags import Flag
 from elk_stress.limit_state import LimitState
+from elk_stress.opaque import runs_in_jax
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
 from elk_stress.result import Detection
@@ -24,10 +25,14 @@ from elk_stress.scene import Scene
 from elk_stress.survival import bits_of_margin
 from elk_stress.threat import Threat
 
-__all__ = ["Situation", "context_scores", "score_gradients", "situation"]
+__all__ = ["Situation", "context_scores", "score_gradients", "score_spread", "situation"]
 
 # prior draws per negative where the prior is sampled
 _DRAWS = 32
+# and per item where a probe without a gradient shows only so how far the prior moves its score: sd known to 4%
+_SPREAD_DRAWS = 256
+# scores that may cost, together; fewer draws for many items
+_SPREAD_SCORES = 100_000
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Situation:
 
     Attributes:
         margin: ``(positives,)`` score minus threshold at the origin.
-        deviation: ``(positives,)`` the prior's standard deviation of the score (linearized if need be).
+        deviation: ``(positives,)`` the prior's standard deviation of the score (linearized if need be; of prior draws
+            where the probe has no gradient).
         caught: indices into the test positives.
         margins: ``(replicates, positives)`` resampled margins.
         deviation_factor: ``(replicates,)`` resampled standard deviation over the original.
@@ -69,9 +75,12 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
     origins, positives = scene.test_origins, scene.positives
     scores = np.asarray(probe.score(origins), dtype=float)
     margin = scores[positives] - threshold
-    gradient = score_gradients(probe, origins[positives])
-    deviation = prior.standard_deviation(gradient)
-    if gradient.ndim == 1:
+    gradient = score_gradients(probe, origins[positives]) if probe.traits.differentiable else None
+    if gradient is None:
+        deviation = score_spread(probe, prior, origins[positives], seed=scene.seed)
+    else:
+        deviation = prior.standard_deviation(gradient)
+    if gradient is None or gradient.ndim == 1:
         along = np.asarray(probe.score(scene.test[positives]), dtype=float)
     else:
         along = np.einsum("icd,id->ic", scene.test[positives], gradient.astype(np.float32)).astype(float)
@@ -96,7 +105,7 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
         np.broadcast_to(deviation, margin.shape),
         caught,
         margins,
-        _deviation_factor(scene, threat, prior, gradient),
+        _deviation_factor(scene, threat, prior, probe, gradient),
         flags,
     )
 
@@ -142,6 +151,10 @@ def _detection(
             m, np.full(m, 1 / m), size=len(weights)
         )
         shares = ((weights[:, negatives] @ alarms) * counts).sum(axis=1) / m
+    elif not probe.traits.differentiable:
+        drawn = _prior_scores(probe, prior, scene.test_origins[negatives], scene.seed)
+        alarms = (drawn > threshold).mean(axis=1)
+        shares = weights[:, negatives] @ alarms
     else:
         spread = prior.standard_deviation(score_gradients(probe, scene.test_origins[negatives]))
         above = threshold - scores[negatives]
@@ -188,11 +201,16 @@ def _auroc_components(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
 def score_gradients(probe: FittedProbe, x: np.ndarray, compiled: dict[str, Any] | None = None) -> np.ndarray:
     """Gradient of the score in activations: ``(d,)`` for a linear probe, else ``(n, d)``.
 
+    Zero for a probe without one: searches that would start from a linearization then start from nothing. How far the
+    prior moves such a score says :func:`score_spread`.
+
     ``compiled``: kept by whoever asks about one probe again and again, so that it is compiled once.
     """
     weight = linear_weight(probe)
     if weight is not None:
         return weight
+    if not probe.traits.differentiable:
+        return np.zeros(x.shape)
     state = LimitState(
         function=lambda data, v: probe.score(data["x"][:, None, :] + v),
         _compiled={} if compiled is None else compiled,
@@ -201,35 +219,66 @@ def score_gradients(probe: FittedProbe, x: np.ndarray, compiled: dict[str, Any] 
         backend="jax",
         dtype="float32",
         data={"x": np.asarray(x, dtype=np.float32)},
+        jit=runs_in_jax(probe),
     )
     _, slope = state.value_and_gradient(np.arange(len(x)), np.zeros((len(x), 1, x.shape[1])))
     return np.asarray(slope[:, 0])
 
 
-def _deviation_factor(scene: Scene, threat: Threat, prior: EllipticalPrior, gradient: np.ndarray) -> np.ndarray:
+def score_spread(probe: FittedProbe, prior: EllipticalPrior, x: np.ndarray, *, seed: int) -> np.ndarray:
+    """``(n,)``: the prior's standard deviation of the score at each of ``x (n, d)``, from draws; needs no gradient.
+
+    All items and all probes meet the same draws. 0 where no draw changes the score, as in a tree's leaf.
+    """
+    return np.asarray(_prior_scores(probe, prior, x, seed).std(axis=1, ddof=1))
+
+
+def _prior_scores(probe: FittedProbe, prior: EllipticalPrior, x: np.ndarray, seed: int) -> np.ndarray:
+    """``(n, draws)`` scores of items ``x (n, d)`` moved by the same prior draws."""
+    draws = int(np.clip(_SPREAD_SCORES // max(len(x), 1), _DRAWS, _SPREAD_DRAWS))
+    moves = prior.sample(draws, np.random.SeedSequence([seed, 0x59EA]))
+    return np.asarray(probe.score((x[:, None, :] + moves).astype(np.float32)), dtype=float)
+
+
+def _deviation_factor(
+    scene: Scene, threat: Threat, prior: EllipticalPrior, probe: FittedProbe, gradient: np.ndarray | None
+) -> np.ndarray:
     """Drawn over original standard deviation of the score under the prior: what is not known about it.
 
     A sample variance over c contexts stands on ``c - 1`` degrees of freedom, and how far a covariance is shrunk is a
     choice. Each replicate draws both: no shrinkage, the estimated intensity or twice it; and for the between-context
     part ``(c-1) s' W^-1 s / s's``, s the scores' context means and W a Wishart matrix that all probes of a scene share.
     Each probe's factor is then ``(c-1) / chi2_{c-1}``, and two probes' factors are as alike as their scores.
+
+    Without a gradient the scores themselves are resampled, and shrinkage, of which they know nothing, is not varied.
     """
     replicates, c = scene.resamples.contexts.shape
     if threat.prior != "natural" or scene.given_prior is not None or c < 3:
         return np.ones(replicates)
+    # from the scene's seed: every probe meets the same choices, so that comparisons stay paired
+    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xDF]))
+    choice = rng.choice([0.0, 1.0, 2.0], replicates)
+    draws = rng.standard_normal((replicates, c, 2 * c - 2))
+    wishart = draws @ draws.transpose(0, 2, 1)
+
+    def turned(means: np.ndarray) -> np.ndarray:
+        """What a variance of these context means is multiplied with."""
+        solved = np.linalg.solve(wishart, np.broadcast_to(means[:, None], (replicates, c, 1)))[..., 0] @ means
+        return np.asarray((c - 1) * solved / float(means @ means)) if means.any() else np.ones(replicates)
+
+    n = len(scene.plain_train)
+    if gradient is None:
+        means, own = context_scores(scene, probe)
+        common, own = float(means @ means) / (c - 1), own * (1 - 1 / n) * (threat.scope == "item")
+        whole = common + own
+        return np.asarray(np.sqrt((common * turned(means) + own) / whole)) if whole > 0 else np.ones(replicates)
     weight = gradient if gradient.ndim == 1 else gradient.mean(axis=0)
     variance = float(prior.standard_deviation(weight)) ** 2
     if variance == 0:
         return np.ones(replicates)
     means, own = context_scores(scene, weight)
     common = float(means @ means) / (c - 1)
-    # from the scene's seed: every probe meets the same choices, so that comparisons stay paired
-    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xDF]))
-    choice = rng.choice([0.0, 1.0, 2.0], replicates)
-    draws = rng.standard_normal((replicates, c, 2 * c - 2))
-    wishart = draws @ draws.transpose(0, 2, 1)
-    turned = np.linalg.solve(wishart, np.broadcast_to(means[:, None], (replicates, c, 1)))[..., 0] @ means
-    spread = (c - 1) * turned / float(means @ means) if means.any() else np.ones(replicates)
+    spread = turned(means)
     size = float(weight @ weight)
 
     def part(notes: Any, sample: float, factor: np.ndarray | float) -> np.ndarray:
@@ -237,15 +286,19 @@ def _deviation_factor(scene: Scene, threat: Threat, prior: EllipticalPrior, grad
         return np.asarray((1 - intensity) * sample * factor + intensity * notes["variance"] * size)
 
     drawn = part(prior.notes["between"], common, spread)
-    n = len(scene.plain_train)
     if threat.scope == "item" and n > 1:
         drawn = drawn + (1 - 1 / n) * part(prior.notes["interaction"], own, 1.0)
     return np.asarray(np.sqrt(np.maximum(drawn / variance, 1e-4)))
 
 
-def context_scores(scene: Scene, weight: np.ndarray) -> tuple[np.ndarray, float]:
-    """Centred context means of the score, ``(contexts,)``, and the sample variance of what is particular to an item."""
-    rows = np.asarray(scene.train[scene.plain_train] @ weight.astype(np.float32), dtype=float)
+def context_scores(scene: Scene, weight: np.ndarray | FittedProbe) -> tuple[np.ndarray, float]:
+    """Centred context means of the score, ``(contexts,)``, and the sample variance of what is particular to an item.
+
+    ``weight``: a linear score, or a probe, which scores the training items itself.
+    """
+    thoughts = scene.train[scene.plain_train]
+    found = weight.score(thoughts) if isinstance(weight, FittedProbe) else thoughts @ weight.astype(np.float32)
+    rows = np.asarray(found, dtype=float)
     rows = rows - rows.mean(axis=1, keepdims=True)
     means = rows.mean(axis=0)
     n, c = rows.shape

@@ -6,6 +6,8 @@ r"""The automatic method: several estimators that fail differently, and one hone
 4. *splitting* runs with different kernels check it (on a random share of the problems where there are many). Their
    failing particles go back as starts and centres for a second, independent round of importance sampling, so that a
    mode that only splitting found is covered.
+   Without a gradient (``LimitState.differentiable`` false) splitting comes first, for every problem that counting left
+   open, and importance sampling checks it: where it drew at least four failing particles per coordinate, at their mean.
 5. *bounds* bracket the result: the evidence bound from above, the isoperimetric one from below (needs ``lipschitz``).
 
 Who is believed. Importance sampling is unbiased but may be blind: its *blind share* is the fraction of splitting's
@@ -49,6 +51,8 @@ _FEW = 16
 _AMPLE = 200.0
 # numbers moved by splitting, over all problems: about ten seconds of one core
 _SPLITTING_ELEMENTS = 1.5e9
+# activations scored by each stage where the probe has no gradient, over all problems: some ten seconds of a forest's
+_BLACK_BOX_SCORES = 5e5
 # numbers drawn for counting, over all problems
 _COUNTING_ELEMENTS = 1 << 24
 # shares of the evaluation budget: counting, design points, importance, splitting, second design points, second
@@ -62,11 +66,12 @@ class Auto:
 
     Attributes:
         n_particles: importance draws per problem; ``None``: 2048, or 512 for more than 16 problems.
-        n_runs: splitting runs per checked problem; ``None``: 8, or 4 for more than 16 problems.
+        n_runs: splitting runs per checked problem; ``None``: 8, or 4 for more than 16 problems (2 without a gradient).
         n_starts: design-point starts; ``None``: 8, or 2 for more than 16 problems with gradients.
         check_fraction: share of the problems that splitting checks, chosen at random; ``None``: all, or 16 of more than
-            16. Up to 16 problems whose importance sampling is starved are checked too. If the check contradicts more
-            than a tenth of its sample, 64 others are checked and those beyond are flagged.
+            16, or all without a gradient, whatever is given. Up to 16 problems whose importance sampling is starved are
+            checked too. If the check contradicts more than a tenth of its sample, 64 others are checked and those
+            beyond are flagged.
         max_bits: results beyond are censored there.
         n_settled: failures at which counting alone settles a problem.
         min_effective: effective draws that importance sampling needs.
@@ -140,6 +145,8 @@ def restrict(limit_state: LimitState, index: np.ndarray) -> LimitState:
         lipschitz=None if limit_state.lipschitz is None else limit_state.lipschitz[index],
         dtype=limit_state.dtype,
         starts=None if limit_state.starts is None else limit_state.starts[index],
+        differentiable=limit_state.differentiable,
+        cost=limit_state.cost,
     )
 
 
@@ -155,6 +162,10 @@ class _Run:
         self.limited, self.many = max_evaluations is not None, not few
         self.n_particles = config.n_particles or (2048 if few else 512)
         self.n_runs = config.n_runs or (8 if few else 4)
+        self.scores = math.inf
+        if not limit_state.differentiable:
+            self.scores = _BLACK_BOX_SCORES / limit_state.cost
+            self.n_runs = config.n_runs or (8 if few and limit_state.cost == 1 else 2)
         self.splitting_particles = min(1000 if few else 128, self.n_particles)
         self.n_starts = config.n_starts or (8 if few or not limit_state.has_gradient else 2)
         shares: tuple[float | None, ...] = _SHARES if max_evaluations else (None,) * len(_SHARES)
@@ -183,7 +194,7 @@ class _Run:
     def count(self) -> None:
         """Draw from the prior; settle what fails often."""
         p, dim = self.limit_state.n_problems, self.limit_state.dim
-        n = int(min(1 << 16, _COUNTING_ELEMENTS // (p * dim)))
+        n = int(min(1 << 16, _COUNTING_ELEMENTS // (p * dim), max(self.scores // p, 256)))
         if self.budgets[0] is not None:
             n = min(n, self.budgets[0])
         if n < 256:
@@ -207,7 +218,7 @@ class _Run:
     def aim(self) -> None:
         """Design points, then importance sampling there."""
         open_ = np.flatnonzero(~self.settled)
-        if not open_.size:
+        if not open_.size or not self.limit_state.differentiable:
             return
         given = self.counted_failures
         if self.limit_state.starts is not None:
@@ -238,7 +249,7 @@ class _Run:
         open_ = np.flatnonzero(~self.settled)
         if not open_.size:
             return
-        fraction = self.config.check_fraction
+        fraction = self.config.check_fraction if self.limit_state.differentiable else 1.0
         wanted = min(len(open_), _FEW) if fraction is None else math.ceil(fraction * len(open_))
         sample = np.sort(self.rng.choice(open_, size=wanted, replace=False))
         starved = open_[self.effective[open_] < self.config.min_effective]
@@ -254,7 +265,7 @@ class _Run:
 
     def bound(self) -> None:
         """Bracket what was checked from above, and everything from below where a Lipschitz constant is known."""
-        some = np.flatnonzero(self.checked)
+        some = np.flatnonzero(self.checked & ~np.isnan(self.aimed[..., 0]).all(axis=1))
         if some.size:
             bound = EvidenceBound(n_particles=self.n_particles)
             part = restrict(self.limit_state, some)
@@ -333,14 +344,18 @@ class _Run:
         part = restrict(self.limit_state, index)
         # kills, clones and moves: about 6 evaluations per particle and bit; deep and wide problems get fewer particles
         depth = np.nanmedian(self.importance[0, index]) if np.isfinite(self.importance[0, index]).any() else 20.0
-        work = 6.0 * self.n_runs * len(index) * self.limit_state.dim * max(1.0, float(depth))
+        moved = 6.0 * self.n_runs * len(index) * max(1.0, float(depth))
+        afforded, fewest = _SPLITTING_ELEMENTS / (moved * self.limit_state.dim), 128
+        n_failures = max(32 * self.n_runs, self.keep)
+        if not self.limit_state.differentiable:
+            afforded, fewest = min(afforded, self.scores / moved), 64
+            # as many as a mean of them needs, to aim at
+            n_failures = max(n_failures, min(4 * self.limit_state.dim, self.n_runs * self.splitting_particles))
         config = SubsetSimulation(
-            n_particles=int(
-                np.clip(_SPLITTING_ELEMENTS / work, min(128, self.splitting_particles), self.splitting_particles)
-            ),
+            n_particles=int(np.clip(afforded, min(fewest, self.splitting_particles), self.splitting_particles)),
             n_runs=self.n_runs,
             max_bits=self.config.max_bits,
-            n_failures=max(32 * self.n_runs, self.keep),
+            n_failures=n_failures,
         )
         batch = config(part, seed=self.seeds[3], max_evaluations=self.budgets[3])
         self._spent(index, batch)
@@ -351,16 +366,28 @@ class _Run:
         for i, status in zip(index, batch.status, strict=True):
             self.splitting_status[i] = status
         particles = np.asarray(batch.diagnostics["failures"], dtype=float)
-        starts = far_apart(particles, 6)
         search = DesignPoint(n_starts=1, max_iterations=30)
-        self._design(index, search, self.seeds[4], self.budgets[4], None if np.isnan(starts).all() else starts)
+        if self.limit_state.differentiable:
+            starts = far_apart(particles, 6)
+            self._design(index, search, self.seeds[4], self.budgets[4], None if np.isnan(starts).all() else starts)
         every = np.concatenate([self.aimed[index], self.centres[index]], axis=1)
         every = distinct(every, search.separation, self.aimed.shape[1])[0]
         self.aimed[index] = with_means(every, particles, search.separation)
+        if not self.limit_state.differentiable:
+            if self.keep:
+                self.failures[index] = draw_from(particles, self.keep, self.rng)
+            aimed = ~np.isnan(self.aimed[index, :, 0]).all(axis=1)
+            index, particles = index[aimed], particles[aimed]
+            if not index.size:
+                return
         # the first round's effective share says how many draws the second, independent one needs
         n = self.n_particles
         if len(index) <= _FEW:
-            n *= int(np.clip(np.ceil(_AMPLE / np.maximum(self.effective[index], 1.0)), 1, 8).max())
+            n *= (
+                1
+                if math.isfinite(self.scores)
+                else int(np.clip(np.ceil(_AMPLE / np.maximum(self.effective[index], 1.0)), 1, 8).max())
+            )
         n = n if self.budgets[5] is None else max(1, min(n, self.budgets[5]))
         self._weigh(index, n, self.seeds[5], self.budgets[5])
         self.blind[index] = self._blind_share(index, particles, n)
