@@ -93,6 +93,10 @@ def no_global_randomness(who: str) -> Iterator[None]:
     kept, kept_too = np.random.get_state(), random.getstate()  # noqa: NPY002
     np.random.seed(_ODD)  # noqa: NPY002
     random.seed(_ODD)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        kept_of_torch = torch.random.get_rng_state()
+        torch.random.set_rng_state(torch.Generator().manual_seed(_ODD).get_state())
     before = _random_states()
     try:
         yield
@@ -100,6 +104,8 @@ def no_global_randomness(who: str) -> Iterator[None]:
     finally:
         np.random.set_state(kept)  # noqa: NPY002
         random.setstate(kept_too)
+        if torch is not None:
+            torch.random.set_rng_state(kept_of_torch)
     for library, state in before.items():
         assert after[library] == state, f"{who} used {library}'s global random state; draw from a seed of its own"
 

@@ -89,6 +89,10 @@ class Broken:
             np.random.seed(seed)  # noqa: NPY002
         if self.fault == "draws from Python's global state":
             random.seed(seed)
+        if self.fault == "seeds torch's global state":
+            import torch
+
+            torch.manual_seed(seed)
         if self.fault == "edits its input":
             activations[0] = 0.0
         if self.fault == "scales per feature":
@@ -293,6 +297,7 @@ FAULTS: dict[str, tuple[type[Broken], str, str]] = {
     "starts from the last fit": (Broken, "deterministic", "two fits from one seed differ in 'weight'"),
     "draws from numpy's global state": (Broken, "deterministic", "numpy's global random state"),
     "draws from Python's global state": (Broken, "deterministic", "Python's global random state"),
+    "seeds torch's global state": (Broken, "deterministic", "torch's global random state"),
     "edits its input": (Broken, "inputs_are_left_alone", "writes into its input|changed the activations"),
     "counts its calls": (Broken, "scoring_keeps_nothing", "it remembers"),
     "wears out": (Broken, "scoring_keeps_nothing", "scoring changed parameter 'weight'|it remembers"),
