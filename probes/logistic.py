@@ -10,8 +10,8 @@ with weights c_i that sum to 1, half in each class. The standardization is folde
 The penalty is on the *mean* loss: repeating every row (the same items under more contexts) leaves the probe as it is,
 where scikit-learn's ``C`` would weaken the penalty. ``l2 = 0.01`` equals ``C = 1`` at 100 rows.
 
-Solved by Newton's method: a pass over the rows gives loss and gradient, and the Hessian of evenly spaced rows, enough
-to step well (all of them up to 20,000). There is one minimum, so that every way to it ends at the same probe. Fewer
+Solved by Newton's method: a pass over the rows gives loss and gradient, and the Hessian of some rows, enough to step
+well (all of them up to 20,000). There is one minimum, so that every way to it ends at the same probe. Fewer
 rows than features: the weights lie in the span of the rows, and are looked for there.
 
 Shapes: activations ``(*batch, d)`` -> log-odds ``(*batch,)`` in nats at equal class frequencies.
@@ -122,7 +122,9 @@ class _Problem:
         penalty = np.append(np.full(dim, self.l2), 0.0)
         loss = 0.5 * float(penalty @ point**2)
         slope, offset, curve, seen = np.zeros(dim), 0.0, np.zeros((dim + 1, dim + 1)), 0.0
-        every = max(1, self.rows.count // max(_HESSIAN_ROWS * dim, _ALL_ROWS))
+        share = max(_HESSIAN_ROWS * dim, _ALL_ROWS) / self.rows.count
+        # drawn, the same in every pass: rows at even distances may all be of one class
+        draw = np.random.default_rng(np.random.SeedSequence(0))
         for chunk, labels in self.rows.chunks():
             # the scale goes into the weights: a row is touched as seldom as can be
             rows = np.subtract(chunk, self.mean, dtype=float)
@@ -135,7 +137,7 @@ class _Problem:
             pull = weight * sign * miss
             slope -= pull @ rows
             offset -= float(pull.sum())
-            some = slice(None, None, every)
+            some: Any = slice(None) if share >= 1 else draw.random(len(rows)) < share
             seen += float(weight[some].sum())
             root = np.sqrt(weight * miss * (1.0 - miss))[some, None]
             scaled = np.concatenate([rows[some] / self.spread * root, root], axis=1)

@@ -275,6 +275,13 @@ def test_logistic_on_more_rows_than_its_hessian_reads_ends_at_the_minimum() -> N
     assert np.abs(approx_fprime(v * 1.01, loss, 1e-6)).max() > 1e-5
 
 
+def test_logistic_steps_well_where_labels_alternate() -> None:
+    # a Hessian of every other row would see one class alone, and take 26 passes
+    rng, labels = np.random.default_rng(np.random.SeedSequence(3)), np.arange(50_000) % 2
+    rows = rng.standard_normal((50_000, 3)) * np.where(labels == 1, 1.0, 4.0)[:, None] + 1.5 * labels[:, None]
+    assert registry.load("probes", "logistic", max_iterations=12).fit(rows, labels).notes["converged"]
+
+
 def test_logistic_says_when_it_did_not_converge() -> None:
     activations, labels = planted()
     assert not registry.load("probes", "logistic", max_iterations=1).fit(activations, labels).notes["converged"]
