@@ -223,7 +223,7 @@ class LimitState:
             if what == "value":
                 # numpy all the way: jax would compile every operation for every shape
                 return np.asarray(function(self._rows(problems), u.astype(self.dtype)), dtype=float)
-            self._compiled.setdefault(what, jax.value_and_grad(total, has_aux=True))
+            self._compiled.setdefault(what, lambda i, v: jax.value_and_grad(total, has_aux=True)(v, i))
         elif what not in self._compiled:
             self._compiled[what] = jax.jit(
                 function if what == "value" else lambda i, v: jax.value_and_grad(total, has_aux=True)(v, i)

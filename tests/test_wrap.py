@@ -287,3 +287,51 @@ def test_a_forest_is_stressed_end_to_end() -> None:
     assert ran["gradient"] == "does not apply: the probe has no gradient"
     assert ran["black_box"] == ran["natural_thoughts"] == "ok"
     assert result.audit is not None
+
+
+@pytest.mark.parametrize("kind", ["Logistic", "MassMean", "MLP", "Bilinear"])
+def test_probes_of_probelab_score_as_they_do_there(kind: str) -> None:
+    probelab = pytest.importorskip("probelab")
+    torch = pytest.importorskip("torch")
+    rows = probelab.Activations(torch.tensor(X, dtype=torch.float32), dims="bh")
+    fitted = getattr(probelab.probes, kind)(seed=0).fit(rows, torch.tensor(Y))
+    probe = wrap(fitted)
+    with torch.no_grad():
+        expected = fitted(torch.tensor(Z, dtype=torch.float32)).numpy()
+    np.testing.assert_allclose(probe.score(Z), expected, atol=1e-4, rtol=1e-5)
+    assert probe.traits.linear == (kind in ("Logistic", "MassMean"))
+
+
+def test_probelab_objects_that_were_not_fitted_are_refused() -> None:
+    probelab = pytest.importorskip("probelab")
+    with pytest.raises(ValueError, match="not fitted"):
+        wrap(probelab.probes.Logistic())
+
+
+def test_a_torch_module_of_ones_own_has_the_bits_of_its_converted_twin() -> None:
+    """The same network, opaque and as layers: gradients agree, and so do bits, within both intervals."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(1)
+    stack = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1))
+
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = stack
+
+        def forward(self, x: Any) -> Any:
+            return self.inner(x)
+
+    opaque, layers = wrap(Own(), dim=8), wrap(stack)
+    assert (opaque.probe.name, layers.probe.name) == ("Own", "layers")
+    prior = EllipticalPrior(0.5 * np.eye(8), name="test")
+    origins = np.random.default_rng(np.random.SeedSequence([5, 3])).standard_normal((4, 8))
+    threshold = np.asarray(layers.score(origins)) - 0.35
+    events = [item_event(probe, prior, origins, threshold) for probe in (opaque, layers)]
+    u = np.random.default_rng(np.random.SeedSequence([5, 4])).standard_normal((4, 3, 8))
+    (g, slope), (expected, expected_slope) = (e.value_and_gradient(np.arange(4), u) for e in events)
+    np.testing.assert_allclose(g, expected, atol=1e-5)
+    np.testing.assert_allclose(slope, expected_slope, atol=1e-5)
+    found, twin = (event_bits(e, max_bits=60, n_particles=300, seed=0) for e in events)
+    assert (found.low <= twin.high + 0.1).all()
+    assert (twin.low <= found.high + 0.1).all()

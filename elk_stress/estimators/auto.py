@@ -357,7 +357,11 @@ class _Run:
             max_bits=self.config.max_bits,
             n_failures=n_failures,
         )
-        batch = config(part, seed=self.seeds[3], max_evaluations=self.budgets[3])
+        budget = self.budgets[3]
+        if budget is None and math.isfinite(self.scores):
+            # a probe that nothing breaks would be asked until max_bits
+            budget = int(2 * self.scores / len(index))
+        batch = config(part, seed=self.seeds[3], max_evaluations=budget)
         self._spent(index, batch)
         self.checked[index] = True
         self.splitting[:, index] = np.stack([batch.value, batch.low, batch.high])
