@@ -205,12 +205,15 @@ def nearest_kept(
         too_much = ~(solve(middle)[2] <= allowed)
         low, high = np.where(too_much, middle, low), np.where(too_much, high, middle)
     damped, times, shift = solve(high)
-    length = times**2 * ((damped**2).sum(-1) + rest[:, None]) + z[None, :] ** 2
+    # without a slope nothing fails, at any multiple of it
+    with np.errstate(invalid="ignore"):
+        length = times**2 * ((damped**2).sum(-1) + rest[:, None]) + z[None, :] ** 2
     length = np.where((shift <= allowed) & np.isfinite(length), length, np.inf)
     best = np.argmin(length, axis=1)
     rows = np.arange(problems)
     across = a - np.einsum("pr,prk->pk", along, right)
-    v = times[rows, best][:, None] * (across + np.einsum("pr,prk->pk", damped[rows, best], right))
+    with np.errstate(invalid="ignore"):
+        v = times[rows, best][:, None] * (across + np.einsum("pr,prk->pk", damped[rows, best], right))
     u = np.concatenate([v, z[best][:, None]], axis=1) if prior.tail.extra else v
     return np.where(np.isfinite(length[rows, best])[:, None], u, np.nan)[:, None, :]
 

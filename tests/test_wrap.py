@@ -335,3 +335,11 @@ def test_a_torch_module_of_ones_own_has_the_bits_of_its_converted_twin() -> None
     found, twin = (event_bits(e, max_bits=60, n_particles=300, seed=0) for e in events)
     assert (found.low <= twin.high + 0.1).all()
     assert (twin.low <= found.high + 0.1).all()
+
+
+def test_without_a_slope_no_corner_is_known() -> None:
+    from elk_stress.events import nearest_kept
+
+    prior = EllipticalPrior(np.eye(4), name="test")
+    corner = nearest_kept(prior, np.zeros((2, 4)), np.ones(2), np.ones((2, 1, 4)), 0.1)
+    assert np.isnan(corner).all()
