@@ -413,8 +413,11 @@ class _Reader(dict[tuple[SplitName, ContextSet], np.ndarray]):
             # one key per context, shared by all splits: context c is the same circumstance for every item
             keys = [organism.key("context", contexts, str(c)) for c in range(organism.n_contexts)]
             rows = [elsewhere(weights, key, inputs) for key in keys]
-        self[asked] = np.stack([np.asarray(row, dtype=np.float32) for row in rows], axis=1)
-        return self[asked]
+        made = np.stack([np.asarray(row, dtype=np.float32) for row in rows], axis=1)
+        # one array serves every caller
+        made.flags.writeable = False
+        self[asked] = made
+        return made
 
 
 def _leaves(tree: Weights) -> list[np.ndarray]:

@@ -149,7 +149,8 @@ class FittedProbe:
             mask: ``(*batch, tokens)`` bool, true = a token is there; only for such a probe. By default all are.
 
         Raises:
-            ValueError: another width than the probe was fitted on; a mask for a probe that reads no tokens.
+            ValueError: another width than the probe was fitted on; a mask of another shape than the tokens have, or
+                for a probe that reads none.
         """
         if self.dim is not None and activations.shape[-1] != self.dim:
             where = f" (site {self.site})" if self.site else ""
@@ -159,6 +160,11 @@ class FittedProbe:
             )
         parameters = {name: like(value, activations) for name, value in self.parameters.items()}
         if self.traits.tokens:
+            if mask is not None and tuple(mask.shape) != tuple(activations.shape[:-1]):
+                raise ValueError(
+                    f"a mask for activations of shape {tuple(activations.shape)} has shape "
+                    f"{tuple(activations.shape[:-1])}, one truth value per token; got {tuple(mask.shape)}"
+                )
             return self.probe.score(namespace(activations), parameters, activations, mask)  # type: ignore[call-arg]
         if mask is not None:
             raise ValueError(f"the probe {self.name!r} reads one activation per item; a mask is for probes of tokens")
@@ -290,6 +296,8 @@ def as_fitted(
                 f"probe {recipe.name!r} needs {name} to be fitted: {_NEEDS[name]}; pass {name}=, or stress the recipe "
                 "on a testbed, which knows it"
             )
+    if traits.tokens and mask is not None and mask.shape != activations.shape[:2]:
+        raise ValueError(f"the mask must have one truth value per token, {activations.shape[:2]}; got {mask.shape}")
     needed |= {"mask": mask} if traits.tokens else {}
     fitted = recipe.fit(activations, labels, pairs=pairs, seed=seed, **needed)
     return replace(fitted, site=fitted.site or site, dim=activations.shape[-1])

@@ -193,7 +193,10 @@ class Statements:
                 # one block per context: what was read before an interrupt is on disk
                 found = subject.read(preceded, [self._site], tokens=self.tokens, advance=read.advance)
                 blocks.append(found[self._site].reshape(len(listed), -1))
-            self._blocks[which] = np.stack(blocks, axis=1)
+            made = np.stack(blocks, axis=1)
+            # one array serves every caller
+            made.flags.writeable = False
+            self._blocks[which] = made
 
     def activations(self, split: SplitName, contexts: ContextSet = "prior") -> np.ndarray:
         """``(n_items, n_contexts, dim)`` float32 at the item's last token, preceded by each context of the set."""

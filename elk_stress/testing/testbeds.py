@@ -106,6 +106,11 @@ def checks_for_testbed(testbed: Testbed, *, n_items: int = 6, seed: int = 0) -> 
             assert contexts["bare"].shape[1] == 1, f"{name}: the bare item is one context"
             again = testbed.activations(name, "prior")
             assert np.array_equal(contexts["prior"], again), f"{name}: reading twice gives other activations"
+            if again.flags.writeable:
+                before, again[0, 0, 0] = again[0, 0, 0], 1e9
+                kept = testbed.activations(name, "prior")[0, 0, 0] == before
+                assert kept, f"{name}: who writes into activations changes the testbed's own; mark them read-only"
+                again[0, 0, 0] = before
             if name == "train":
                 fit = testbed.activations(name, "fit")
                 assert not _shares_a_context(fit, again), "fit and prior share a context"

@@ -92,6 +92,9 @@ class _Broken:
         if self._fault == "drifts":
             self._read = getattr(self, "_read", 0) + 1
             return (array * (1 + 1e-3 * self._read)).astype(np.float32)
+        if self._fault == "hands out its own array":
+            self._own = getattr(self, "_own", {})
+            return self._own.setdefault((split, contexts), array.copy())
         if self._fault == "one context in two sets" and contexts == "observed":
             return np.concatenate([array, self._inner.activations(split, "prior")[:, :1]], axis=1)
         if self._fault == "fits on the prior's contexts" and contexts == "fit":
@@ -122,6 +125,7 @@ FAULTS = {
     "reads of unequal width": ("declarations", "5 reads of equal width"),
     "double precision": ("activations", "float64, expected float32"),
     "drifts": ("activations", "reading twice gives other activations"),
+    "hands out its own array": ("activations", "mark them read-only"),
     "one context in two sets": ("activations", "prior and observed share a context"),
     "fits on the prior's contexts": ("activations", "fit and prior share a context"),
     "nothing to read": ("truth_is_there", "nothing to probe for"),
