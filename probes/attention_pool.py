@@ -10,13 +10,13 @@ item without tokens scores b.
 
 Fit: the class-balanced mean log-loss plus ``(l2 / 2) (||sd * q||^2 + ||sd * w||^2)`` in standardized coordinates, by
 Adam from w = 0 and a random unit q (at q = w = 0 the loss has no slope in q). l2 is the one of the least held-out loss
-on folds of items; that fit on all rows which descended beside the folds' is kept (:mod:`elk_stress.probes.quadratic`).
+on folds of items; that fit on all rows which descended beside the folds' is kept (:mod:`elk_stress.fitting.descent`).
 
 Masked tokens touch neither the score nor its gradient, whatever they hold.
 
 Shapes: activations ``(*batch, tokens, d)``, mask ``(*batch, tokens)`` or ``None`` -> ``(*batch,)``; any number of
 tokens. Float32 while fitting. References: Kantamneni et al. 2025 (2502.16681); McKenzie et al. 2025 (2506.10805), who
-find it best among aggregations for high-stakes interactions.
+find it, and the softmax of token scores, best among aggregations for high-stakes interactions.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from elk_stress.fitting.descent import Trials, checked_options, choose, cross_fit
+from elk_stress.fitting.folds import cross_weights
+from elk_stress.fitting.pooling import lowest, standardized_tokens
 from elk_stress.probe import FittedProbe, Traits
-from elk_stress.probes.max_pool import checked, lowest, standardized_tokens
-from elk_stress.probes.quadratic import Trials, choose, cross_fit, cross_weights
 
 __all__ = ["AttentionPool"]
 
@@ -55,7 +56,7 @@ class AttentionPool:
 
     def __post_init__(self) -> None:
         # JSON gives a list back
-        checks = checked("attention_pool", self.penalties, self.folds, self.steps, self.batch)
+        checks = checked_options("attention_pool", self.penalties, self.folds, self.steps, self.batch)
         object.__setattr__(self, "penalties", checks)
 
     def fit(

@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from elk_stress.fitting.pairs import agreement, checked_pairs, normalized_halves
 from elk_stress.probe import FittedProbe, Traits
 
 __all__ = ["CCS"]
@@ -67,38 +68,30 @@ class CCS:
         Raises:
             ValueError: no pairs, or pairs that are not two row indices each.
         """
-        index = _checked_pairs(pairs, len(activations))
+        index = checked_pairs(pairs, len(activations), self.name)
         rng = np.random.default_rng(np.random.SeedSequence(seed))
         if len(index) > self.max_pairs:
             index = index[np.sort(rng.choice(len(index), self.max_pairs, replace=False))]
-        rows = np.asarray(activations, dtype=float)
-        halves = rows[index[:, 0]], rows[index[:, 1]]
-        means = halves[0].mean(axis=0), halves[1].mean(axis=0)
-        spread = np.sqrt((halves[0].var(axis=0) + halves[1].var(axis=0)) / 2)
-        spread = np.where(spread > 1e-10 * np.maximum(1.0, np.abs(means[0])), spread, np.inf)
-        form = (means[0] - means[1]) / spread
-        length = np.linalg.norm(form)
-        form = form / length if length > 1e-9 else np.zeros_like(form)
-        z = [_without((half - mean) / spread, form) for half, mean in zip(halves, means, strict=True)]
+        halves = normalized_halves(activations, index)
+        rows, form = halves.rows, halves.form
 
         start = _without(rng.standard_normal((self.restarts, rows.shape[1])), form)
         start /= np.linalg.norm(start, axis=1, keepdims=True)
-        directions, offsets, losses = _minimize(z[0], z[1], start, self.steps, self.learning_rate, self.l2)
+        directions, offsets, losses = _minimize(
+            halves.affirmed, halves.negated, start, self.steps, self.learning_rate, self.l2
+        )
         best = int(np.argmin(losses))
         # Adam rescales coordinates and so leaves the subspace; z has nothing along `form`, so the loss stays as it is
-        weight = _without(directions[best : best + 1], form)[0] / spread
+        weight = _without(directions[best : best + 1], form)[0] / halves.spread
         # both halves' centres give the same bias up to rounding; their mean treats them alike
-        bias = offsets[best] - weight @ (means[0] + means[1]) / 2
+        bias = offsets[best] - weight @ halves.middle
 
-        truth = np.sign(np.asarray(labels)[index[:, 0]].astype(float) - np.asarray(labels)[index[:, 1]])
-        votes = np.sign((halves[0] - halves[1]) @ weight) * truth
-        informative = votes[votes != 0]
-        agreement = float((informative > 0).mean()) if len(informative) else 0.5
-        sign = 1.0 if agreement >= 0.5 else -1.0
+        agreed = agreement((rows[index[:, 0]] - rows[index[:, 1]]) @ weight, labels, index)
+        sign = 1.0 if agreed >= 0.5 else -1.0
         notes = {
             "loss": float(losses[best]),
             "restart_losses": [float(x) for x in losses],
-            "sign_agreement": max(agreement, 1 - agreement),
+            "sign_agreement": max(agreed, 1 - agreed),
             "n_pairs": len(index),
         }
         return FittedProbe(self, {"weight": sign * weight, "bias": np.asarray(sign * bias)}, notes=notes)
@@ -106,22 +99,6 @@ class CCS:
     def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:
         """``activations @ weight + bias``."""
         return xp.matmul(activations, parameters["weight"]) + parameters["bias"]
-
-
-def _checked_pairs(pairs: np.ndarray | None, n_rows: int) -> np.ndarray:
-    if pairs is None or len(pairs) == 0:
-        raise ValueError(
-            "ccs learns from contrast pairs and got none; pass pairs=(n_pairs, 2) row indices (statement, negation), "
-            "or use a probe that learns from labels (logistic, lda, mass_mean)"
-        )
-    index = np.asarray(pairs)
-    if index.ndim != 2 or index.shape[1] != 2 or not np.issubdtype(index.dtype, np.integer):
-        raise ValueError(f"pairs must be integer row indices of shape (n_pairs, 2), got {index.dtype} {index.shape}")
-    if index.min() < 0 or index.max() >= n_rows:
-        raise ValueError(f"pairs point at rows {index.min()}..{index.max()} but there are rows 0..{n_rows - 1}")
-    if len(index) < 2:
-        raise ValueError("ccs normalizes each half by its own mean and needs at least 2 pairs, got 1")
-    return index
 
 
 def _without(rows: np.ndarray, unit: np.ndarray) -> np.ndarray:

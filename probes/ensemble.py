@@ -26,6 +26,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from elk_stress import registry
+from elk_stress.fitting.folds import rows_per_item
+from elk_stress.fitting.scaling import score_scale
 from elk_stress.probe import FittedProbe, Probe, Traits, as_fitted
 
 __all__ = ["Ensemble"]
@@ -94,7 +96,7 @@ class Ensemble:
                 member = as_fitted(base, rows[drawn], targets[drawn], seed=member_seed, **needed)
             fitted.append(member)
             scores.append(np.asarray(member.score(reference), dtype=float))
-        centre, spread = standardized(np.stack(scores))
+        centre, spread = score_scale(np.stack(scores))
         notes = {"agreement": _agreement(np.stack(scores))}
         if base.traits.linear:
             weight = sum(m.parameters["weight"] / s for m, s in zip(fitted, spread, strict=True)) / self.members
@@ -116,17 +118,11 @@ class Ensemble:
         return total / self.members
 
 
-def standardized(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of scores ``(members, n)``; a member that says nothing (constant) has infinite."""
-    centre, spread = scores.mean(axis=1), scores.std(axis=1)
-    return centre, np.where(spread > 1e-12 * np.maximum(1.0, np.abs(centre)), spread, np.inf)
-
-
 def _agreement(scores: np.ndarray) -> float:
     """Mean correlation of two members; 1 for a single one, 0 with one that is constant."""
     if len(scores) < 2:
         return 1.0
-    centre, spread = standardized(scores)
+    centre, spread = score_scale(scores)
     z = (scores - centre[:, None]) / spread[:, None]
     among = z @ z.T / scores.shape[1]
     return float((among.sum() - np.trace(among)) / (len(scores) * (len(scores) - 1)))
@@ -137,23 +133,17 @@ def _bootstrap(targets: np.ndarray, rng: np.random.Generator, *, negatives_only:
 
     With ``negatives_only`` the positives stay as they are, and change nothing of what is drawn.
     """
+    block = rows_per_item(targets)
+    # fewer than eight items: a sorted table rather, whose runs say nothing of items
+    block = block if len(targets) >= 8 * block else 1
     if negatives_only:
         own, others = np.flatnonzero(targets == 0), np.flatnonzero(targets == 1)
-        block = _rows_per_item(targets) if len(own) % _rows_per_item(targets) == 0 else 1
+        block = block if len(own) % block == 0 else 1
         items = rng.integers(0, len(own) // block, len(own) // block)
         return np.concatenate([own.reshape(-1, block)[items].ravel(), others])
-    block = _rows_per_item(targets)
     rows = np.arange(len(targets)).reshape(-1, block)
     while True:
         drawn = rows[rng.integers(0, len(rows), len(rows))].ravel()
         # a class that is absent from the draw cannot be learned; rare but for a handful of items
         if len(np.unique(targets[drawn])) == 2:
             return drawn
-
-
-def _rows_per_item(targets: np.ndarray) -> int:
-    """Greatest common divisor of the lengths of runs of equal labels; 1 where that leaves fewer than eight items."""
-    ends = np.flatnonzero(np.diff(targets, append=2))
-    block = int(np.gcd.reduce(np.diff(ends, prepend=-1)))
-    # a sorted table (all negatives, then all positives) has runs that say nothing of items
-    return block if len(targets) >= 8 * block else 1

@@ -34,9 +34,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from elk_stress.fitting.density import leading_axes, negatives_of, on_axes
+from elk_stress.fitting.folds import stretches
 from elk_stress.probe import FittedProbe, Traits
-from elk_stress.probes.mahalanobis import negatives_of
-from elk_stress.probes.nearest_neighbours import leading_axes, on_axes
 
 __all__ = ["Flow"]
 
@@ -91,8 +91,7 @@ class Flow:
             ValueError: fewer than two different negatives.
         """
         rows = negatives_of(activations, labels, self.name)
-        stretch = np.arange(len(rows)) * min(_STRETCHES, len(rows)) // len(rows)
-        held = stretch % _EVERY == _EVERY - 1
+        held = stretches(len(rows), _STRETCHES) % _EVERY == _EVERY - 1
         if held.sum() < 2:
             # too few rows to hold any out: they fit the axes and judge the flow alike
             held = np.ones(len(rows), dtype=bool)

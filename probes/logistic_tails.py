@@ -38,9 +38,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from elk_stress.fitting.density import negatives_of, oas_covariance, spectrum
+from elk_stress.fitting.folds import stretches
 from elk_stress.moments import Moments
 from elk_stress.probe import FittedProbe, Traits
-from elk_stress.probes.mahalanobis import negatives_of, oas_covariance, spectrum
 from elk_stress.tails import Logistic, StudentT, Tail, scale_table
 
 __all__ = ["LogisticTails"]
@@ -211,7 +212,7 @@ def _robust(rows: np.ndarray, tail: Tail, iterations: int) -> tuple[np.ndarray, 
 
 def _held_out_distances(rows: np.ndarray) -> np.ndarray:
     """Squared distances ``(n,)`` of each stretch's rows from a Gaussian fitted to the stretches of the other half."""
-    stretch = np.arange(len(rows)) * min(_STRETCHES, len(rows)) // len(rows)
+    stretch = stretches(len(rows), _STRETCHES)
     out = np.zeros(len(rows))
     for half in (0, 1):
         own = stretch % 2 == half

@@ -1,13 +1,11 @@
 r"""Mahalanobis distance from the negatives: a detector of anomalies that never saw a positive (Lee et al. 1807.03888).
 
-Equations: over the n negatives, mean m and covariance C = S / n, shrunk as ``C' = (1 - a) C + a tr(C)/d I`` with the
-oracle-approximating share a of Chen, Wiesel, Eldar & Hero 2010 (0907.4698; in the form of scikit-learn's ``OAS``):
+Equations: with the negatives' mean m and covariance C, shrunk as ``C' = (1 - a) C + a tr(C)/d I`` with the
+oracle-approximating share a of Chen, Wiesel, Eldar & Hero 2010 (0907.4698; :mod:`elk_stress.fitting.density`),
 
-    mu = tr(C)/d,   e = mean of the squared entries of C,   a = min(1, (e + mu^2) / ((n + 1) (e - mu^2 / d)))
-    score(x) = sqrt(1 + (x - m)^T C'^-1 (x - m))
+    score(x) = sqrt(1 + (x - m)^T C'^-1 (x - m)).
 
-a needs count, mean and scatter alone (Ledoit and Wolf's needs fourth moments besides), so merged moments fit the same
-probe. Rows of one item under several contexts are correlated: a is somewhat smaller than for independent rows.
+a needs count, mean and scatter alone, so merged moments fit the same probe.
 
 Why this form. Every increasing function of the distance ranks alike and fails at the same points. The square's slope
 grows without bound; the plain distance has no slope at the mean itself (0/0). The root of one plus the square is smooth
@@ -28,11 +26,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from elk_stress.fitting.density import enough_negatives, oas_covariance, spectrum
 from elk_stress.moments import Moments
 from elk_stress.probe import FittedProbe, Traits
 from elk_stress.streaming import Fitter
 
-__all__ = ["Mahalanobis", "oas_covariance", "spectrum"]
+__all__ = ["Mahalanobis"]
 
 
 @dataclass(frozen=True)
@@ -100,44 +99,3 @@ class Mahalanobis:
     def lipschitz(self, parameters: Mapping[str, np.ndarray], factor: np.ndarray) -> float:
         """The spectral norm of ``whitener @ factor``: the score is 1-Lipschitz in whitened coordinates."""
         return float(np.linalg.norm(parameters["whitener"] @ factor, 2))
-
-
-def negatives_of(activations: np.ndarray, labels: np.ndarray, name: str) -> np.ndarray:
-    """Rows with label 0 in float64; refuses to learn from fewer than two."""
-    rows: np.ndarray = np.asarray(activations, dtype=float)[np.asarray(labels) == 0]
-    enough_negatives(len(rows), name)
-    return rows
-
-
-def enough_negatives(count: int, name: str) -> None:
-    """Refuse to learn from fewer than two."""
-    if count < 2:
-        raise ValueError(f"{name} learns from negatives (label 0) alone and needs at least 2 of them, got {count}")
-
-
-def oas_covariance(moments: Moments, shrinkage: float | None = None) -> tuple[np.ndarray, float]:
-    """Shrunk covariance ``(d, d)`` and the share of the identity in it, from count, mean and scatter alone.
-
-    Raises:
-        ValueError: rows that do not differ, or moments without a scatter matrix.
-    """
-    if moments.square is None or moments.square.ndim != 2:
-        raise ValueError("a covariance needs moments of order 'scatter'; gather them with Moments.of(rows, 'scatter')")
-    dim, count = len(moments.square), moments.count
-    covariance = moments.square / max(count, 1)
-    mean_size = float(np.trace(covariance)) / dim
-    if not mean_size > 1e-20 * max(1.0, float(moments.mean @ moments.mean)):
-        raise ValueError(f"the {count} negatives do not differ from each other; give negatives of different items")
-    share = shrinkage
-    if share is None:
-        energy = float(np.mean(covariance**2))
-        away = (count + 1.0) * (energy - mean_size**2 / dim)
-        # in one dimension, or where C is a multiple of the identity, there is nothing to choose
-        share = 1.0 if away <= 0 else min(1.0, (energy + mean_size**2) / away)
-    return np.asarray((1.0 - share) * covariance + share * mean_size * np.eye(dim)), float(share)
-
-
-def spectrum(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues, largest first and kept above rounding, and the orthonormal axes ``(d, d)`` as columns."""
-    sizes, axes = np.linalg.eigh(covariance)
-    return np.maximum(sizes[::-1], 1e-12 * sizes[-1]), axes[:, ::-1]

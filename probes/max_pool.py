@@ -10,7 +10,7 @@ Fit, as in learning from bags whose positive instances are unknown: the class-ba
 score plus ``(l2 / 2) ||sd * w||^2``, where the pool is annealed over the first half of the descent from the mean to the
 maximum, ``tau log mean_t exp(s_t / tau)``: with a maximum from the start, whichever token happens to lead would be the
 only one ever taught. The second half descends on the score itself. l2 is the one of the least held-out loss on folds of
-items; that fit on all rows which descended beside the folds' is kept (:mod:`elk_stress.probes.quadratic`).
+items; that fit on all rows which descended beside the folds' is kept (:mod:`elk_stress.fitting.descent`).
 
 Masked tokens touch neither the score nor its gradient, whatever they hold.
 
@@ -28,15 +28,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from elk_stress.fitting.descent import Trials, checked_options, choose, cross_fit
+from elk_stress.fitting.folds import cross_weights
+from elk_stress.fitting.pooling import annealed_max, lowest, standardized_tokens
 from elk_stress.probe import FittedProbe, Traits
-from elk_stress.probes.quadratic import Trials, choose, cross_fit, cross_weights, standardization
 
 __all__ = ["MaxPool"]
-
-# temperature of the pool at the start, in logits: nearly a mean while scores are small
-_TEMPERATURE = 3.0
-# in place of a token that is not there, while fitting in float32
-_NOWHERE = -1e30
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,9 @@ class MaxPool:
 
     def __post_init__(self) -> None:
         # JSON gives a list back
-        object.__setattr__(self, "penalties", checked("max_pool", self.penalties, self.folds, self.steps, self.batch))
+        object.__setattr__(
+            self, "penalties", checked_options("max_pool", self.penalties, self.folds, self.steps, self.batch)
+        )
 
     def fit(
         self,
@@ -100,61 +99,6 @@ class MaxPool:
             return xp.max(tokens, axis=-1) + parameters["bias"]
         peak = xp.max(xp.where(mask, tokens, lowest(xp, tokens)), axis=-1)
         return xp.where(xp.any(mask, axis=-1), peak, xp.zeros_like(peak)) + parameters["bias"]
-
-
-def lowest(xp: Any, values: Any) -> Any:
-    """An array like ``values`` of the lowest finite number: no maximum, and nothing beside another in a softmax."""
-    return xp.full_like(values, xp.finfo(values.dtype).min)
-
-
-def checked(name: str, penalties: Any, folds: int, steps: int, batch: int) -> tuple[float, ...]:
-    """Penalties as floats, after all options of a descent were checked."""
-    found = tuple(float(penalty) for penalty in penalties)
-    if not found or not min(found) > 0 or min(folds, steps, batch) < 1:
-        raise ValueError(
-            f"{name} needs at least one penalty, each above 0, and folds, steps and batch of at least 1; got penalties "
-            f"{found}, folds {folds}, steps {steps}, batch {batch}"
-        )
-    return found
-
-
-def standardized_tokens(activations: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Float32 rows ``(n, tokens, d)`` with masked tokens at zero, and the mean and spread of the tokens that are there.
-
-    Raises:
-        ValueError: a mask of another shape, or one that leaves no token.
-    """
-    rows = np.asarray(activations)
-    if mask is not None and (np.shape(mask) != rows.shape[:2] or not np.any(mask)):
-        raise ValueError(
-            f"mask must be {rows.shape[:2]} (items, tokens) with some token there, got {np.shape(mask)} with "
-            f"{int(np.sum(mask))} there"
-        )
-    there = rows.reshape(-1, rows.shape[-1]) if mask is None else rows[np.asarray(mask, dtype=bool)]
-    centre, spread = standardization(there.astype(float))
-    scaled = ((rows - centre) / spread).astype(np.float32)
-    return (scaled if mask is None else scaled * np.asarray(mask, dtype=np.float32)[..., None]), centre, spread
-
-
-def annealed_max(values: Any, valid: Any, softness: Any) -> Any:
-    """Along the axis before the last: between the mean (softness 1, small values) and the maximum (0); none valid: 0.
-
-    ``values (b, positions, members)``, ``valid (b, positions)``.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    there = valid[..., None]
-    masked = jnp.where(there, values, _NOWHERE)
-    peak = masked.max(axis=1)
-    temperature = jnp.maximum(softness * _TEMPERATURE, 1e-3)
-    excess = jnp.where(there, (values - jax.lax.stop_gradient(peak)[:, None]) / temperature, -jnp.inf)
-    count = jnp.maximum(valid.sum(axis=1), 1).astype(values.dtype)[:, None]
-    some = valid.any(axis=1)[:, None]
-    # an item without tokens would be log(0): any finite stand-in, for nothing of it is kept
-    total = jnp.where(some, jnp.exp(excess).sum(axis=1), 1.0)
-    soft = jax.lax.stop_gradient(peak) + temperature * jnp.log(total / count)
-    return jnp.where(some, jnp.where(softness > 0, soft, peak), 0.0)
 
 
 def _peaks(projections: Any, mask: Any, bias: Any, layout: None, softness: Any) -> Any:

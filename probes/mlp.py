@@ -12,12 +12,12 @@ Fit: the rows are cut into K folds; member k descends the class-balanced logisti
 decoupled weight decay, and keeps the step, and the factor on its logit, at which the loss on its own fold was least (a
 constant is the first candidate). The weight decay is the one whose members do best on their own folds. So all of these
 are chosen on training rows alone, no row is lost to the choice, and nothing is fitted twice. Folds are stretches of
-consecutive items of a class; the rows of one item (its contexts) stand together and stay together, for a row must not
-vouch for a member that saw the same item in another context.
+consecutive items of a class (:mod:`elk_stress.fitting.folds`), so that a row does not vouch for a member that saw the
+same item in another context.
 
-The second moment of Adam is shared by all weights that enter a unit (as in 2406.16793): one step size per weight would
-move the weights of features that say nothing as fast as those of features that do. With 1,000 rows of 576 independent
-features, three of which tell the classes apart, that is an AUROC of 0.87 (logistic regression: 0.87) instead of 0.59.
+The second moment of Adam is shared by all weights that enter a unit (:mod:`elk_stress.fitting.descent` says why). With
+1,000 rows of 576 independent features, three of which tell the classes apart, that is an AUROC of 0.87 (logistic
+regression: 0.87) instead of 0.59.
 
 All decays and members descend together, in one compiled program (one matrix product forward, one back) whose cost
 hardly grows with the number of rows: a step looks at one batch of them in a seeded order.
@@ -36,12 +36,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from elk_stress.fitting.descent import adam_by_unit, dealer
+from elk_stress.fitting.folds import balanced, stretch_folds
+from elk_stress.fitting.scaling import standardization
 from elk_stress.probe import FittedProbe, Traits
 
 __all__ = ["MLP"]
 
-# stretches of consecutive items per fold and class: topics that follow each other reach every fold's members
-_STRETCHES = 2
 # steps between looks at the held-out fold
 _CHECK_EVERY = 10
 # factors on a member's logit: one that is sure of too much on its own fold may still rank it well
@@ -93,26 +94,15 @@ class MLP:
         in nats, class-balanced, a constant's being ln 2.
         """
         rows, targets = np.asarray(activations, dtype=float), np.asarray(labels).astype(int)
-        mean, spread = rows.mean(axis=0), rows.std(axis=0)
-        # a feature that is constant but for rounding carries nothing; dividing by its spread would amplify noise
-        spread = np.where(spread > 1e-10 * np.maximum(1.0, np.abs(mean)), spread, np.inf)
-        fold = _folds(targets, self.members)
+        mean, spread = standardization(rows)
+        fold = stretch_folds(targets, self.members)
         members, dim = int(fold.max()) + 1, rows.shape[1]
         own = fold[:, None] == np.arange(members)
         # with one fold there is nothing to hold out
-        learned, judged = _balanced(targets, ~own if members > 1 else own), _balanced(targets, own)
+        learned, judged = balanced(targets, ~own if members > 1 else own), balanced(targets, own)
 
         rng = np.random.default_rng(np.random.SeedSequence(seed))
-        batches = -(-len(rows) // self.batch)
-        size = -(-len(rows) // batches)
-        place = rng.permutation(batches * size)[: len(rows)]
-
-        def dealt(columns: np.ndarray) -> np.ndarray:
-            """Rows in batches; the places that are left over weigh nothing."""
-            out = np.zeros((batches * size, *columns.shape[1:]), dtype=np.float32)
-            out[place] = columns
-            return out.reshape(batches, size, *columns.shape[1:])
-
+        dealt = dealer(len(rows), self.batch, rng)
         # every decay starts from the same weights
         weight = rng.standard_normal((dim, members * self.width)) * _FIRST * np.sqrt(2.0 / dim)
         readout = rng.standard_normal((members, self.width)) / np.sqrt(self.width)
@@ -152,34 +142,6 @@ class MLP:
         return xp.matmul(inner * (0.5 + 0.5 * xp.tanh(0.5 * inner)), parameters["readout"]) + parameters["bias"]
 
 
-def _folds(labels: np.ndarray, members: int) -> np.ndarray:
-    """``(n,)`` fold of each row: a class's items in their order, cut into stretches that are dealt round-robin.
-
-    An item's rows stand together and have one label, so the lengths of the runs of equal labels share the number of
-    rows per item as a divisor; where the greatest one leaves too few pieces, a row counts as an item.
-    """
-    counts = np.bincount(labels, minlength=2)
-    members = max(1, min(members, int(counts.min())))
-    ends = np.flatnonzero(np.diff(labels, append=2))
-    block = int(np.gcd.reduce(np.diff(ends, prepend=-1)))
-    block = block if counts.min() >= members * block else 1
-    fold = np.zeros(len(labels), dtype=int)
-    for label in (0, 1):
-        own = np.flatnonzero(labels == label)
-        items = len(own) // block
-        fold[own] = (np.arange(len(own)) // block) * min(members * _STRETCHES, items) // items % members
-    return fold
-
-
-def _balanced(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """``(n, members)`` weights of each member's chosen rows: half in each class."""
-    out = chosen.astype(float)
-    for label in (0, 1):
-        own = labels == label
-        out[own] /= 2 * np.maximum(out[own].sum(axis=0), 1.0)
-    return out
-
-
 @cache
 def _program(width: int, checks: int, learning_rate: float) -> Any:
     """The compiled descent of all m members; compiled once for each shape of its arguments, all float32.
@@ -205,7 +167,7 @@ def _program(width: int, checks: int, learning_rate: float) -> Any:
         at = {"weight": first, "hidden": jnp.zeros_like(first[0]), "readout": second, "bias": nil}
         shrink = {"weight": jnp.repeat(decays, width), "hidden": 0.0, "readout": decays[:, None], "bias": 0.0}
         method = optax.chain(
-            _adam_by_unit(),
+            adam_by_unit(),
             optax.stateless(lambda moves, now: {name: moves[name] + shrink[name] * now[name] for name in _NAMES}),
             optax.scale_by_learning_rate(optax.cosine_decay_schedule(learning_rate, checks * _CHECK_EVERY)),
         )
@@ -242,27 +204,3 @@ def _program(width: int, checks: int, learning_rate: float) -> Any:
         return least, best
 
     return jax.jit(descend)
-
-
-def _adam_by_unit() -> Any:
-    """Adam in which the weights that enter a unit share the mean of their second moments."""
-    import jax.numpy as jnp
-    import optax
-
-    def size(slopes: Any) -> Any:
-        return {name: (g**2).mean(axis=0) if name == "weight" else g**2 for name, g in slopes.items()}
-
-    def begin(at: Any) -> Any:
-        zero = {name: jnp.zeros_like(a) for name, a in at.items()}
-        return jnp.zeros((), dtype=at["bias"].dtype), zero, size(zero)
-
-    def update(slopes: Any, state: Any, at: Any = None) -> Any:
-        count, mean, square = state
-        count, sizes = count + 1, size(slopes)
-        mean = {name: 0.9 * mean[name] + 0.1 * g for name, g in slopes.items()}
-        square = {name: 0.99 * square[name] + 0.01 * v for name, v in sizes.items()}
-        rise = jnp.sqrt(1 - 0.99**count) / (1 - 0.9**count)
-        moves = {name: rise * mean[name] / (jnp.sqrt(square[name]) + 1e-8) for name in slopes}
-        return moves, (count, mean, square)
-
-    return optax.GradientTransformation(begin, update)

@@ -26,8 +26,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from elk_stress import registry
+from elk_stress.fitting.scaling import score_scale
 from elk_stress.probe import FittedProbe, Probe, Traits, as_fitted
-from elk_stress.probes.ensemble import standardized
 
 __all__ = ["SiteEnsemble"]
 
@@ -101,7 +101,7 @@ class SiteEnsemble:
                 )
             member = as_fitted(base, rows[own, site], targets[own], pairs=pairs, seed=seed)
             reference = own & (targets == 0) if base.traits.negatives_only else own
-            mean, width = standardized(np.asarray(member.score(rows[reference, site]), dtype=float)[None])
+            mean, width = score_scale(np.asarray(member.score(rows[reference, site]), dtype=float)[None])
             fitted.append(member)
             centre.append(mean[0])
             spread.append(width[0])

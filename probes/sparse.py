@@ -31,9 +31,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from elk_stress.fitting.folds import cross_weights
+from elk_stress.fitting.scaling import standardization
 from elk_stress.probe import FittedProbe, Traits
 from elk_stress.probes.logistic import Logistic
-from elk_stress.probes.quadratic import cross_weights, standardization
 
 __all__ = ["Sparse"]
 

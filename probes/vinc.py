@@ -42,8 +42,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from elk_stress.fitting.pairs import Halves, checked_pairs, normalized_halves, oriented
 from elk_stress.probe import FittedProbe, Traits
-from elk_stress.probes.crc import Halves, normalized_halves, oriented
 
 __all__ = ["VINC"]
 
@@ -87,7 +87,7 @@ class VINC:
         Raises:
             ValueError: no pairs, or pairs that are not two row indices each; pairs in which nothing varies.
         """
-        halves = normalized_halves(activations, pairs, self.name)
+        halves = normalized_halves(activations, checked_pairs(pairs, len(activations), self.name))
         contexts = _contexts_of(halves.pairs) if self.contexts is None else self.contexts
         varies = _span(halves)
         matrix = varies.T @ self._matrix(halves, contexts) @ varies

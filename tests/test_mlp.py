@@ -9,8 +9,9 @@ import pytest
 
 from elk_stress import registry
 from elk_stress.detection import auroc
+from elk_stress.fitting.folds import stretch_folds
 from elk_stress.probe import FittedProbe, as_fitted
-from elk_stress.probes.mlp import MLP, _folds, _program
+from elk_stress.probes.mlp import MLP, _program
 from elk_stress.testing import planted_classes
 
 
@@ -114,14 +115,14 @@ def test_a_second_fit_of_the_same_shape_compiles_nothing() -> None:
 def test_the_rows_of_an_item_are_held_out_together(items: int, contexts: int) -> None:
     rng = np.random.default_rng(np.random.SeedSequence(11))
     labels = np.repeat(rng.permutation(np.arange(items) % 2), contexts)
-    fold = _folds(labels, 8).reshape(items, contexts)
+    fold = stretch_folds(labels, 8).reshape(items, contexts)
     assert (fold == fold[:, :1]).all()
     sizes = np.bincount(fold[:, 0], minlength=8)
     assert items // 16 <= sizes.min() <= sizes.max() <= items // 4
 
 
-def test_rows_that_are_sorted_by_label_still_make_folds() -> None:
-    fold = _folds(np.repeat([0, 1], 300), 8)
+def test_rows_that_are_sorted_by_label_still_makestretch_folds() -> None:
+    fold = stretch_folds(np.repeat([0, 1], 300), 8)
     for half in (fold[:300], fold[300:]):
         assert set(np.bincount(half).tolist()) <= {36, 37, 38, 39}
 

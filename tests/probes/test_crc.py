@@ -9,8 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from elk_stress import registry
+from elk_stress.fitting.pairs import platt_scaling
 from elk_stress.probe import as_fitted
-from elk_stress.probes.crc import CRC, _platt
+from elk_stress.probes.crc import CRC
 from elk_stress.testing import planted_classes
 
 
@@ -67,7 +68,7 @@ def test_platt_scaling_is_the_likeliest_line() -> None:
     rival = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(
         np.tile(scores, 2)[:, None], np.repeat([1, 0], 100), sample_weight=np.concatenate([wanted, 1 - wanted])
     )
-    np.testing.assert_allclose(_platt(scores, targets), [rival.coef_[0, 0], rival.intercept_[0]], rtol=1e-4)
+    np.testing.assert_allclose(platt_scaling(scores, targets), [rival.coef_[0, 0], rival.intercept_[0]], rtol=1e-4)
 
 
 def test_platt_scaling_calibrates_and_keeps_the_ranking() -> None:

@@ -7,10 +7,11 @@ import pytest
 from sklearn.covariance import OAS, oas
 from sklearn.metrics import roc_auc_score
 
+from elk_stress.fitting.density import oas_covariance
 from elk_stress.moments import Moments
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import as_fitted
-from elk_stress.probes.mahalanobis import Mahalanobis, oas_covariance
+from elk_stress.probes.mahalanobis import Mahalanobis
 from elk_stress.tails import Gaussian
 from elk_stress.testing import planted_classes
 

@@ -110,7 +110,7 @@ def test_slope_is_finite_on_a_prototype_and_bounded_as_promised() -> None:
 
 
 def test_neighbours_hardly_change_the_ranking() -> None:
-    """The reason why k is fixed."""
+    """The reason why k is fixed: the AUROCs of k = 1, 5 and 20 lie less than 0.02 apart."""
     train, test = planted_classes(seed=2), planted_classes(500, seed=3)
     values = [
         roc_auc_score(

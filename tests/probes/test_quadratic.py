@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from elk_stress.detection import auroc
+from elk_stress.fitting.folds import cross_weights
 from elk_stress.probe import FittedProbe, as_fitted
-from elk_stress.probes.quadratic import Quadratic, _steepest, cross_weights
+from elk_stress.probes.quadratic import Quadratic, _steepest
 
 
 def products(n: int, seed: int, dim: int = 12) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,8 @@ import pytest
 import scipy.linalg
 from sklearn.metrics import roc_auc_score
 
+from elk_stress.fitting.pairs import normalized_halves
 from elk_stress.probe import as_fitted
-from elk_stress.probes.crc import normalized_halves
 from elk_stress.probes.vinc import VINC, _contexts_of
 from elk_stress.testing import planted_classes
 
@@ -32,7 +32,7 @@ def _in_contexts(
 
 def test_matrix_is_its_definition() -> None:
     rows, labels, pairs = _in_contexts(12, 5, 6, sway=1.0, truth=1.0, seed=0)
-    halves = normalized_halves(rows, pairs, "vinc")
+    halves = normalized_halves(rows, pairs)
     plus, minus = (z.reshape(5, 12, 6) for z in (halves.affirmed, halves.negated))
     between = np.cov(plus.mean(0).T, bias=True) + np.cov(minus.mean(0).T, bias=True)
     within = sum(np.cov(z[:, i].T, bias=True) for z in (plus, minus) for i in range(12)) / 12
