@@ -168,5 +168,5 @@ def test_bad_options_and_masks_are_refused() -> None:
     rows, labels = one_token(40, 17)
     with pytest.raises(ValueError, match="one truth value per token"):
         as_fitted("max_pool", rows, labels, mask=np.ones((40, 7), dtype=bool))
-    with pytest.raises(ValueError, match="mask must be .* with some token there"):
+    with pytest.raises(ValueError, match=r"mask must be .* with some token there"):
         as_fitted("max_pool", rows, labels, mask=np.zeros((40, 8), dtype=bool))
