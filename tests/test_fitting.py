@@ -161,18 +161,24 @@ def test_the_seed_orders_batches_and_nothing_else() -> None:
     np.testing.assert_allclose(fitted(1000, 0), fitted(1000, 1), atol=2e-3)
 
 
-def test_softness_falls_to_zero_at_half_time() -> None:
-    """A pool that answers only while soft: what it taught in the first half is all that it ever learns."""
+def test_softness_falls_from_one_to_zero_at_half_time() -> None:
+    """Pools that answer only while soft, or only once hard: each learns in its own half of the descent."""
     rows, labels = _two_classes(4)
     trials, _ = _linear_trials(labels, 5, (1e-9,))
 
     def soft(projections: Any, mask: Any, bias: Any, layout: None, softness: Any) -> Any:
         return softness * projections + 0.0 * bias
 
+    def hard(projections: Any, mask: Any, bias: Any, layout: None, softness: Any) -> Any:
+        return (softness == 0.0) * projections + 0.0 * bias
+
     weight, _, losses = cross_fit(soft, None, trials, rows, labels, steps=40, batch=1000, seed=0)
     assert np.abs(weight).max() > 0.1
     # judged on the score itself, softness 0: a constant
     np.testing.assert_allclose(losses[:3], np.log(2), rtol=1e-5)
+    weight, _, losses = cross_fit(hard, None, trials, rows, labels, steps=40, batch=1000, seed=0)
+    assert np.abs(weight).max() > 0.1
+    assert (losses[:3] < 0.66).all()
 
 
 def test_the_choice_is_the_least_mean_held_out_loss() -> None:
@@ -241,6 +247,8 @@ def test_halves_do_not_tell_which_they_are() -> None:
         np.testing.assert_allclose(half.mean(axis=0), 0.0, atol=1e-12)
         np.testing.assert_allclose(half @ halves.form, 0.0, atol=1e-12)
     assert np.linalg.norm(halves.form) == pytest.approx(1.0)
+    variances = (rows[:40, :5].var(axis=0) + rows[40:, :5].var(axis=0)) / 2
+    np.testing.assert_allclose(halves.spread[:5] ** 2, variances)
     assert np.isinf(halves.spread[5])
     np.testing.assert_allclose(halves.middle, rows.mean(axis=0))
 
