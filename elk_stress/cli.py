@@ -18,38 +18,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from elk_stress.presets import PRESETS
+
 if TYPE_CHECKING:
     from elk_stress.run import RunResult
     from elk_stress.threat import Threat
 
-__all__ = ["PRESETS", "main"]
-
-_NATURAL = (
-    "item/natural/gaussian",
-    "item/natural/gaussian/kept",
-    "universal/natural/gaussian",
-    "universal/natural/gaussian/kept",
-)
-
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "demo": {
-        "probes": "rock,random_direction,mass_mean,lda,logistic,ccs",
-        "attacks": "isotropic_noise,natural_thoughts,gradient,best_of_n",
-    },
-    # the model games the probe by its thoughts: every attack at the site
-    "thoughts": {
-        "probes": "mass_mean,lda,logistic,ccs,oracle,paper",
-        "attacks": "all",
-        "threats": ",".join(_NATURAL),
-    },
-    # the same by what it puts into its own context; minutes per attack
-    "prefixes": {
-        "probes": "logistic,mass_mean,ccs",
-        "attacks": "soft_prompt,token_prefix,token_prefix_search,token_prefix_random",
-        "threats": ",".join(_NATURAL[:2]),
-    },
-}
-"""Named settings; flags given beside ``--preset`` win."""
+__all__ = ["main"]
 
 DONE, FAILED, USAGE, FLAGGED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -67,6 +42,10 @@ examples:
   elk-stress run --probe probe.safetensors --activations a.safetensors --labels y.npy
       a saved probe on arrays of your own, without any model; (n, d), or (n, contexts, d) for moves as
       different as your contexts make them
+  elk-stress run --testbed statements --tokens 4 --preset tokens
+      probes of the last four tokens
+  elk-stress run --testbed linear --reads 4 --probes context_average --moved together
+      a monitor that reads every item in four contexts, against thoughts that are the same in all of them
   elk-stress probes --json
       what is registered, yours included
   a killed run goes on where it stopped when the same command is given with the same --out
@@ -162,6 +141,11 @@ def _add_run(run: argparse.ArgumentParser) -> None:
         metavar="default|free|A,B",
         help="threats as scope/prior/tail[/kept], e.g. item/natural/best/kept; free: the default ones without the kept",
     )
+    what.add_argument(
+        "--compare",
+        metavar="A:B,C:D",
+        help="pairs of probes to compare, chosen beforehand; default: all with all, which corrects for all",
+    )
     where = run.add_argument_group("model and data")
     where.add_argument("--size", choices=("demo", "full"), help="how much data (default: demo)")
     where.add_argument("--model", metavar="ID_OR_PATH", help="Hugging Face model or local folder")
@@ -169,6 +153,11 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     where.add_argument("--relation", metavar="NAME", help="which facts to state")
     where.add_argument("--positive", choices=("false", "true"), help="which statements a monitor must catch")
     where.add_argument("--site", metavar="auto|layers.N", help="where to read; auto: chosen on a validation split")
+    where.add_argument("--tokens", type=_natural, metavar="T", help="read the last T tokens, for probes of tokens")
+    where.add_argument("--reads", type=_natural, metavar="K", help="read every item in K neutral contexts at once")
+    where.add_argument(
+        "--moved", choices=("apart", "together"), help="thoughts in the K contexts: independent (default), or the same"
+    )
     where.add_argument("--dtype", metavar="NAME", help="of the model, e.g. float32, bfloat16")
     where.add_argument("--device", metavar="NAME", help="of the model, e.g. cpu, cuda")
     arrays = run.add_argument_group("arrays instead of a model (.safetensors or .npy)")
@@ -308,7 +297,7 @@ def _run(options: argparse.Namespace) -> int:
     from elk_stress.subjects.threads import configure_threads
 
     configure_threads()
-    from elk_stress.cli_arrays import arrays_testbed, run_arrays
+    from elk_stress.array_files import arrays_testbed
     from elk_stress.probe import FittedProbe
     from elk_stress.report.folder import check_folder
     from elk_stress.run import Interrupted, run
@@ -322,10 +311,11 @@ def _run(options: argparse.Namespace) -> int:
             testbed = arrays_testbed(
                 options.activations, options.labels, options.groups, [*given, *probes], options.seed
             )
+            threats = testbed.threats if threats is None else threats
         else:
             testbed = _testbed(options)
         with _progress(options) as progress:
-            result = (run_arrays if options.activations else run)(
+            result = run(
                 testbed,
                 [*given, *probes],
                 out=out,
@@ -337,6 +327,7 @@ def _run(options: argparse.Namespace) -> int:
                 fpr=options.fpr,
                 progress=progress,
                 config={"command": _settings(options)},
+                pairs=_pairs(options.compare or preset.get("compare")),
                 fresh=options.fresh,
                 tell=lambda line: _tell(progress, line),
             )
@@ -437,6 +428,15 @@ def _threats(text: str, epsilon: float | None) -> tuple[Threat, ...] | None:
     return tuple(replace(threat, epsilon=epsilon) if threat.kept else threat for threat in found)
 
 
+def _pairs(text: str | None) -> list[tuple[str, str]] | None:
+    if text is None:
+        return None
+    found = [tuple(part.strip() for part in pair.split(":")) for pair in text.split(",") if pair.strip()]
+    if not found or any(len(pair) != 2 or not all(pair) for pair in found):
+        raise _BadInput(f"--compare reads A:B,C:D, e.g. lipschitz:mlp,causal:logistic; got {text!r}")
+    return [(a, b) for a, b in found]
+
+
 def _check_arrays(options: argparse.Namespace) -> None:
     """Arrays come with their labels, and with nothing that belongs to a model."""
     if options.activations is None:
@@ -446,7 +446,8 @@ def _check_arrays(options: argparse.Namespace) -> None:
         return
     if options.labels is None:
         raise _BadInput("--activations needs --labels: (n,), 1 = positive, else 0, as .npy or .safetensors")
-    model = ("testbed", "size", "model", "data", "relation", "positive", "site", "dtype", "device", "epsilon")
+    model = ["testbed", "size", "model", "data", "relation", "positive", "site", "tokens", "dtype", "device"]
+    model += ["reads", "moved", "epsilon"]
     refused = [f"--{name}" for name in model if getattr(options, name) is not None]
     if refused:
         raise _BadInput(f"--activations are arrays without a model; {', '.join(refused)} does not apply to them")
@@ -463,7 +464,7 @@ def _testbed(options: argparse.Namespace) -> Any:
     takes = registry.options("testbeds", options.testbed)
     given = {
         name: getattr(options, name)
-        for name in ("size", "model", "data", "relation", "positive", "site", "dtype", "device")
+        for name in ("size", "model", "data", "relation", "positive", "site", "tokens", "dtype", "device")
         if getattr(options, name) is not None
     }
     refused = [name for name in given if name not in takes]
@@ -474,7 +475,14 @@ def _testbed(options: argparse.Namespace) -> Any:
         )
     if "seed" in takes:
         given["seed"] = options.seed
-    return registry.load("testbeds", options.testbed, **given)
+    made = registry.load("testbeds", options.testbed, **given)
+    if options.reads is None:
+        if options.moved is not None:
+            raise _BadInput("--moved says how thoughts move in several contexts; give their number with --reads")
+        return made
+    from elk_stress.testbeds.bundle import Bundle
+
+    return Bundle(made, options.reads, options.moved or "apart")
 
 
 def _progress(options: argparse.Namespace) -> Any:

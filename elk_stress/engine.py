@@ -193,7 +193,8 @@ def stress_activations(
 
     Args:
         probe: as in :func:`stress`; a recipe or name is fitted on a training part of the arrays.
-        activations: ``(n, d)``, or ``(n, contexts, d)`` when the same items were read under several neutral contexts.
+        activations: ``(n, d)``, or ``(n, contexts, d)`` when the same items were read under several neutral contexts,
+            or ``(n, contexts, tokens, d)`` for probes of tokens (others read the last one).
         labels: ``(n,)``, 1 = positive.
         prior: which moves happen when nobody optimizes. By default natural thoughts, which needs contexts; with
             ``(n, d)`` arrays the isotropic prior scaled to the activations' own covariance.
@@ -218,15 +219,9 @@ def stress_activations(
         observed_contexts=observed_contexts,
         seed=seed,
     )
-    contexts = 1 if activations.ndim == 2 else activations.shape[1] - observed_contexts
-    if prior is None and contexts < 2:
-        train = testbed.activations("train").reshape(-1, activations.shape[-1]).astype(float)
-        spread = float(np.sqrt(train.var(axis=0).mean()))
-        prior = EllipticalPrior(spread * np.eye(activations.shape[-1]), name="activations' own scale, isotropic")
-        threats = threats if threats is not None else [Threat(prior="isotropic")]
-    scene = prepare_scene(testbed, seed=seed, prior=prior)
     if threats is None:
-        threats = default_threats(kept=False)
+        threats = testbed.threats if prior is None else default_threats(kept=False)
+    scene = prepare_scene(testbed, seed=seed, prior=prior)
     return stress(scene, probe, threats=threats, seed=seed, **options)
 
 

@@ -282,7 +282,7 @@ def as_fitted(
     if not isinstance(recipe, Probe):
         raise TypeError(
             f"expected a fitted probe, a probe recipe, a registered name or a direction (numpy vector), "
-            f"got {type(probe).__name__}"
+            f"got {type(probe).__name__}; elk_stress.wrap makes a probe of what scikit-learn, torch or jax gave you"
         )
     if activations is None or labels is None:
         raise TypeError(f"probe {recipe.name!r} is not fitted; pass training activations and labels, or a fitted probe")

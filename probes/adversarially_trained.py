@@ -20,8 +20,8 @@ Any other base is refitted: each round moves every row by ascent in u on the bas
 and adds the moved copy beside its row. Rows keep their label; the base chooses its own settings anew.
 
 Choice of r, on training rows: for each radius the robust logistic regression is fitted on two thirds of the items and
-judged on the rest by the bits that it keeps per positive at false-positive rate ``fpr`` (:mod:`elk_stress.held_out`).
-Other bases use the radius that this linear problem prefers. The prior was fitted on all training items, held-out ones
+judged on the rest by the bits that it keeps per positive at false-positive rate ``fpr``
+(:mod:`elk_stress.fitting.held_out`). Other bases use the radius that this linear problem prefers. The prior was fitted on all training items, held-out ones
 too: what leaks is a covariance, the same for every radius.
 
 Shapes: activations ``(*batch, d)`` -> ``(*batch,)``. Units: radii in u, standard deviations of natural thoughts.
@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from elk_stress import registry
-from elk_stress.held_out import held_out, kept_bits
+from elk_stress.fitting.held_out import held_out, kept_bits
 from elk_stress.probe import FittedProbe, Probe, Traits
 
 if TYPE_CHECKING:

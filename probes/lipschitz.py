@@ -20,7 +20,7 @@ into bits that hold against every attack (:mod:`elk_stress.certificate`).
 Fit: class-balanced hinge loss ``max(0, m - y score)``, Adam with a step that falls along a cosine, from a network that
 is the linear score ``z . delta / ||delta||`` of the whitened class means (all units read it). Capacity is limited by
 the norms alone; the margin m is chosen on training rows: the one whose fit on two thirds of the items keeps the most
-bits per positive on the rest (:mod:`elk_stress.held_out`), counted by the bound L = 1.
+bits per positive on the rest (:mod:`elk_stress.fitting.held_out`), counted by the bound L = 1.
 
 Shapes: activations ``(*batch, d)`` -> ``(*batch,)``. Units: standard deviations of natural thoughts.
 """
@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from elk_stress.held_out import held_out, kept_bits
+from elk_stress.fitting.held_out import held_out, kept_bits
 from elk_stress.probe import FittedProbe, Traits
 
 if TYPE_CHECKING:

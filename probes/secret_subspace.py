@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.held_out import held_out_auroc, smallest_good
+from elk_stress.fitting.held_out import held_out_auroc, smallest_good
 from elk_stress.probe import FittedProbe, Traits
 from elk_stress.probes.logistic import Logistic
 

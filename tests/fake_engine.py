@@ -23,6 +23,7 @@ class FakeTestbed:
     name = "fake"
     site = "layers.0"
     dim = 4
+    shift_cost = "none"
 
     def __init__(self, size: str = "demo", seed: int = 0, *, pairs: bool = False) -> None:
         self.size, self.seed, self.prepared = size, seed, 0

@@ -374,7 +374,7 @@ def test_a_saved_probe_meets_a_testbed_too(engine: Calls, monkeypatch: pytest.Mo
 def test_arrays_are_mapped_and_equal(kind: str, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    from elk_stress.cli_arrays import read_array
+    from elk_stress.array_files import read_array
 
     for dtype in ("float16", "float32", "float64", "int64", "bool"):
         array = (np.arange(24).reshape(2, 3, 4) % 7).astype(dtype)
@@ -389,7 +389,7 @@ def test_arrays_are_mapped_and_equal(kind: str, tmp_path: Path) -> None:
 def test_of_several_tensors_one_must_be_called_activations(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    from elk_stress.cli_arrays import read_array
+    from elk_stress.array_files import read_array
 
     save_file({"a": np.ones(2), "b": np.ones(3)}, str(tmp_path / "two.safetensors"))
     with pytest.raises(ValueError, match=r"holds 2 tensors \(a, b\); expected one, or one called 'activations'"):
@@ -397,3 +397,28 @@ def test_of_several_tensors_one_must_be_called_activations(tmp_path: Path) -> No
     (tmp_path / "x.csv").write_text("")
     with pytest.raises(ValueError, match=r"expected activations as \.safetensors or \.npy, got \.csv"):
         read_array(tmp_path / "x.csv", "activations")
+
+
+@pytest.mark.parametrize("text", ["a", "a:b:c", ":b", ","])
+def test_pairs_that_are_none_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--testbed", "linear", "--probes", "rock", "--compare", text]) == 2
+    assert "A:B,C:D" in capsys.readouterr().err
+
+
+def test_several_reads_of_every_item(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--threats", "item/natural/gaussian", "--attacks", "gradient", "--max-bits", "400", "--no-progress"]
+    found = {}
+    for moved in ("apart", "together"):
+        out = tmp_path / moved
+        asked = ["run", "--testbed", "linear", "--reads", "4", "--moved", moved, "--probes", "context_average,logistic"]
+        assert cli.main([*asked, *options, "--compare", "context_average:logistic", "--out", str(out)]) == 0
+        record = json.loads((out / "result.json").read_text())
+        assert record["testbed"] == f"linear x 4 {moved}"
+        assert [(row["a"], row["b"]) for row in record["comparisons"]] == [("context_average", "logistic")]
+        rows = {r["probe"]: r["threats"]["item/natural/gaussian"]["headline"]["value"] for r in record["results"]}
+        found[moved] = rows["context_average"]
+    # sigma falls with the root of the number of reads where thoughts are independent, and not where they are the same
+    assert found["apart"] > 2.5 * found["together"]
+    capsys.readouterr()
+    assert cli.main(["run", "--testbed", "linear", "--moved", "apart", "--probes", "rock"]) == 2
+    assert "--reads" in capsys.readouterr().err

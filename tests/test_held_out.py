@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from elk_stress.held_out import auroc, held_out, held_out_auroc, item_folds, kept_bits, smallest_good
+from elk_stress.fitting.held_out import auroc, held_out, held_out_auroc, item_folds, kept_bits, smallest_good
 
 
 @pytest.mark.parametrize("contexts", [1, 3, 7])

@@ -29,7 +29,13 @@ def test_a_run_writes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     calls = install(monkeypatch)
     result = run(FakeTestbed(), ["lda", "logistic"], out=tmp_path / "new" / "folder", attacks=["gradient"], seed=3)
     folder = tmp_path / "new" / "folder"
-    assert sorted(p.name for p in folder.iterdir()) == ["best_of_n.png", "report.md", "result.json", "survival.png"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "best_of_n.png",
+        "bits.png",
+        "report.md",
+        "result.json",
+        "survival.png",
+    ]
     assert result.status == "ok"
     assert [r.probe for r in result.results] == ["lda", "logistic"]
     record = saved(folder)

@@ -7,8 +7,8 @@
 :mod:`.pooling`                 tokens: what a mask means, and a maximum that can be learned
 :mod:`.pairs`                   contrast pairs: normalized halves, the sign of a direction, Platt scaling
 :mod:`.density`                 negatives alone: a shrunk covariance, its leading axes
+:mod:`.held_out`                choosing among whole probes: held-out AUROC, bits kept
 ==============================  ======================================================================================
 
-Figures by which a recipe chooses among whole probes (held-out AUROC, bits kept) are in :mod:`elk_stress.held_out`;
-fits that see one batch at a time in :mod:`elk_stress.streaming`.
+Fits that see one batch at a time are in :mod:`elk_stress.streaming`.
 """

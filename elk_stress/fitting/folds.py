@@ -7,7 +7,7 @@ is a multiple of the rows per item (:func:`rows_per_item`). Where neighbouring i
 nothing is lost but resolution.
 
 Folds here are made of *stretches*: items that follow each other (often of one topic) mostly stay together, each fold
-gets two stretches of a class. :func:`elk_stress.held_out.item_folds` deals items in turn instead.
+gets two stretches of a class. :func:`elk_stress.fitting.held_out.item_folds` deals items in turn instead.
 
 Weights: a member's rows of either class weigh 1/2 in total, so that a weighted mean of losses is class-balanced and a
 score that minimizes it is a logit at equal class frequencies.

@@ -1,4 +1,8 @@
-"""Activation arrays as a testbed, for users with neither model nor texts at hand."""
+"""Activation arrays as a testbed, for users with neither model nor texts at hand.
+
+Without contexts nothing says how differently the model could have thought: moves are then isotropic at the activations'
+own scale (:attr:`Arrays.prior`), and so are the default threats (:attr:`Arrays.threats`).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
 from elk_stress.testbed import ContextSet, Items, SplitName
+from elk_stress.threat import Threat, default_threats
 
 __all__ = ["Arrays"]
 
@@ -20,7 +26,8 @@ class Arrays:
     """Activations and labels alone: bits without a model, hence without a behaviour constraint.
 
     Args:
-        data: ``(n, d)``, or ``(n, contexts, d)`` when the same items were read under several neutral contexts.
+        data: ``(n, d)``, or ``(n, contexts, d)`` when the same items were read under several neutral contexts, or
+            ``(n, contexts, tokens, d)`` for probes of tokens.
         labels: ``(n,)`` in {0, 1}, 1 = positive.
         groups: ``(n,)`` entities; split together. By default every item is its own.
         shares: shares of the entities for training, calibration and test.
@@ -38,9 +45,9 @@ class Arrays:
     site: str = "given"
 
     def __post_init__(self) -> None:
-        if np.ndim(self.data) not in (2, 3) or len(self.data) != len(self.labels):
+        if np.ndim(self.data) not in (2, 3, 4) or len(self.data) != len(self.labels):
             raise ValueError(
-                "expected activations (n, d) or (n, contexts, d) and labels (n,), "
+                "expected activations (n, d), (n, contexts, d) or (n, contexts, tokens, d) and labels (n,), "
                 f"got {np.shape(self.data)} and {np.shape(self.labels)}"
             )
         if set(np.unique(self.labels).tolist()) - {0, 1}:
@@ -50,8 +57,26 @@ class Arrays:
 
     @property
     def dim(self) -> int:
-        """d."""
-        return int(self.data.shape[-1])
+        """d, of all tokens together."""
+        return int(np.prod(self.data.shape[2:])) if np.ndim(self.data) > 2 else int(self.data.shape[-1])
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that each item is read at, or ``None``."""
+        return int(self.data.shape[2]) if np.ndim(self.data) == 4 else None
+
+    @cached_property
+    def prior(self) -> EllipticalPrior | None:
+        """Isotropic moves at the activations' own scale where there are no contexts to tell, else ``None``."""
+        if np.ndim(self.data) > 2 and self.data.shape[1] - self.observed_contexts > 1:
+            return None
+        spread = float(np.sqrt(self.activations("train").astype(float).var(axis=0).mean()))
+        return EllipticalPrior(spread * np.eye(self.dim), name="activations' own scale, isotropic")
+
+    @property
+    def threats(self) -> tuple[Threat, ...]:
+        """Those that arrays can be put under when none are asked for."""
+        return default_threats(kept=False) if self.prior is None else (Threat(prior="isotropic"),)
 
     @cached_property
     def _rows(self) -> dict[SplitName, np.ndarray]:
@@ -91,7 +116,7 @@ class Arrays:
                 were not given (``bare``).
         """
         data = self.data[self._rows[split]]
-        data = data[:, None, :] if data.ndim == 2 else data
+        data = data[:, None, :] if data.ndim == 2 else data.reshape(*data.shape[:2], -1)
         seen = data.shape[1] - self.observed_contexts
         fitting = seen // 4 if seen >= 8 else 0
         ranges = {"fit": (0, fitting), "prior": (fitting, seen), "observed": (seen, data.shape[1]), "bare": (0, 0)}

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -90,6 +91,10 @@ def no_global_randomness(who: str) -> Iterator[None]:
 
     Meanwhile these are where no seed is likely to put them, so that seeding them is seen too; then they are put back.
     """
+    for library in ("jax", "torch"):
+        # the first import of jax draws from numpy's state, and that is not the probe's doing
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(library)
     kept, kept_too = np.random.get_state(), random.getstate()  # noqa: NPY002
     np.random.seed(_ODD)  # noqa: NPY002
     random.seed(_ODD)

@@ -74,7 +74,7 @@ def test_independent_reads_multiply_the_squared_distance() -> None:
 
 
 def test_more_reads_rank_better() -> None:
-    from elk_stress.held_out import auroc
+    from elk_stress.fitting.held_out import auroc
 
     values = []
     for tokens in (1, 16):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from elk_stress import registry
-from elk_stress.held_out import auroc
+from elk_stress.fitting.held_out import auroc
 from elk_stress.priors import EllipticalPrior, natural
 from elk_stress.probe import FittedProbe, as_fitted
 from elk_stress.probes.lipschitz import _sort2

@@ -7,7 +7,7 @@ import pytest
 
 from elk_stress import registry
 from elk_stress.events import item_event
-from elk_stress.held_out import auroc
+from elk_stress.fitting.held_out import auroc
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe, as_fitted
 from elk_stress.probes.orthogonal_ensemble import _leace, _nullspace

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from elk_stress.bits import bits_of_beta
+from elk_stress.fitting.folds import rows_per_item
 
 __all__ = ["auroc", "held_out", "held_out_auroc", "item_folds", "kept_bits", "smallest_good"]
 
@@ -26,13 +27,11 @@ __all__ = ["auroc", "held_out", "held_out_auroc", "item_folds", "kept_bits", "sm
 def item_folds(labels: np.ndarray, folds: int) -> np.ndarray:
     """``(n,)`` fold of each row: a class's items dealt in turn; fewer folds where a class has fewer items.
 
-    The lengths of the runs of equal labels share the number of rows per item as a divisor; where the greatest common
-    one leaves a class with fewer than two items, a row counts as an item.
+    Where :func:`~elk_stress.fitting.folds.rows_per_item` leaves a class with fewer than two items, a row is one.
     """
     labels = np.asarray(labels).astype(int)
     counts = np.bincount(labels, minlength=2)
-    ends = np.flatnonzero(np.diff(labels, append=2))
-    block = int(np.gcd.reduce(np.diff(ends, prepend=-1)))
+    block = rows_per_item(labels)
     block = block if counts.min() >= 2 * block else 1
     folds = max(1, min(folds, int(counts.min()) // block))
     fold = np.zeros(len(labels), dtype=int)

@@ -2,32 +2,22 @@
 
 Arrays are mapped, not read: ``.npy``, or ``.safetensors`` with one tensor or one called ``activations``. Nothing is
 unpickled. Activations are ``(n, d)`` or, read under several neutral contexts, ``(n, contexts, d)``; labels ``(n,)`` in
-{0, 1}, 1 = positive; groups ``(n,)``, the same for items that must stay in one split.
-
-Without contexts nothing says how differently the model could have thought: moves are then isotropic at the activations'
-own scale (as in :func:`elk_stress.stress_activations`), and the threats are those of that prior.
+{0, 1}, 1 = positive; groups ``(n,)``, the same for items that must stay in one split
+(:class:`elk_stress.testbeds.arrays.Arrays`).
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from elk_stress.memory import Memory
-from elk_stress.probe import FittedProbe, Probe
-from elk_stress.report.folder import check_folder, write_folder, write_result
-from elk_stress.run import PIECES, Interrupted, RunResult, _applicable, _by_name, _merged, _message, _name
+from elk_stress.probe import FittedProbe
 from elk_stress.testbeds.arrays import Arrays
-from elk_stress.threat import Threat, default_threats
-from elk_stress.versions import versions
 
-__all__ = ["arrays_testbed", "read_array", "run_arrays"]
+__all__ = ["arrays_testbed", "read_array"]
 
 # what safetensors calls numpy's types
 _DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
@@ -89,67 +79,3 @@ def arrays_testbed(
         raise ValueError(f"expected labels (n,) and groups (n,), got labels {truth.shape}{got}")
     fitted = all(isinstance(probe, FittedProbe) for probe in probes)
     return Arrays(data, truth, together, shares=(0.1, 0.45, 0.45) if fitted else (0.4, 0.3, 0.3), seed=seed)
-
-
-def run_arrays(
-    testbed: Arrays,
-    probes: Sequence[str | Probe | FittedProbe],
-    *,
-    out: Path,
-    attacks: Any = "all",
-    threats: Sequence[Threat] | None = None,
-    seed: int = 0,
-    fpr: float = 0.05,
-    max_bits: float | None = None,
-    progress: Any = None,
-    config: Any = None,
-    fresh: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
-    **_: Any,
-) -> RunResult:
-    """:func:`elk_stress.run.run` for arrays, whose prior may have to be given; same folder, same result."""
-    from elk_stress import engine
-    from elk_stress.priors import EllipticalPrior
-
-    folder, started = check_folder(Path(out)), time.monotonic()
-    prior = None
-    if testbed.data.ndim == 2 or testbed.data.shape[1] < 2:
-        rows = testbed.activations("train").reshape(-1, testbed.dim).astype(float)
-        scale = float(np.sqrt(rows.var(axis=0).mean()))
-        prior = EllipticalPrior(scale * np.eye(testbed.dim), name="activations' own scale, isotropic")
-    if threats is None:
-        threats = default_threats(kept=False) if prior is None else (Threat(prior="isotropic"),)
-    settings: dict[str, Any] = {"threats": threats, "seed": seed, "fpr": fpr}
-    settings |= {} if max_bits is None else {"max_bits": max_bits}
-    apply, skipped = _applicable(testbed, probes)
-    state = RunResult(
-        testbed=testbed.name,
-        skipped=skipped,
-        description=dict(testbed.describe()),
-        config={"probes": [_name(p) for p in probes], "attacks": attacks, **settings, **(config or {})},
-        versions=versions(),
-        seed=seed,
-    )
-    memory = Memory(folder / PIECES, fresh=fresh, tell=tell)
-    try:
-        scene = engine.prepare_scene(testbed, seed=seed, prior=prior, progress=progress)
-        for probe in apply:
-            try:
-                result = engine.stress(scene, probe, attacks=attacks, progress=progress, memory=memory, **settings)
-                state = replace(state, results=(*state.results, result))
-            except Exception as error:
-                state = replace(state, failures={**state.failures, _name(probe): _message(error)})
-                if isinstance(error, ValueError):
-                    state = replace(state, refused=(*state.refused, _name(probe)))
-            state = replace(state, seconds=time.monotonic() - started, controls=_merged(state.results))
-            write_result(state, folder)
-        if len(state.results) > 1:
-            state = replace(state, comparisons=engine.compare_all(_by_name(state.results)))
-    except KeyboardInterrupt:
-        state = replace(state, status="interrupted", seconds=time.monotonic() - started)
-        if state.results or state.failures:
-            write_folder(state, folder)
-        raise Interrupted(state) from None
-    state = replace(state, status="ok", seconds=time.monotonic() - started)
-    write_folder(state, folder)
-    return state
