@@ -21,8 +21,8 @@ and adds the moved copy beside its row. Rows keep their label; the base chooses 
 
 Choice of r, on training rows: for each radius the robust logistic regression is fitted on two thirds of the items and
 judged on the rest by the bits that it keeps per positive at false-positive rate ``fpr``
-(:mod:`elk_stress.fitting.held_out`). Other bases use the radius that this linear problem prefers. The prior was fitted on all training items, held-out ones
-too: what leaks is a covariance, the same for every radius.
+(:mod:`elk_stress.fitting.held_out`). Other bases use the radius that this linear problem prefers. The prior was fitted
+on all training items, held-out ones too: what leaks is a covariance, the same for every radius.
 
 Shapes: activations ``(*batch, d)`` -> ``(*batch,)``. Units: radii in u, standard deviations of natural thoughts.
 """
