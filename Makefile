@@ -17,7 +17,7 @@ INSTALLED_BENCH := $(VENV)/.installed-bench
 OUT ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: help demo full thoughts pressure install-test test lint fast-tests statistics bench clean
+.PHONY: help demo full thoughts pressure zoo install-test test lint fast-tests statistics bench clean
 
 help:
 	@echo "make demo        install, fetch the model, stress six probes, write $(OUT)"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench       against rivals, in one run (installs them)"
 	@echo "make full        the README's tables (under an hour)"
 	@echo "make thoughts    the README's tables of thought manipulation (about an hour)"
+	@echo "make zoo         the README's tables of all probes (hours)"
 	@echo "make pressure    the README's tables of training pressure (hours)"
 	@echo "make lint        ruff, mypy and import-linter alone"
 	@echo "make clean       remove the environment, caches and builds (not runs/)"
@@ -42,6 +43,18 @@ thoughts: $(INSTALLED)
 	$(BIN)/elk-stress run --testbed linear --preset thoughts --max-bits 400 --out runs/thoughts/linear
 	$(BIN)/elk-stress run --testbed statements --size full --preset thoughts --out runs/thoughts/statements
 	$(BIN)/elk-stress run --testbed statements --size full --preset prefixes --out runs/thoughts/prefixes
+
+# every probe, its defences compared with what they defend: where the truth is known, on a language model, of several
+# tokens, of several contexts, and under training pressure
+ZOO := mlp,quadratic,ensemble,mahalanobis,nearest_neighbours,lipschitz,adversarially_trained,orthogonal_ensemble
+zoo: $(INSTALLED)
+	$(BIN)/elk-stress run --testbed linear --preset zoo --max-bits 200 --out runs/zoo/linear
+	$(BIN)/elk-stress run --testbed statements --size full --preset zoo --out runs/zoo/statements
+	$(BIN)/elk-stress run --testbed statements --size full --tokens 4 --preset tokens --out runs/zoo/tokens
+	for moved in apart together; do for reads in 1 2 4 8; do \
+		$(BIN)/elk-stress run --testbed statements --size full --reads $$reads --moved $$moved --probes context_average \
+			--threats item/natural/gaussian --attacks gradient --out runs/zoo/contexts-$$reads-$$moved; done; done
+	$(BIN)/elk-stress train --testbed superposition --probes $(ZOO),secret_subspace,causal --out runs/zoo/superposition
 
 # four organisms with the bits that each probe needs, then LoRA on the language model
 ORGANISM := mass_mean,lda,logistic,paper,oracle

@@ -34,8 +34,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # every probe of one activation, its defences compared with what they defend
     "zoo": {
         "probes": "oracle,paper,rock,random_direction,mass_mean,lda,logistic,mlp,quadratic,sparse,ensemble,"
-        "ccs,crc,vinc,mahalanobis,logistic_tails,flow,nearest_neighbours,lipschitz,adversarially_trained,orthogonal_ensemble,"
-        "secret_subspace,causal",
+        "ccs,crc,vinc,mahalanobis,logistic_tails,flow,nearest_neighbours,"
+        "lipschitz,adversarially_trained,orthogonal_ensemble,secret_subspace,causal",
         "attacks": "gradient,silent_thoughts,steer,erase,black_box",
         "threats": ",".join((*_NATURAL[:3], "item/isotropic0.3/gaussian")),
         "compare": "lipschitz:mlp,ensemble:mlp,adversarially_trained:logistic,orthogonal_ensemble:logistic,"
