@@ -23,9 +23,9 @@ from scipy.special import log_ndtr, ndtri_exp
 
 from elk_stress.arrays import like, namespace
 from elk_stress.limit_state import LimitState, Linear
-from elk_stress.opaque import runs_in_jax
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
+from elk_stress.wrapping.opaque import runs_in_jax
 
 __all__ = [
     "failures_of_linear",

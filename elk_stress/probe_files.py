@@ -252,8 +252,8 @@ def _plain(value: Any, what: str) -> Any:
 
 def _own() -> dict[str, Any]:
     """Recipes that are the engine's own and not registered."""
-    from elk_stress.layers import Layers
     from elk_stress.tokens import Flat
+    from elk_stress.wrapping.layers import Layers
 
     return {"direction": _Direction, "layers": Layers, "flat": Flat}
 

@@ -17,13 +17,13 @@ from elk_stress.detection import (
 from elk_stress.events import linear_weight
 from elk_stress.flags import Flag
 from elk_stress.limit_state import LimitState
-from elk_stress.opaque import runs_in_jax
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
 from elk_stress.result import Detection
 from elk_stress.scene import Scene
 from elk_stress.survival import bits_of_margin
 from elk_stress.threat import Threat
+from elk_stress.wrapping.opaque import runs_in_jax
 
 __all__ = ["Situation", "context_scores", "score_gradients", "score_spread", "situation"]
 
@@ -253,7 +253,10 @@ def _deviation_factor(
     Without a gradient the scores themselves are resampled, and shrinkage, of which they know nothing, is not varied.
     """
     replicates, c = scene.resamples.contexts.shape
-    if threat.prior != "natural" or scene.given_prior is not None or c < 3:
+    # a testbed that says how several reads move still has the covariance of one read estimated
+    one_read = getattr(scene.testbed, "as_one_read", None)
+    given = scene.given_prior is not None and (one_read is None or gradient is None)
+    if threat.prior != "natural" or given or c < 3:
         return np.ones(replicates)
     # from the scene's seed: every probe meets the same choices, so that comparisons stay paired
     rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xDF]))
@@ -273,10 +276,14 @@ def _deviation_factor(
         whole = common + own
         return np.asarray(np.sqrt((common * turned(means) + own) / whole)) if whole > 0 else np.ones(replicates)
     weight = gradient if gradient.ndim == 1 else gradient.mean(axis=0)
+    if one_read is None:
+        means, own = context_scores(scene, weight)
+    else:
+        rows, weight, prior = one_read(weight)
+        means, own = _parts(rows @ weight)
     variance = float(prior.standard_deviation(weight)) ** 2
     if variance == 0:
         return np.ones(replicates)
-    means, own = context_scores(scene, weight)
     common = float(means @ means) / (c - 1)
     spread = turned(means)
     size = float(weight @ weight)
@@ -298,8 +305,12 @@ def context_scores(scene: Scene, weight: np.ndarray | FittedProbe) -> tuple[np.n
     """
     thoughts = scene.train[scene.plain_train]
     found = weight.score(thoughts) if isinstance(weight, FittedProbe) else thoughts @ weight.astype(np.float32)
-    rows = np.asarray(found, dtype=float)
-    rows = rows - rows.mean(axis=1, keepdims=True)
+    return _parts(np.asarray(found, dtype=float))
+
+
+def _parts(scores: np.ndarray) -> tuple[np.ndarray, float]:
+    """The same of scores ``(items, contexts)``."""
+    rows = scores - scores.mean(axis=1, keepdims=True)
     means = rows.mean(axis=0)
     n, c = rows.shape
     own = float(((rows - means) ** 2).sum()) / (max(n - 1, 1) * (c - 1))

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from elk_stress import registry
-from elk_stress.layers import Layers
 from elk_stress.probe import FittedProbe, Traits, as_fitted, direction
 from elk_stress.probe_files import model_card
 from elk_stress.registry import UnknownName
 from elk_stress.testing import planted_classes
 from elk_stress.tokens import flatten
+from elk_stress.wrapping.layers import Layers
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = np.random.default_rng(np.random.SeedSequence(1)).standard_normal((5, 16))

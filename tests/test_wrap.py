@@ -289,6 +289,37 @@ def test_a_forest_is_stressed_end_to_end() -> None:
     assert result.audit is not None
 
 
+def test_a_jax_function_is_stressed_end_to_end() -> None:
+    """Its gradient is used, and what the attack breaks is what the bits say can be broken."""
+    import jax.numpy as jnp
+
+    rng = np.random.default_rng(np.random.SeedSequence([5, 6]))
+    n, contexts, d = 120, 6, 6
+    labels = np.arange(n) % 2
+    activations = rng.standard_normal((n, 1, d)) + 0.4 * rng.standard_normal((contexts, d))
+    activations = activations + 0.3 * rng.standard_normal((n, contexts, d))
+    activations[..., 0] += 3 * labels[:, None]
+    probe = wrap(lambda v: jnp.tanh(0.3 * v[:, 0]) + 0.05 * jnp.sin(v[:, 1]), dim=d, name="bent")
+    result = elk_stress.stress_activations(
+        probe,
+        activations.astype(np.float32),
+        labels,
+        threats=["item/natural/gaussian"],
+        attacks=["gradient"],
+        budget=50,
+        n_particles=100,
+        controls=False,
+        seed=0,
+    )
+    (row,) = result.threats.values()
+    assert (result.probe, row.detection.auroc > 0.9, row.status) == ("bent", True, "ok")
+    assert 0 < row.headline.value < 30
+    (attack,) = row.attacks
+    assert (attack.attack, attack.status) == ("gradient", "ok")
+    assert attack.gradients > 0
+    assert attack.success > 0.9
+
+
 @pytest.mark.parametrize("kind", ["Logistic", "MassMean", "MLP", "Bilinear"])
 def test_probes_of_probelab_score_as_they_do_there(kind: str) -> None:
     probelab = pytest.importorskip("probelab")

@@ -133,7 +133,7 @@ def _believe(e: Evidence, max_bits: float, budget_limited: bool) -> Verdict:
         at_least = max(split.value, e.counted.low)
         return _nothing(e, at_least, max_bits, budget_limited, e.split_status)
     if not e.split_doubts and (weighed is None or weighed.high >= split.low):
-        status = "ok: taken from splitting; the design points found do not cover the failure set"
+        status = "ok: taken from splitting; importance sampling is starved or blind to a part of the failure set"
         return Verdict(split.value, split.low, split.high, Kind.ESTIMATE, "subset_simulation", status)
     return _union(e, weighed, split)
 
