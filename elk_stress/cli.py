@@ -327,7 +327,7 @@ def _run(options: argparse.Namespace) -> int:
                 fpr=options.fpr,
                 progress=progress,
                 config={"command": _settings(options)},
-                pairs=_pairs(options.compare or preset.get("compare")),
+                pairs=_pairs(options.compare, preset.get("compare"), [*given, *probes]),
                 fresh=options.fresh,
                 tell=lambda line: _tell(progress, line),
             )
@@ -428,13 +428,17 @@ def _threats(text: str, epsilon: float | None) -> tuple[Threat, ...] | None:
     return tuple(replace(threat, epsilon=epsilon) if threat.kept else threat for threat in found)
 
 
-def _pairs(text: str | None) -> list[tuple[str, str]] | None:
-    if text is None:
+def _pairs(text: str | None, usual: str | None, probes: Sequence[Any]) -> list[tuple[str, str]] | None:
+    """``A:B,C:D`` as pairs; of a preset's own those that are run."""
+    given = text or usual
+    if given is None:
         return None
-    found = [tuple(part.strip() for part in pair.split(":")) for pair in text.split(",") if pair.strip()]
+    found = [tuple(part.strip() for part in pair.split(":")) for pair in given.split(",") if pair.strip()]
     if not found or any(len(pair) != 2 or not all(pair) for pair in found):
         raise _BadInput(f"--compare reads A:B,C:D, e.g. lipschitz:mlp,causal:logistic; got {text!r}")
-    return [(a, b) for a, b in found]
+    names = {probe if isinstance(probe, str) else probe.name for probe in probes}
+    pairs = [(a, b) for a, b in found]
+    return pairs if text else [pair for pair in pairs if set(pair) <= names] or None
 
 
 def _check_arrays(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from scipy.stats import norm
 
 from elk_stress.result import StressResult
 
@@ -26,7 +27,8 @@ class Comparison:
     Attributes:
         headline, headline_interval: difference of headlines in bits (censored ones count as ``max_bits``).
         kept, kept_interval: difference of bits kept per positive (universal scope: the same as the headline).
-        p: two-sided bootstrap p-value of the difference of bits kept; ``holm``: corrected over the table.
+        p: two-sided bootstrap p-value of the difference of bits kept, where no replicate has the other sign that of a
+            normal with the replicates' mean and deviation; ``holm``: corrected over the table.
         better: ``a``'s or ``b``'s name if Holm's p < 0.05, else ``None``.
     """
 
@@ -68,10 +70,17 @@ def compare_all(
 
     Args:
         results: by name.
-        pairs: the pairs to compare instead of all, chosen before the results were seen: a table of all pairs of many
-            probes corrects every difference away. Pairs of which one is not among the results are left out.
+        pairs: the pairs to compare instead of all, chosen before the results were seen: correction for a table of all
+            pairs of many probes costs most of what the data can tell.
+
+    Raises:
+        ValueError: a pair names a probe that has no result; results whose items are not paired.
     """
-    chosen = list(combinations(results, 2)) if pairs is None else [p for p in pairs if set(p) <= set(results)]
+    chosen = list(combinations(results, 2)) if pairs is None else list(pairs)
+    for name in (name for pair in chosen for name in pair if name not in results):
+        raise ValueError(
+            f"no result is called {name!r}, so that it cannot be compared; there are: {', '.join(results)}"
+        )
     rows = [row for a, b in chosen for row in _pair(a, b, results[a], results[b])]
     corrected = holm([row.p for row in rows])
     return tuple(
@@ -122,9 +131,13 @@ def _pair(name_a: str, name_b: str, a: StressResult, b: StressResult) -> list[Co
         difference = np.nan_to_num(left, nan=0.0) - np.nan_to_num(right, nan=0.0)
         n = len(difference)
         kept = difference[:, 1]
-        # add-one p-value of a bootstrap: never exactly 0; a probe compared with its equal gives 1
+        # add-one p-value of a bootstrap: a probe compared with its equal gives 1
         below, above = int((kept <= 0).sum()), int((kept >= 0).sum())
         p = min(1.0, 2 * (min(below, above) + 1) / (n + 1))
+        if min(below, above) == 0 and kept.std() > 0:
+            # the count ends at 2 / (n + 1), which Holm's factor for a long table would always undo: beyond that the
+            # normal tail of the replicates goes on, at what the count allows at least
+            p = min(p, 2 * float(norm.sf(abs(kept.mean()) / kept.std())))
         (h_low, k_low), (h_high, k_high) = np.quantile(difference, [0.025, 0.975], axis=0)
         shown = [min(r.threats[threat].headline.value, r.config.get("max_bits", math.inf)) for r in (a, b)]
         ends = shown[0] - shown[1], float(np.median(kept))

@@ -118,6 +118,8 @@ def stress(
     for threat in chosen:
         if threat.kept and scene.behaviour is None:
             skipped[threat.name] = f"{scene.testbed.name} has no output whose behaviour could be kept"
+        elif threat.scope == "universal" and hasattr(scene.testbed, "as_one_read"):
+            skipped[threat.name] = "of several reads at once only the per-item moves are known"
         else:
             row = _row(scene, places, threat, max_bits, n_particles, seed, pieces)
             if threat.tail == "gaussian":

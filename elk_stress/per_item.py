@@ -31,9 +31,10 @@ from elk_stress.situation import Situation, score_gradients, score_spread
 from elk_stress.survival import (
     bits_of_margin,
     curve_from_items,
-    excess_bits,
     grid_of,
     half_life,
+    margin_of_bits,
+    moved_bits,
     replicate_bits,
 )
 
@@ -62,6 +63,8 @@ def stress_items(scene: Scene, place: Situation, *, max_bits: float, n_particles
     elif threat.kept:
         epsilon = threat.epsilon if threat.epsilon is not None else scene.epsilon
 
+    dropped = threat.kept and threat.epsilon is None and len(chosen) > 0 and not epsilons
+
     n = len(scene.positives)
     low, high, value = (np.full(n, math.nan) for _ in range(3))
     low[place.caught], high[place.caught], value[place.caught] = bits.low, bits.high, bits.value
@@ -77,6 +80,7 @@ def stress_items(scene: Scene, place: Situation, *, max_bits: float, n_particles
         weights=scene.resamples.positives,
         max_bits=max_bits,
         seed=seed,
+        additive=threat.kept and probe.traits.linear,
     )
     curve, survival, headline, rows = curve_from_items(bits, n, replicates, grid_of(max_bits), max_bits)
     ids = tuple(scene.items.ids[i] for i in chosen.tolist())
@@ -103,7 +107,8 @@ def stress_items(scene: Scene, place: Situation, *, max_bits: float, n_particles
         replicates=rows,
         certified=certified_half_life(failed, seed),
         flags=place.flags + _item_flags(bits, headline, place),
-        status=_status(bits),
+        # of a row of 0 bits with a status the report says that it was not measured
+        status=_status(bits, dropped and headline.value > 0),
     )
 
 
@@ -215,27 +220,30 @@ def _draws_given_failure(
 
 
 def _rescaled(place: Situation, bits: BitsBatch, c: float, max_bits: float) -> float:
-    """Half-life under a prior c times as large (the probe linearized at each item if it is not linear)."""
+    """Half-life under a prior c times as large: each item's distance to failure shrinks by it."""
     margin, deviation = place.margin[place.caught], place.deviation[place.caught]
     return half_life(_at(place, bits, margin, deviation * c, max_bits)) if len(margin) else 0.0
 
 
 def _at(place: Situation, bits: BitsBatch, margin: np.ndarray, deviation: np.ndarray, max_bits: float) -> np.ndarray:
-    tail, caught = place.prior.tail, place.caught
-    base = bits_of_margin(tail, place.margin[caught], place.deviation[caught])
-    new = bits_of_margin(tail, margin, deviation) + excess_bits(bits.value, base, max_bits)
+    old = place.margin[place.caught], place.deviation[place.caught]
+    new = moved_bits(place.prior.tail, bits.value, *old, margin, deviation, max_bits)
     return np.where(margin > 0, np.clip(new, 0.0, max_bits), 0.0)
 
 
 def _other_tails(place: Situation, bits: BitsBatch, max_bits: float) -> dict[str, float]:
-    """Half-life under other tails of the same covariance; closed forms of each item's linearization."""
+    """Half-life under other tails of the same covariance: exact for half-spaces, at the distance that each item has."""
     if not len(place.caught):
         return {}
     margin, deviation = place.margin[place.caught], place.deviation[place.caught]
-    excess = excess_bits(bits.value, bits_of_margin(place.prior.tail, margin, deviation), max_bits)
-    return {
-        tail.name: half_life(np.clip(bits_of_margin(tail, margin, deviation) + excess, 0.0, max_bits)) for tail in TAILS
-    }
+    with np.errstate(divide="ignore"):
+        closed = margin / deviation
+    at = margin_of_bits(place.prior.tail, np.minimum(bits.value, max_bits))
+    at = np.where((bits.value >= max_bits) & (closed > at), closed, at)
+    at = np.where(np.isposinf(bits.value), math.inf, at)
+    ones = np.ones_like(at)
+    found = {tail.name: bits_of_margin(tail, np.minimum(at, 1e15), ones) for tail in TAILS}
+    return {name: half_life(np.clip(np.where(np.isinf(at), max_bits, b), 0.0, max_bits)) for name, b in found.items()}
 
 
 def _shrunk(scene: Scene, place: Situation, bits: BitsBatch, max_bits: float) -> dict[str, float]:
@@ -266,7 +274,10 @@ def _bare(scene: Scene, place: Situation, bits: BitsBatch, max_bits: float) -> f
         np.asarray(place.probe.score(scene.bare_calibration[labels == 0]), dtype=float), place.detection.fpr
     )
     margin = place.margin + place.detection.threshold - bare
-    found = bits_of_margin(place.prior.tail, margin, place.deviation)[margin > 0]
+    measured = np.full(len(margin), math.nan)
+    measured[place.caught] = bits.value
+    found = moved_bits(place.prior.tail, measured, place.margin, place.deviation, margin, place.deviation, max_bits)
+    found = found[margin > 0]
     return half_life(np.clip(found, 0.0, max_bits)) if len(found) else 0.0
 
 
@@ -314,6 +325,10 @@ def _item_flags(bits: BitsBatch, headline: Bits, place: Situation) -> tuple[Flag
     return tuple(flags)
 
 
-def _status(bits: BitsBatch) -> str:
+def _status(bits: BitsBatch, dropped: bool) -> str:
+    """What went wrong with some items, and what was left out: half-lives at other epsilons, where ``dropped``."""
     troubled = [s for s in bits.status if not s.startswith("ok") and not s.startswith("no move fails")]
-    return "ok" if not troubled else f"{len(troubled)} of {len(bits)} items: {troubled[0]}"
+    said = "ok" if not troubled else f"{len(troubled)} of {len(bits)} items: {troubled[0]}"
+    if not dropped:
+        return said
+    return f"{said}; no half-lives at other epsilons: they are sought where a gradient points, and this probe has none"

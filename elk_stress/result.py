@@ -250,7 +250,8 @@ class ThreatResult:
         bare_threshold: headline value with the (uncalibrated) threshold set at bare items, or ``None``.
         replicates: bootstrap replicates of (headline, recall-bits area), for paired comparison.
         certified: item scope, Gaussian tail: the half-life of lower bounds that no attack can undercut, where the probe
-            knows how steep it is: all items' bounds hold together at 95% confidence, given threshold and origins.
+            knows how steep it is: all items' bounds hold together at 95% confidence, given threshold, origins and the
+            estimated prior (whose uncertainty is in the headline's interval alone).
         attacks: one row per attack.
     """
 
@@ -353,7 +354,11 @@ class StressResult:
         for name, row in self.threats.items():
             lines.append(f"  {name}: {row.quantity} {row.headline}")
             lines += [f"    {row.broken_by()}"] if row.broken_by() else []
-            lines += [f"    certified: {row.certified.value:.1f} bits against any attack"] if row.certified else []
+            lines += (
+                [f"    certified: {row.certified.value:.1f} bits against any attack, given the prior"]
+                if row.certified
+                else []
+            )
         if self.audit is not None:
             lines.append(f"  after the break: {self.audit.verdict}")
         lines += [f"  flag: {where}: {f}" for where, f in self.all_flags]

@@ -148,6 +148,9 @@ def run(
     engine = importlib.import_module("elk_stress.engine")
     # here and not left to the scene: contrast pairs, for one, are known only afterwards
     testbed.prepare(progress)
+    strangers = {name for pair in pairs or () for name in pair} - {_name(probe) for probe in probes}
+    if strangers:
+        raise ValueError(f"pairs to compare name probes that are not run: {', '.join(sorted(strangers))}")
     apply, skipped = _applicable(testbed, probes)
     settings: dict[str, Any] = {"threats": threats, "behaviour_epsilon": behaviour_epsilon, "seed": seed, "fpr": fpr}
     if max_bits is not None:
@@ -176,7 +179,10 @@ def run(
                 _write_if_possible(state, folder)
                 advance()
         if len(state.results) > 1:
-            state = replace(state, comparisons=engine.compare_all(_by_name(state.results), pairs))
+            named = _by_name(state.results)
+            # a probe that failed or does not apply is said elsewhere
+            chosen = None if pairs is None else [pair for pair in pairs if set(pair) <= set(named)]
+            state = replace(state, comparisons=engine.compare_all(named, chosen))
     except KeyboardInterrupt:
         state = replace(state, status="interrupted", seconds=time.monotonic() - started)
         if state.results or state.failures:

@@ -127,8 +127,11 @@ class Scene:
         (the first is flagged ``shared_contexts``).
         """
         if self.thoughts is None:
+            known = getattr(self.testbed, "known_prior", None)
             separate = self.given_prior is None and self.fit.shape[1] > 1
-            self.thoughts = natural(self.fit[self.plain_train]) if separate else self.prior(Threat())
+            if known is None:
+                known = natural(self.fit[self.plain_train]) if separate else self.prior(Threat())
+            self.thoughts = known
         return self.thoughts
 
     @cached_property

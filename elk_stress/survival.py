@@ -27,6 +27,8 @@ __all__ = [
     "excess_bits",
     "grid_of",
     "half_life",
+    "margin_of_bits",
+    "moved_bits",
     "replicate_bits",
     "weighted_half_life",
 ]
@@ -97,6 +99,48 @@ def bits_of_margin(tail: Tail, margin: np.ndarray, deviation: np.ndarray) -> np.
     return np.where(moves, bits, np.where(margin > 0, math.inf, 0.0))
 
 
+def margin_of_bits(tail: Tail, bits: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`bits_of_margin` at deviation 1: how many standard deviations away a half-space of so many
+    bits lies; infinite for infinite bits, NaN for NaN."""
+    bits = np.asarray(bits, dtype=float)
+    low, high = np.full(bits.shape, -40.0), np.full(bits.shape, 40.0)
+    for _ in range(90):
+        middle = 0.5 * (low + high)
+        # heavy tails reach many bits only at astronomical distances
+        beyond = tail.bits(np.sinh(middle)) > bits
+        low, high = np.where(beyond, low, middle), np.where(beyond, middle, high)
+    return np.where(np.isnan(bits), np.nan, np.where(np.isposinf(bits), math.inf, np.sinh(high)))
+
+
+def moved_bits(
+    tail: Tail,
+    value: np.ndarray,
+    margin: np.ndarray,
+    deviation: np.ndarray,
+    new_margin: np.ndarray,
+    new_deviation: np.ndarray,
+    max_bits: float,
+) -> np.ndarray:
+    """Bits at another margin and deviation of the score, from ``value`` bits measured at ``margin`` and ``deviation``.
+
+    The distance to failure that explains the measured bits, in standard deviations, grows like the margin and falls
+    like the deviation: exact for a half-space, and for the scale of the prior under any monotone map of its score. The
+    linearization at the origin would be exact for neither: where a score saturates its gradient there says nothing.
+    Without a measured value (NaN), or where it is censored at ``max_bits`` below the linearization's, the latter
+    stands.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        closed = margin / deviation
+        at = margin_of_bits(tail, np.minimum(value, max_bits))
+        at = np.where(np.isposinf(value), math.inf, at)
+        at = np.where(np.isnan(at) | ((value >= max_bits) & ~np.isposinf(value) & (closed > at)), closed, at)
+        ratio = new_margin / margin * (deviation / new_deviation)
+        # nothing is known of an item that fails at its origin but the linearization
+        distance = np.where(np.isfinite(ratio) & (margin > 0), at * ratio, new_margin / new_deviation)
+        out = bits_of_margin(tail, np.where(np.isfinite(distance), distance, 0.0), np.ones_like(distance))
+    return np.where(np.isfinite(distance), out, np.where(np.isnan(distance) | (distance < 0), 0.0, math.inf))
+
+
 def excess_bits(value: np.ndarray, closed: np.ndarray, max_bits: float) -> np.ndarray:
     """What an estimate adds to the closed form of its linearization: infinite where it is, 0 where unknown (NaN).
 
@@ -146,8 +190,9 @@ def replicate_bits(
     weights: np.ndarray,
     max_bits: float,
     seed: int,
+    additive: bool = False,
 ) -> ItemReplicates:
-    """Replicates of every item's bits from replicates of its margin and of the prior's scale.
+    """Replicates of every item's bits from replicates of its margin and of the prior's scale (:func:`moved_bits`).
 
     Args:
         tail: of the prior along the probe.
@@ -158,15 +203,20 @@ def replicate_bits(
         weights: ``(replicates, n)``.
         max_bits: common censoring.
         seed: of the estimator's own noise.
+        additive: what ``value`` has beyond the closed form of a linear probe stays as it is (keeping behaviour costs
+            about the same at another margin).
     """
-    base = bits_of_margin(tail, margin, deviation)
-    drawn = bits_of_margin(tail, margins, deviation[None, :] * deviation_factor[:, None])
+    spread = deviation[None, :] * deviation_factor[:, None]
     with np.errstate(invalid="ignore"):
         noise = np.where(np.isfinite(high - low), (high - low) / (2 * 1.96), 0.0)
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0xB17]))
     with np.errstate(invalid="ignore"):
-        offset = excess_bits(value, base, max_bits)
-        out = drawn + offset + (noise * rng.standard_normal(drawn.shape) if noise.any() else 0.0)
+        if additive:
+            extra = excess_bits(value, bits_of_margin(tail, margin, deviation), max_bits)
+            drawn = bits_of_margin(tail, margins, spread) + extra
+        else:
+            drawn = moved_bits(tail, value, margin, deviation, margins, spread, max_bits)
+        out = drawn + (noise * rng.standard_normal(drawn.shape) if noise.any() else 0.0)
     caught = margins > 0
     out = np.where(caught, np.clip(np.nan_to_num(out, nan=0.0, posinf=max_bits), 0.0, max_bits), 0.0)
     return ItemReplicates(out, caught, weights)
@@ -186,7 +236,9 @@ def curve_from_items(
     Items whose search failed earlier enter with their interval: ``worst`` takes low ends, ``best`` high ends.
     """
     n_caught = len(bits)
-    worst = np.minimum([b.low if b.kind is Kind.CENSORED or math.isinf(b.high) else b.value for b in bits], max_bits)
+    worst = np.minimum(
+        [b.low if b.kind is Kind.CENSORED or math.isinf(b.high) or _disputed(b) else b.value for b in bits], max_bits
+    )
     best = np.minimum([max_bits if b.kind is Kind.CENSORED else _upper(b) for b in bits], max_bits)
     value = np.minimum(
         [max_bits if b.kind is Kind.CENSORED and b.value >= max_bits else b.value for b in bits], max_bits
@@ -225,8 +277,13 @@ def curve_from_items(
     return curve(recall_rows, n_positives), curve(survival_rows, n_caught), headline, np.stack([lives, kept], axis=1)
 
 
+def _disputed(bits: Bits) -> bool:
+    """Whether the interval is no sampling error but what estimators that disagree hold possible."""
+    return any(f.name == "runs_disagree" for f in bits.flags)
+
+
 def _upper(bits: Bits) -> float:
-    return bits.high if math.isinf(bits.high) else bits.value
+    return bits.high if math.isinf(bits.high) or _disputed(bits) else bits.value
 
 
 def _headline(

@@ -26,9 +26,9 @@ from elk_stress.per_item import SCALES, TAILS
 from elk_stress.result import Curve, ThreatResult
 from elk_stress.scene import Scene
 from elk_stress.situation import Situation, score_gradients
-from elk_stress.survival import bits_of_margin, grid_of
+from elk_stress.survival import bits_of_margin, grid_of, margin_of_bits, moved_bits
 
-# of the metric's curve for probes without a closed form, beside half advantage; between them the curve steps
+# of the metric's curve for probes without a closed form, beside half advantage
 _LEVELS = 7
 
 __all__ = ["stress_universal", "universal_event", "universal_joint_event"]
@@ -51,7 +51,8 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
     worthless = clean <= floor
     n = len(scene.positives)
     levels = np.arange(n) / n if threat.metric == "recall" else np.linspace(0.5, 1, 21)
-    if not place.probe.traits.linear:
+    coarse = not place.probe.traits.linear
+    if coarse:
         # without a closed form every level is an estimate, in which a particle is scored on all items
         levels = levels[np.unique(np.linspace(0, len(levels) - 1, _LEVELS).astype(int))]
     levels = np.unique(np.concatenate([[tau], levels[levels < clean]]))
@@ -95,18 +96,21 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
             flags += (flag("brittle", f"B at half advantage {headline.value:.2f} bits"),)
         if math.isfinite(top) and top - headline.low > headline.value > 0:
             flags += (flag("wide_interval", f"[{headline.low:.1f}, {top:.1f}] around {headline.value:.1f}"),)
+    plain = threat.kept or worthless
     return ThreatResult(
         threat=threat,
         quantity="B at half advantage",
         headline=headline,
         detection=place.detection,
-        curve=_curve(levels, n if threat.metric == "recall" else 10_000, every, extra, clean, metric_rows, max_bits),
+        curve=_curve(
+            levels, n if threat.metric == "recall" else 10_000, every, extra, clean, metric_rows, max_bits, coarse
+        ),
         conditional=conditional,
         b_kept=b_kept,
         b_given_kept=None if b_kept is None else _difference(headline, b_kept),
         epsilon=epsilon,
-        scale={} if threat.kept or worthless else {f"{c:g}": _at_scale(scene, place, tau, c, max_bits) for c in SCALES},
-        tails={} if threat.kept or worthless else _other_tails(place, tau, max_bits),
+        scale={} if plain else {f"{c:g}": _at_scale(place, tau, every[at_tau], c, max_bits) for c in SCALES},
+        tails={} if plain else _other_tails(place, every[at_tau], max_bits),
         replicates=np.stack([replicates, np.minimum(replicates, max_bits)], axis=1),
         flags=flags,
         status=status,
@@ -203,8 +207,8 @@ def _replicates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Replicates of B at half advantage, and of the metric along the grid, over items, contexts and negatives.
 
-    Recall falls to tau when the deciding positive's margin does; for a probe that is not linear its replicate is the
-    linearized one of that positive.
+    Recall falls to tau when the deciding positive's margin does: the distance that explains the estimate grows like
+    that positive's margin and falls like its deviation.
     """
     grid = grid_of(max_bits)
     if place.threat.metric == "auroc":
@@ -219,10 +223,13 @@ def _replicates(
     total = np.maximum(mass[:, -1:], 1e-12)
     clean = (weights * (place.margins > 0)).sum(axis=1, keepdims=True) / total
     position = np.minimum((mass <= 0.5 * clean * total + 1e-9).sum(axis=1), cost.shape[1] - 1)
-    deciding = np.take_along_axis(cost, np.take_along_axis(order, position[:, None], axis=1), axis=1)[:, 0]
-    base = _deciding_bits(place, levels[at_tau])
-    offset = every[at_tau].value - base if math.isfinite(every[at_tau].value) and math.isfinite(base) else 0.0
-    value = np.clip(deciding + offset + extra, 0.0, max_bits)
+    chosen = np.take_along_axis(order, position[:, None], axis=1)
+    margin, deviation = (np.take_along_axis(rows, chosen, axis=1)[:, 0] for rows in (place.margins, spread))
+    i = _deciding(place.margin, levels[at_tau])
+    drawn = moved_bits(
+        tail, np.asarray(every[at_tau].value), place.margin[i], place.deviation[i], margin, deviation, max_bits
+    )
+    value = np.clip(drawn + extra, 0.0, max_bits)
     # the metric at b bits: share of caught positives whose own bits exceed b (one move along the probe moves them all)
     alive = np.where(place.margins > 0, cost, -1.0)
     rows = np.stack([(weights * (alive > b)).sum(axis=1) / total[:, 0] for b in grid], axis=1)
@@ -230,44 +237,56 @@ def _replicates(
 
 
 def _curve(
-    levels: np.ndarray, n: int, every: BitsBatch, extra: float, clean: float, rows: np.ndarray, max_bits: float
+    levels: np.ndarray,
+    n: int,
+    every: BitsBatch,
+    extra: float,
+    clean: float,
+    rows: np.ndarray,
+    max_bits: float,
+    coarse: bool,
 ) -> Curve:
-    """Metric at b bits: the lowest attainable value (a multiple of 1/n) that costs at most b."""
+    """Metric at b bits: the lowest attainable value (a multiple of 1/n) that costs at most b.
+
+    Where only some levels were estimated (``coarse``), straight lines between them: steps would favour the probe.
+    """
     grid = grid_of(max_bits)
     # a lower level contains a higher one's event, so it costs at least as much
     cost = np.maximum.accumulate((every.value + extra)[::-1])[::-1]
     attained = np.minimum(np.floor(levels * n + 1e-9) / n, clean)
-    reached = np.array([min([clean, *attained[cost <= b]]) for b in grid])
+    if coarse:
+        reached = np.interp(grid, np.concatenate([[0.0], cost[::-1]]), np.concatenate([[clean], attained[::-1]]))
+    else:
+        reached = np.array([min([clean, *attained[cost <= b]]) for b in grid])
     low, high = np.quantile(rows, [0.025, 0.975], axis=0)
     censored = max_bits if (every.value + extra >= max_bits).any() else math.inf
     return Curve(grid, reached, np.minimum(low, reached), np.maximum(high, reached), reached, reached, censored)
 
 
-def _other_tails(place: Situation, tau: float, max_bits: float) -> dict[str, float]:
-    """B at half advantage under other tails of the same covariance: closed forms of the deciding positive."""
+def _other_tails(place: Situation, found: Bits, max_bits: float) -> dict[str, float]:
+    """B at half advantage under other tails of the same covariance, at the same distance: exact for half-spaces."""
     if place.threat.metric == "auroc":
         return {}
-    i = _deciding(place.margin, tau)
-    margin, deviation = place.margin[i], place.deviation[i]
-    return {t.name: float(np.clip(bits_of_margin(t, margin, deviation), 0.0, max_bits)) for t in TAILS}
+    if math.isinf(found.value):
+        return {t.name: max_bits for t in TAILS}
+    at = margin_of_bits(place.prior.tail, np.asarray(found.value))
+    return {t.name: float(np.clip(bits_of_margin(t, at, np.ones(())), 0.0, max_bits)) for t in TAILS}
 
 
-def _at_scale(scene: Scene, place: Situation, tau: float, c: float, max_bits: float) -> float:
+def _at_scale(place: Situation, tau: float, found: Bits, c: float, max_bits: float) -> float:
+    """B at half advantage under a prior c times as large."""
     if place.threat.metric == "auroc":
         return math.nan
-    return float(np.clip(_deciding_bits(place, tau, c), 0.0, max_bits))
+    i = _deciding(place.margin, tau)
+    own = place.margin[i], place.deviation[i]
+    moved = moved_bits(place.prior.tail, np.asarray(found.value), *own, own[0], own[1] * c, max_bits)
+    return float(np.clip(moved, 0.0, max_bits))
 
 
 def _deciding(margin: np.ndarray, tau: float) -> int:
     """The positive whose fall brings recall down to tau."""
     rank = min(int(np.floor(tau * len(margin) + 1e-9)), len(margin) - 1)
     return int(np.argsort(-margin, kind="stable")[rank])
-
-
-def _deciding_bits(place: Situation, tau: float, scale: float = 1.0) -> float:
-    """Closed-form bits of the positive whose fall brings recall down to tau (linearized if the probe is not linear)."""
-    i = _deciding(place.margin, tau)
-    return float(bits_of_margin(place.prior.tail, place.margin[i], place.deviation[i] * scale))
 
 
 def _difference(joint: Bits, kept: Bits) -> Bits:

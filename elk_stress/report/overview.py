@@ -1,10 +1,10 @@
 """One page for many probes: every headline with its interval, what is certified below it, what attacks show above it.
 
 ``bits.png`` has a panel per threat and a line per probe. A filled circle is the headline with behaviour free, an open
-one with behaviour kept; the bar is its 95% interval. An upright tick on the left is the certified half-life (no attack
-can undercut it), a cross on the right the least upper bound that an attack proved (universal threats; per item the
-bound of the item in the middle is not the half-life's, and is not drawn). A headline beyond the search, or
-infinite, stands at the right edge as a triangle. The axis is linear up to 1 bit and logarithmic beyond.
+one with behaviour kept; the bar is its 95% interval. An upright tick is the certified half-life, which no attack can
+undercut, given the prior; a cross the least upper bound that an attack proved (universal threats; per item the bound of
+the item in the middle is not the half-life's, and is not drawn). A headline beyond the search, or infinite, stands at
+the right edge as a triangle. The axis is linear up to 1 bit and logarithmic beyond.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def certificates(results: Sequence[StressResult]) -> list[str]:
             body.append([f"`{result.probe}`", *("-" if c is None else f">= {words.number(c.value)}" for c in cells)])
     return [
         "Half-life that no attack can undercut, known or not, from how steep the score is (isoperimetric inequality; "
-        "all caught items together at 95%, given threshold and origins). A linear probe's is its closed form.",
+        "all caught items together at 95%), *given* threshold, origins and the estimated prior: it says nothing of how "
+        "well these are known, which the interval of the headline does. A linear probe's is its closed form.",
         "",
         *table(["probe", *(f"`{name}`" for name in names)], body),
     ]

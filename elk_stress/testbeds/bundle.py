@@ -90,9 +90,31 @@ class Bundle:
     @cached_property
     def prior(self) -> EllipticalPrior:
         """The base's per-item natural thoughts, in every read: apart or together."""
+        return self._laid_out(self._one)
+
+    @cached_property
+    def known_prior(self) -> EllipticalPrior:
+        """The same from the contexts that probes are fitted on: what a defence may know."""
+        return self._laid_out(natural(self._plain("fit")))
+
+    def as_one_read(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, EllipticalPrior]:
+        """What the spread of a linear score ``weight (reads d)`` rests on: activations ``(items, contexts, d)`` of one
+        read, the sum of the weights of all reads, ``(d,)``, and the prior of one read.
+
+        The variance of that score is the one along the sum, but for a factor that only the number of reads decides.
+        """
+        return self._plain("prior").astype(float), weight.reshape(self.tokens, -1).sum(axis=0), self._one
+
+    @cached_property
+    def _one(self) -> EllipticalPrior:
+        return natural(self._plain("prior"))
+
+    def _plain(self, contexts: ContextSet) -> np.ndarray:
         items = self.base.splits["train"]
         plain = np.arange(len(items)) if items.pairs is None else np.setdiff1d(np.arange(len(items)), items.pairs[:, 1])
-        one = natural(self.base.activations("train", "prior")[plain])
+        return self.base.activations("train", contexts)[plain]
+
+    def _laid_out(self, one: EllipticalPrior) -> EllipticalPrior:
         tile = np.eye(self.tokens) if self.moved == "apart" else np.ones((self.tokens, 1))
         return EllipticalPrior(np.kron(tile, one.factor), one.tail, f"natural, {self.moved}", dict(one.notes))
 
