@@ -51,8 +51,11 @@ _FEW = 16
 _AMPLE = 200.0
 # numbers moved by splitting, over all problems: about ten seconds of one core
 _SPLITTING_ELEMENTS = 1.5e9
-# activations scored by each stage where the probe has no gradient, over all problems: some ten seconds of a forest's
+# where the probe has no gradient, over all problems: activations scored for counting and to be aimed at ...
 _BLACK_BOX_SCORES = 5e5
+# ... and by splitting: the most (a minute of a forest's), and the numbers in them, so that wide activations get fewer.
+# A hundred problems reach 40 bits; raised with n_particles beyond _BLACK_BOX_PARTICLES
+_BLACK_BOX_SPLITTING, _BLACK_BOX_ELEMENTS, _BLACK_BOX_PARTICLES = 5e6, 1.5e9, 1000
 # numbers drawn for counting, over all problems
 _COUNTING_ELEMENTS = 1 << 24
 # shares of the evaluation budget: counting, design points, importance, splitting, second design points, second
@@ -162,9 +165,12 @@ class _Run:
         self.limited, self.many = max_evaluations is not None, not few
         self.n_particles = config.n_particles or (2048 if few else 512)
         self.n_runs = config.n_runs or (8 if few else 4)
-        self.scores = math.inf
+        self.scores = self.split_scores = math.inf
         if not limit_state.differentiable:
             self.scores = _BLACK_BOX_SCORES / limit_state.cost
+            afforded = np.clip(_BLACK_BOX_ELEMENTS / dim, _BLACK_BOX_SCORES, _BLACK_BOX_SPLITTING)
+            more = max(1.0, (config.n_particles or 0) / _BLACK_BOX_PARTICLES)
+            self.split_scores = float(afforded) * more / limit_state.cost
             self.n_runs = config.n_runs or (8 if few and limit_state.cost == 1 else 2)
         self.splitting_particles = min(1000 if few else 128, self.n_particles)
         self.n_starts = config.n_starts or (8 if few or not limit_state.has_gradient else 2)
@@ -185,6 +191,7 @@ class _Run:
         self.splitting = np.stack([nan, nan, nan])
         self.effective, self.blind = np.zeros(p), np.zeros(p)
         self.splitting_censored, self.splitting_doubts = np.zeros(p, bool), np.zeros(p, bool)
+        self.splitting_cut = np.zeros(p, bool)
         self.splitting_status = ["ok"] * p
         self.checked, self.doubted = np.zeros(p, bool), np.zeros(p, bool)
         self.upper, self.lower = np.full(p, np.inf), np.zeros(p)
@@ -346,9 +353,10 @@ class _Run:
         depth = np.nanmedian(self.importance[0, index]) if np.isfinite(self.importance[0, index]).any() else 20.0
         moved = 6.0 * self.n_runs * len(index) * max(1.0, float(depth))
         afforded, fewest = _SPLITTING_ELEMENTS / (moved * self.limit_state.dim), 128
-        n_failures = max(32 * self.n_runs, self.keep)
+        # enough for every run to have a place, which shows whether it finished
+        n_failures = max(max(32, self.n_runs) * self.n_runs, self.keep)
         if not self.limit_state.differentiable:
-            afforded, fewest = min(afforded, self.scores / moved), 64
+            afforded, fewest = min(afforded, self.split_scores / moved), 64
             # as many as a mean of them needs, to aim at
             n_failures = max(n_failures, min(4 * self.limit_state.dim, self.n_runs * self.splitting_particles))
         config = SubsetSimulation(
@@ -358,14 +366,15 @@ class _Run:
             n_failures=n_failures,
         )
         budget = self.budgets[3]
-        if budget is None and math.isfinite(self.scores):
+        if budget is None and math.isfinite(self.split_scores):
             # a probe that nothing breaks would be asked until max_bits
-            budget = int(2 * self.scores / len(index))
+            budget = int(2 * self.split_scores / len(index))
         batch = config(part, seed=self.seeds[3], max_evaluations=budget)
         self._spent(index, batch)
         self.checked[index] = True
-        self.splitting[:, index] = np.stack([batch.value, batch.low, batch.high])
+        self.splitting[:, index] = np.stack(_of_finished(batch, config))
         self.splitting_censored[index] = [k is Kind.CENSORED for k in batch.kind]
+        self.splitting_cut[index] = self.splitting_censored[index] & _cut_short(batch)
         self.splitting_doubts[index] = [any(f.red for f in flags) for flags in batch.flags]
         for i, status in zip(index, batch.status, strict=True):
             self.splitting_status[i] = status
@@ -429,6 +438,7 @@ class _Run:
             blind=float(self.blind[i]),
             split=split,
             split_censored=bool(self.splitting_censored[i]),
+            split_cut=bool(self.splitting_cut[i]),
             split_doubts=bool(self.splitting_doubts[i]),
             split_status=self.splitting_status[i],
             upper=float(self.upper[i]),
@@ -443,6 +453,38 @@ class _Run:
 
 def _estimate(column: np.ndarray) -> Estimate | None:
     return None if np.isnan(column[0]) else Estimate(float(column[0]), float(column[1]), float(column[2]))
+
+
+def _cut_short(batch: BitsBatch) -> np.ndarray:
+    """Which problems had a run that its budget ended."""
+    return np.array([any(f.name == "budget_exhausted" for f in row) for row in batch.flags], dtype=bool)
+
+
+def _of_finished(batch: BitsBatch, config: SubsetSimulation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Value, low and high of splitting where the budget ended some runs: those that finished speak.
+
+    A run cut short bounds p from above by the level that it reached, and would outweigh all others in a mean of p.
+    ``high`` counts such runs as ``p = 0``, or is infinite where one came further without failure.
+    """
+    value, low, high = batch.value.copy(), batch.low.copy(), batch.high.copy()
+    particles, bits = batch.diagnostics["failures"], batch.diagnostics["run_bits"]
+    # each run has its own block of failing particles, empty where it did not finish
+    first = np.arange(config.n_runs) * -(-config.n_failures // config.n_runs)
+    finished = ~np.isnan(particles[:, first, 0])
+    mixed = _cut_short(batch) & finished.any(axis=1) & ~finished.all(axis=1)
+    for i in np.flatnonzero(mixed):
+        mine = finished[i]
+        log2_p = batch.diagnostics["run_log2_p"][i, mine]
+        r = float(np.clip(batch.diagnostics["correlation"][i, mine].mean(), 0.0, 0.95))
+        stretch = ((1.0 + r) / (1.0 - r)) ** 1.5
+        ideal = float(batch.diagnostics["ideal_variance"][i, mine].mean())
+        own = math.sqrt(ideal * stretch / mine.sum())
+        value[i] = math.log2(mine.sum()) - np.logaddexp2.reduce(log2_p)
+        low[i] = max(0.0, value[i] - 1.96 * own - 0.5 * math.log(2.0) * ideal * (stretch - 1.0))
+        high[i] = max(value[i] + 1.96 * own, value[i] + math.log2(config.n_runs / mine.sum()))
+        if bits[i, ~mine].max() > high[i]:
+            high[i] = math.inf
+    return value, low, high
 
 
 def _with(batch: BitsBatch, evaluations: np.ndarray, gradients: np.ndarray, extra: dict[str, np.ndarray]) -> BitsBatch:

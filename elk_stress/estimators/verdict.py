@@ -8,7 +8,9 @@ Pure rules on what is known about one problem (:class:`Evidence`), in bits; :mod
 3. Trusted, with more probability than splitting, and splitting's interval above the evidence bound, which is rigorous:
    splitting missed a mode.
 4. Not trusted, and no more probability than splitting: splitting, if its own runs agree.
-5. Otherwise the union, flagged. Nothing found by anyone: censored.
+5. Splitting that its budget ended before any failure is a lower limit, never an estimate: without trusted importance
+   sampling the answer is censored there.
+6. Otherwise the union, flagged. Nothing found by anyone: censored.
 
 Every answer is then held against counting and the bounds, widened and flagged where it contradicts them.
 """
@@ -53,6 +55,7 @@ class Evidence:
         blind: share of splitting's failing particles that importance sampling cannot see.
         split: splitting; ``None`` where it was not run.
         split_censored: splitting met no failure; its value is a lower limit.
+        split_cut: and that because its budget ended.
         split_doubts: its own runs disagree or were cut short.
         split_status: its status.
         upper, lower: rigorous bounds.
@@ -65,6 +68,7 @@ class Evidence:
     blind: float = 0.0
     split: Estimate | None = None
     split_censored: bool = False
+    split_cut: bool = False
     split_doubts: bool = False
     split_status: str = "ok"
     upper: float = math.inf
@@ -116,6 +120,12 @@ def _believe(e: Evidence, max_bits: float, budget_limited: bool) -> Verdict:
         if weighed.value < split.value and e.upper < split.low:
             seen_mode = flag("missed_mode", f"splitting says {split}, but B <= {e.upper:.1f} is a bound")
             return Verdict(seen.value, max(0.0, seen.low), seen.high, Kind.ESTIMATE, "importance", "ok", (seen_mode,))
+        if e.split_cut:
+            # a lower limit has no say in the value, only in how far up the truth may lie
+            named = f"importance sampling {weighed}, splitting at least {split.low:.1f}"
+            status = f"estimates disagree: {named} ({e.split_status}); raise n_particles"
+            doubt = flag("runs_disagree", named)
+            return Verdict(seen.value, max(0.0, seen.low), math.inf, Kind.ESTIMATE, "importance", status, (doubt,))
         return _union(e, weighed, split)
     if split is None and weighed is not None:
         why = "importance sampling is starved or doubted, and nothing checked it: its lower end is what counting allows"
@@ -125,6 +135,8 @@ def _believe(e: Evidence, max_bits: float, budget_limited: bool) -> Verdict:
         return Verdict(weighed.value, low, high, Kind.ESTIMATE, "importance", status, (doubt,))
     if split is None:
         return _nothing(e, e.counted.low, max_bits, budget_limited, "raise n_particles or check_fraction")
+    if e.split_cut:
+        return _at_least(e, weighed, split, max_bits)
     if e.split_censored:
         if weighed is not None:
             return _union(e, weighed, split)
@@ -155,6 +167,23 @@ def _union(e: Evidence, weighed: Estimate | None, split: Estimate) -> Verdict:
         f"estimates disagree: {named}{why}; raise n_particles, n_runs or max_evaluations",
         (flag("runs_disagree", named),),
     )
+
+
+def _at_least(e: Evidence, weighed: Estimate | None, split: Estimate, max_bits: float) -> Verdict:
+    """Splitting ended by its budget, and no importance sampling to trust: censored at what it reached."""
+    flags = [flag("budget_exhausted", f"splitting reached {split.low:.1f} bits")]
+    low, also = split.low, ""
+    if weighed is not None:
+        also = f"; importance sampling, starved or blind, says {weighed}"
+        if weighed.high < split.low:
+            flags.append(flag("runs_disagree", f"importance sampling {weighed}, splitting at least {split.low:.1f}"))
+            low = weighed.low
+    low = min(max(low, min(e.counted.low, split.low)), max_bits)
+    status = (
+        f"splitting's budget ended before failure: at least {low:.1f} bits{also}; raise n_particles (stress(..., "
+        "n_particles=...) scales the budget), or stress fewer items"
+    )
+    return Verdict(low, low, math.inf, Kind.CENSORED, "subset_simulation", status, tuple(flags))
 
 
 def _nothing(e: Evidence, at_least: float, max_bits: float, budget_limited: bool, why: str) -> Verdict:
