@@ -14,7 +14,8 @@ robust problem is
 convex, and solved to its minimum (as for support vector machines in Xu, Caramanis and Mannor 2009, 0803.3490; weights
 c_i sum to 1, half in each class). At r = 0 it is :mod:`elk_stress.probes.logistic`; as r grows, w turns from the best
 separation of rows toward the largest margin per ``||L^T w||``, which is what bits reward. Beyond the radius at which
-no direction separates the worst cases the minimum is w = 0, a constant: such a radius is never chosen.
+no direction separates the worst cases the minimum is w = 0, a constant: such a radius is never chosen. (Folds may still
+separate where all rows together do not; then the next smaller radius is taken until the score is no constant.)
 
 Any other base is refitted: each round moves every row by ascent in u on the base's own gradient, r in length at most,
 and adds the moved copy beside its row. Rows keep their label; the base chooses its own settings anew.
@@ -99,10 +100,13 @@ class AdversariallyTrained:
     ) -> FittedProbe:
         """Fit on ``activations (n, d)``, ``labels (n,)`` against moves of ``prior``; ``seed`` is for the base.
 
-        Notes: the ``radius`` and, where it was chosen, the ``held_out_bits`` of every radius tried.
+        Notes: the ``radius`` and, where it was chosen, the ``held_out_bits`` of every radius tried, the radius
+        ``preferred`` by these (larger than ``radius`` where that gave a constant) and whether it is the largest of
+        ``radii`` (``edge_of_grid``: a larger one may be better).
 
         Raises:
-            ValueError: no prior or one of another width; a base that needs more than activations and labels.
+            ValueError: no prior or one of another width; a base that needs more than activations and labels; no radius
+                to choose from gives more than a constant.
         """
         rows, targets = np.asarray(activations, dtype=float), np.asarray(labels).astype(int)
         if prior is None or prior.width != rows.shape[1]:
@@ -120,7 +124,9 @@ class AdversariallyTrained:
         if radius is None:
             found = {r: self._held_out_bits(rows, targets, factor, r) for r in self.radii}
             notes["held_out_bits"] = {f"{r:g}": value for r, value in found.items()}
-            radius = max(found, key=lambda r: found[r])
+            preferred = max(found, key=lambda r: found[r])
+            notes |= {"preferred": preferred, "edge_of_grid": preferred == max(self.radii)}
+            radius = self._largest_that_learns(rows, targets, factor, preferred)
         notes["radius"] = radius
         if self.base == "logistic":
             weight, bias, converged = robust_logistic(rows, targets, factor, radius, self.l2)
@@ -143,6 +149,16 @@ class AdversariallyTrained:
     def _base(self) -> Probe:
         found: Probe = registry.load("probes", self.base)
         return found
+
+    def _largest_that_learns(self, rows: np.ndarray, targets: np.ndarray, factor: np.ndarray, most: float) -> float:
+        for radius in sorted((r for r in set(self.radii) if r <= most), reverse=True):
+            weight, _, _ = robust_logistic(rows, targets, factor, radius, self.l2)
+            if np.linalg.norm(factor.T @ weight) > _LEAST:
+                return radius
+        raise ValueError(
+            f"adversarially_trained: at every radius of {self.radii} up to {most:g} the worst cases cannot be separated "
+            "and the score is a constant; add smaller radii, such as 0"
+        )
 
     def _held_out_bits(self, rows: np.ndarray, targets: np.ndarray, factor: np.ndarray, radius: float) -> float:
         found = []

@@ -59,3 +59,20 @@ def test_kept_bits_of_a_half_space() -> None:
 
 def test_the_smallest_within_tolerance() -> None:
     assert smallest_good({1: 0.80, 2: 0.945, 4: 0.95, 8: 0.94}, 0.01) == 2
+
+
+def test_sorted_rows_of_several_contexts_split_few_items() -> None:
+    """A run of labels says nothing of items: stretches split at most one item per cut, equal classes or not."""
+    for negatives, contexts in ((60, 8), (61, 8), (60, 1)):
+        labels = np.repeat([0, 1], [negatives * contexts, 60 * contexts])
+        fold = item_folds(labels, 3).reshape(-1, contexts)
+        # five cuts a class
+        assert (fold != fold[:, :1]).any(axis=1).sum() <= 10
+        assert set(fold.ravel()) == {0, 1, 2}
+
+
+def test_items_of_different_numbers_of_contexts_split_few_items() -> None:
+    contexts = np.array([3, 4, 5] * 40)
+    item = np.repeat(np.arange(120), contexts)
+    fold = item_folds(np.repeat([0, 1], 60)[item], 3)
+    assert sum(len(set(fold[item == i])) > 1 for i in range(120)) <= 10

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from elk_stress.bits import bits_of_beta
-from elk_stress.fitting.folds import rows_per_item
+from elk_stress.fitting.folds import rows_per_item, stretch_folds
 
 __all__ = ["auroc", "held_out", "held_out_auroc", "item_folds", "kept_bits", "smallest_good"]
 
@@ -27,12 +27,15 @@ __all__ = ["auroc", "held_out", "held_out_auroc", "item_folds", "kept_bits", "sm
 def item_folds(labels: np.ndarray, folds: int) -> np.ndarray:
     """``(n,)`` fold of each row: a class's items dealt in turn; fewer folds where a class has fewer items.
 
-    Where :func:`~elk_stress.fitting.folds.rows_per_item` leaves a class with fewer than two items, a row is one.
+    Labels that do not show items of several rows (sorted rows are one run a class, or contexts differ in number) are
+    cut into stretches of consecutive rows (:func:`~elk_stress.fitting.folds.stretch_folds`): a cut splits at most one
+    item, where single rows dealt in turn would split them all.
     """
     labels = np.asarray(labels).astype(int)
     counts = np.bincount(labels, minlength=2)
     block = rows_per_item(labels)
-    block = block if counts.min() >= 2 * block else 1
+    if block == 1 or counts.min() < 2 * block:
+        return stretch_folds(labels, folds)
     folds = max(1, min(folds, int(counts.min()) // block))
     fold = np.zeros(len(labels), dtype=int)
     for label in (0, 1):

@@ -30,6 +30,7 @@ __all__ = [
     "negatives_only",
     "no_mask_is_a_full_mask",
     "rotation_equivariant",
+    "same_parameters",
     "save_and_load",
     "scoring_keeps_nothing",
     "streams",
@@ -57,7 +58,7 @@ def declarations(case: Case) -> None:
 def deterministic(case: Case) -> None:
     """The same seed and data give the same parameters bit for bit, whatever was fitted in between; no global state."""
     # in between it was fitted on swapped labels: what a probe remembers of these would show in the next fit
-    _same_parameters(case.fitted, case.again, "two fits from one seed differ")
+    same_parameters(case.fitted, case.again, "two fits from one seed differ")
 
 
 def inputs_are_left_alone(case: Case) -> None:
@@ -184,7 +185,7 @@ def negatives_only(case: Case) -> None:
     fewer = np.sort(np.concatenate([np.flatnonzero(~positive), np.flatnonzero(positive)[:7]]))
     for changed in (dataclasses.replace(data, activations=wild), take(data, fewer)):
         again = changed.fit(case.probe, seed=case.seed)
-        _same_parameters(case.fitted, again, "it promises negatives_only, but other positives changed the fit")
+        same_parameters(case.fitted, again, "it promises negatives_only, but other positives changed the fit")
 
 
 def streams(case: Case) -> None:
@@ -238,7 +239,8 @@ def no_mask_is_a_full_mask(case: Case) -> None:
     close(found, expected, size, 1e-6, "a fit without a mask is not that of a full one")
 
 
-def _same_parameters(one: FittedProbe, other: FittedProbe, promise: str) -> None:
+def same_parameters(one: FittedProbe, other: FittedProbe, promise: str) -> None:
+    """Parameters are equal bit for bit; ``promise`` says what failed where they are not."""
     assert one.parameters.keys() == other.parameters.keys(), f"{promise}: other parameters"
     for name, value in one.parameters.items():
         same = np.array_equal(value, other.parameters[name], equal_nan=np.issubdtype(value.dtype, np.floating))

@@ -5,7 +5,7 @@ always                                     declarations, shapes, rows_are_indepe
                                            deterministic, inputs_are_left_alone, scoring_keeps_nothing,
                                            bad_data_is_refused, width_and_mask_mismatches_are_refused,
                                            knows_no_more_than_it_was_told
-``learns`` or not                          learns, or does_not_learn
+``learns`` or not                          learns and unsaturated, or does_not_learn
 ``differentiable``                         gradients, transforms; without it only numpy must be scored
 ``linear``                                 linear
 ``rotation_equivariant``, ``flips``        of the same names
@@ -65,6 +65,7 @@ def checks_for_probe(probe: Probe, *, seed: int = 0) -> Checks:
         (True, fits.width_and_mask_mismatches_are_refused),
         (needs, fits.what_it_needs_is_required),
         (traits.learns, controls.learns),
+        (traits.learns, scores.unsaturated),
         (not traits.learns, controls.does_not_learn),
         (True, controls.knows_no_more_than_it_was_told),
         (traits.differentiable, scores.gradients),

@@ -5,6 +5,7 @@ float64                1e-9 of the largest score (products of matrices block dif
 float32                1e-4 of the largest score or activation
 gradients              each point agrees within 1e-5 (torch, float64) or 1e-3 (jax, float32) of its own largest slope;
                        a score may have kinks (max, top-k, nearest): at least 90% of the points must agree
+ties                   in each class 90% of the held-out rows have float32 scores of their own
 slopes                 no pair of points is steeper than the probe's own bound, to a relative 1e-6
 =====================  =================================================================================================
 """
@@ -21,9 +22,20 @@ import numpy as np
 from elk_stress.testing.case import Case, close, score, spread
 from elk_stress.testing.shared import read_only, rotation, settings
 
-__all__ = ["array_libraries", "gradients", "linear", "lipschitz", "rows_are_independent", "shapes", "transforms"]
+__all__ = [
+    "array_libraries",
+    "gradients",
+    "linear",
+    "lipschitz",
+    "rows_are_independent",
+    "shapes",
+    "transforms",
+    "unsaturated",
+]
 
 _AGREE = 0.9
+_DISTINCT = 0.9
+_CORNER = 0.05
 
 
 def shapes(case: Case) -> None:
@@ -55,6 +67,28 @@ def shapes(case: Case) -> None:
         assert np.isfinite(scores).all(), f"a score is not finite ({dtype}, activations times 1e{power})"
 
     holds()
+
+
+def unsaturated(case: Case) -> None:
+    """A score is logit-like: no probability, and in float32 no plateau on which held-out rows tie.
+
+    A plateau has no gradient to climb, ranks nothing, and makes a threshold an accident of rounding. Refused are a
+    class of held-out rows of which fewer than 90% of the float32 scores are distinct, and scores that all lie in [0, 1]
+    and come within 0.05 of both ends, as a probability does on classes that are far apart. A maximum, a rank among
+    neighbours or a score rounded finely has few ties and passes.
+    """
+    data = case.held_out
+    scores = np.asarray(score(case.fitted, data.activations.astype(np.float32), data.mask))
+    for label in (0, 1):
+        own = scores[data.labels == label]
+        share = len(np.unique(own)) / len(own)
+        assert share >= _DISTINCT, (
+            f"only {share:.0%} of the float32 scores of held-out rows of class {label} are distinct, expected "
+            f"{_DISTINCT:.0%}: the score is saturated; return what stands before the squashing"
+        )
+    low, high = float(scores.min()), float(scores.max())
+    inside = 0.0 <= low < _CORNER and 1 - _CORNER < high <= 1.0
+    assert not inside, f"all scores lie in [{low:.3g}, {high:.3g}], as a probability does; return its logit"
 
 
 def rows_are_independent(case: Case) -> None:

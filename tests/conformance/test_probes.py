@@ -49,6 +49,7 @@ def test_check_probe_runs_all_and_returns_their_names() -> None:
 # -- what is wrong on purpose ------------------------------------------------------------------------------------------
 
 _SEEN: dict[bytes, int] = {}
+_FITS: dict[bytes, np.ndarray] = {}
 
 
 @dataclass
@@ -105,8 +106,15 @@ class Broken:
             last = getattr(type(self), "last", np.zeros_like(weight))
             type(self).last = weight  # type: ignore[attr-defined]
             weight = weight + 0.1 * last
-        if self.fault == "remembers rows":
+        if self.fault.startswith("remembers rows"):
             _SEEN.update({row.tobytes(): int(label) for row, label in zip(activations, labels, strict=True)})
+        if self.fault == "subtracts what earlier fits said":
+            # bounded away from the positive control: only directions of labels that mean nothing are remembered
+            said, key = weight.copy(), activations.tobytes()
+            for other, earlier in _FITS.items():
+                if other != key and max(np.linalg.norm(said), np.linalg.norm(earlier)) < 3:
+                    weight = weight - 5 * earlier
+            _FITS[key] = said
         if self.fault == "repairs NaN":
             # what as_fitted refuses before; nothing reaches this
             activations = np.nan_to_num(activations)
@@ -139,6 +147,12 @@ class Broken:
             return out / xp.max(abs(out))
         if self.fault == "branches on a value":
             return out if bool(xp.all(out == out)) else -out
+        if self.fault == "is a plateau":
+            return xp.tanh(60.0 * out)
+        if self.fault == "is a probability":
+            return 0.5 + 0.5 * xp.tanh(0.05 * out)
+        if self.fault == "remembers rows, inverted" and isinstance(activations, np.ndarray) and activations.ndim == 2:
+            return out - np.array([1e6 * (_SEEN.get(row.tobytes(), 0.5) - 0.5) for row in activations])
         if self.fault == "not linear":
             return out * abs(out)
         if self.fault == "counts its calls":
@@ -307,6 +321,10 @@ FAULTS: dict[str, tuple[type[Broken], str, str]] = {
     "ignores the labels": (Broken, "learns", "AUROC"),
     "remembers rows": (Broken, "knows_no_more_than_it_was_told", "AUROC 1.000"),
     "answers by position": (Broken, "knows_no_more_than_it_was_told", "AUROC 1.000"),
+    "remembers rows, inverted": (Broken, "knows_no_more_than_it_was_told", "AUROC 0.000"),
+    "subtracts what earlier fits said": (Broken, "knows_no_more_than_it_was_told", "remembers earlier fits"),
+    "is a plateau": (Broken, "unsaturated", "the score is saturated"),
+    "is a probability": (Broken, "unsaturated", "as a probability does"),
     "not linear": (Broken, "linear", "not activations @ weight"),
     "sums instead of averaging": (BrokenTokens, "linear", "not activations @ weight"),
     "scales per feature": (Broken, "rotation_equivariant", "promises rotation_equivariant"),
@@ -327,6 +345,7 @@ FAULTS: dict[str, tuple[type[Broken], str, str]] = {
 def test_suite_catches(fault: str, case: tuple[type[Broken], str, str]) -> None:
     kind, check, says = case
     _SEEN.clear()
+    _FITS.clear()
     checks = checks_for_probe(kind(fault))
     # as check_probe reports it, whatever it raised
     with pytest.raises(AssertionError, match=says):

@@ -69,6 +69,19 @@ def test_beyond_what_can_be_separated_it_is_a_constant_that_is_not_chosen() -> N
     assert as_fitted(recipe, rows, labels, prior=prior).notes["radius"] == 1.0
 
 
+def test_a_radius_that_only_folds_can_separate_is_stepped_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, labels, prior = data()
+    kind = registry.load("probes", "adversarially_trained", radii=(0.0, 1.0, 2.0, 50.0))
+    # folds prefer the radius at which all rows together give a constant
+    monkeypatch.setattr(type(kind), "_held_out_bits", lambda self, rows, targets, factor, radius: radius)
+    fitted = as_fitted(kind, rows, labels, prior=prior)
+    assert fitted.parameters["weight"].any()
+    assert (fitted.notes["preferred"], fitted.notes["radius"], fitted.notes["edge_of_grid"]) == (50.0, 2.0, True)
+    only = registry.load("probes", "adversarially_trained", radii=(50.0,))
+    with pytest.raises(ValueError, match="add smaller radii"):
+        as_fitted(only, rows, labels, prior=prior)
+
+
 def test_worst_rows_of_a_linear_probe_are_the_closed_form() -> None:
     rows, labels, prior = data()
     fitted = as_fitted("logistic", rows, labels)
