@@ -156,8 +156,8 @@ class AdversariallyTrained:
             if np.linalg.norm(factor.T @ weight) > _LEAST:
                 return radius
         raise ValueError(
-            f"adversarially_trained: at every radius of {self.radii} up to {most:g} the worst cases cannot be separated "
-            "and the score is a constant; add smaller radii, such as 0"
+            f"adversarially_trained: at every radius of {self.radii} up to {most:g} the worst cases cannot be "
+            "separated and the score is a constant; add smaller radii, such as 0"
         )
 
     def _held_out_bits(self, rows: np.ndarray, targets: np.ndarray, factor: np.ndarray, radius: float) -> float:
