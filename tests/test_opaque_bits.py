@@ -31,7 +31,7 @@ def opaque(weight: np.ndarray, bias: float = 0.0) -> FittedProbe:
 
 def test_many_items_of_5_to_25_bits() -> None:
     """70 items, enough to spread the budget thin. At least 80% of 95% intervals hold the exact value, and of those
-    beyond 14 bits as many: there splitting used to stop at about 11 whatever the truth (2 of 70 by 1 bit)."""
+    beyond 14 bits as many: there a budget for fewer bits put the answer 9 bits too low on average."""
     rng = np.random.default_rng(np.random.SeedSequence([21, 1]))
     weight = rng.standard_normal(DIM)
     prior = EllipticalPrior(rng.standard_normal((DIM, DIM)) / math.sqrt(DIM), name="test")
@@ -49,9 +49,9 @@ def test_many_items_of_5_to_25_bits() -> None:
     assert np.abs(found.value - exact.value)[deep].mean() < 0.7
 
 
-@pytest.mark.parametrize("gap", [2.0, 3.0])
+@pytest.mark.parametrize("gap", [2.5, 3.5])
 def test_half_life_of_a_testbed(gap: float) -> None:
-    testbed = Linear(dim=DIM, n_contexts=16, n_items=160, seed=3, truth_gap=gap, incidental_gap=3.0)
+    testbed = Linear(dim=DIM, n_contexts=16, seed=2, truth_gap=gap, incidental_gap=3.0)
     scene = prepare_scene(testbed, seed=0, replicates=100)
     fitted = fit_probe(scene, "logistic")
     weight, bias = fitted.parameters["weight"], float(fitted.parameters["bias"])

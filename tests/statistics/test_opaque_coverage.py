@@ -1,4 +1,4 @@
-"""Intervals of a probe without a gradient, over many random half-spaces of 5 to 25 bits, few and many, narrow and wide."""
+"""Intervals of a probe without a gradient, over half-spaces of 5 to 25 bits: few and many, narrow and wide."""
 
 from __future__ import annotations
 
