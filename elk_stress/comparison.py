@@ -28,7 +28,7 @@ class Comparison:
         headline, headline_interval: difference of headlines in bits (censored ones count as ``max_bits``).
         kept, kept_interval: difference of bits kept per positive (universal scope: the same as the headline).
         p: two-sided bootstrap p-value of the difference of bits kept, where no replicate has the other sign that of a
-            normal with the replicates' mean and deviation; ``holm``: corrected over the table.
+            normal with the replicates' median and their deviation toward 0; ``holm``: corrected over the table.
         better: ``a``'s or ``b``'s name if Holm's p < 0.05, else ``None``.
     """
 
@@ -134,10 +134,13 @@ def _pair(name_a: str, name_b: str, a: StressResult, b: StressResult) -> list[Co
         # add-one p-value of a bootstrap: a probe compared with its equal gives 1
         below, above = int((kept <= 0).sum()), int((kept >= 0).sum())
         p = min(1.0, 2 * (min(below, above) + 1) / (n + 1))
-        if min(below, above) == 0 and kept.std() > 0:
+        middle = float(np.median(kept))
+        # toward 0, for replicates are skewed away from it
+        side = abs(middle - float(np.quantile(kept, 0.025 if middle > 0 else 0.975))) / 1.96
+        if min(below, above) == 0 and side > 0:
             # the count ends at 2 / (n + 1), which Holm's factor for a long table would always undo: beyond that the
-            # normal tail of the replicates goes on, at what the count allows at least
-            p = min(p, 2 * float(norm.sf(abs(kept.mean()) / kept.std())))
+            # normal tail goes on, at most at what the count says
+            p = min(p, 2 * float(norm.sf(abs(middle) / side)))
         (h_low, k_low), (h_high, k_high) = np.quantile(difference, [0.025, 0.975], axis=0)
         shown = [min(r.threats[threat].headline.value, r.config.get("max_bits", math.inf)) for r in (a, b)]
         ends = shown[0] - shown[1], float(np.median(kept))

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from elk_stress.bits import BitsBatch, Kind
-from elk_stress.priors import Gaussian, Logistic
+from elk_stress.priors import Gaussian, Logistic, StudentT, Tail
 from elk_stress.survival import (
     ItemReplicates,
     Resamples,
     curve_from_items,
     grid_of,
     half_life,
+    margin_of_bits,
+    moved_bits,
     replicate_bits,
     weighted_half_life,
 )
@@ -123,3 +126,19 @@ def test_entities_come_along_whole() -> None:
     assert (found.contexts.sum(axis=1) == 7).all()
     again = Resamples.draw(groups, labels, np.array([5, 6, 6]), 7, replicates=50, seed=0)
     assert (found.test == again.test).all()
+
+
+@pytest.mark.parametrize("tail", [Gaussian(), Logistic(), StudentT(5.0)], ids=lambda t: t.name)
+def test_measured_bits_move_with_the_distance_that_explains_them(tail: Tail) -> None:
+    z = np.array([0.5, 2.0, 6.0, 20.0])
+    bits = np.asarray(tail.bits(z))
+    np.testing.assert_allclose(margin_of_bits(tail, bits), z, rtol=1e-7)
+    # a linear score: its closed form at the new margin and deviation
+    margin, deviation = 3.0 * z, np.full(4, 3.0)
+    moved = moved_bits(tail, bits, margin, deviation, 1.5 * margin, 0.8 * deviation, 1e6)
+    np.testing.assert_allclose(moved, tail.bits(z * 1.5 / 0.8), rtol=1e-7)
+    # a saturated copy of it has the same bits and hardly a gradient: another scale of the prior moves both alike
+    flat = moved_bits(tail, bits, np.tanh(margin), 1e-4 * deviation, np.tanh(margin), 2e-4 * deviation, 1e6)
+    np.testing.assert_allclose(flat, tail.bits(z / 2), rtol=1e-7)
+    unknown = moved_bits(tail, np.array([np.nan, np.inf]), z[:2], np.ones(2), 2 * z[:2], np.ones(2), 1e6)
+    np.testing.assert_allclose(unknown, [float(tail.bits(1.0)), np.inf])

@@ -206,8 +206,6 @@ class BrokenTokens(Broken):
             return xp.mean(each, axis=-1)
         if self.fault == "scores what is not there":
             return xp.mean(each, axis=-1)
-        if self.fault == "takes any mask":
-            mask = mask[..., : each.shape[-1]]
         if self.fault == "has a gradient where no token is" and hasattr(each, "detach"):
             gone = xp.sum(xp.where(mask, xp.zeros_like(each), each), axis=-1)
             each_sum = xp.sum(xp.where(mask, each, xp.zeros_like(each)), axis=-1) + gone - gone.detach()
@@ -315,7 +313,6 @@ FAULTS: dict[str, tuple[type[Broken], str, str]] = {
     "edits its input": (Broken, "inputs_are_left_alone", "writes into its input|changed the activations"),
     "counts its calls": (Broken, "scoring_keeps_nothing", "it remembers"),
     "wears out": (Broken, "scoring_keeps_nothing", "scoring changed parameter 'weight'|it remembers"),
-    "takes any mask": (BrokenTokens, "width_and_mask_mismatches_are_refused", "under a mask of 7"),
     "does without pairs": (BrokenKnowing, "what_it_needs_is_required", "speaks of 'pairs'"),
     "sign": (Broken, "learns", "held-out AUROC 0.000"),
     "ignores the labels": (Broken, "learns", "AUROC"),
