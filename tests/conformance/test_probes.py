@@ -69,6 +69,13 @@ class _Sums:
         return self.probe.fit(rows, labels, seed=seed)
 
 
+class Loose(FittedProbe):
+    """Scores activations of any width."""
+
+    def score(self, activations: Any, mask: Any = None) -> Any:
+        return self.probe.score(np, self.parameters, activations[..., : self.dim])
+
+
 @dataclass(frozen=True)
 class Broken:
     """A mass-mean probe with one fault planted."""
@@ -124,7 +131,8 @@ class Broken:
         parameters = {"weight": weight, "bias": np.asarray(bias)}
         if self.fault == "answers by position":
             parameters["labels"] = labels
-        return FittedProbe(self, parameters, notes=notes)
+        made = Loose if self.fault == "reads any width" else FittedProbe
+        return made(self, parameters, notes=notes)
 
     def fitter(self) -> _Sums:
         return _Sums(self)
@@ -313,6 +321,7 @@ FAULTS: dict[str, tuple[type[Broken], str, str]] = {
     "edits its input": (Broken, "inputs_are_left_alone", "writes into its input|changed the activations"),
     "counts its calls": (Broken, "scoring_keeps_nothing", "it remembers"),
     "wears out": (Broken, "scoring_keeps_nothing", "scoring changed parameter 'weight'|it remembers"),
+    "reads any width": (Broken, "width_and_mask_mismatches_are_refused", "features"),
     "does without pairs": (BrokenKnowing, "what_it_needs_is_required", "speaks of 'pairs'"),
     "sign": (Broken, "learns", "held-out AUROC 0.000"),
     "ignores the labels": (Broken, "learns", "AUROC"),
