@@ -17,6 +17,8 @@ from scipy.stats import norm
 
 from elk_stress.result import StressResult
 
+_LEAST_P = 1e-6
+
 __all__ = ["Comparison", "compare", "compare_all"]
 
 
@@ -139,8 +141,8 @@ def _pair(name_a: str, name_b: str, a: StressResult, b: StressResult) -> list[Co
         side = abs(middle - float(np.quantile(kept, 0.025 if middle > 0 else 0.975))) / 1.96
         if min(below, above) == 0 and side > 0:
             # the count ends at 2 / (n + 1), which Holm's factor for a long table would always undo: beyond that the
-            # normal tail goes on, at most at what the count says
-            p = min(p, 2 * float(norm.sf(abs(middle) / side)))
+            # normal tail goes on, at most at what the count says, and no farther than anybody should believe a tail
+            p = min(p, max(_LEAST_P, 2 * float(norm.sf(abs(middle) / side))))
         (h_low, k_low), (h_high, k_high) = np.quantile(difference, [0.025, 0.975], axis=0)
         shown = [min(r.threats[threat].headline.value, r.config.get("max_bits", math.inf)) for r in (a, b)]
         ends = shown[0] - shown[1], float(np.median(kept))

@@ -55,6 +55,7 @@ def stress_items(scene: Scene, place: Situation, *, max_bits: float, n_particles
     epsilons: dict[str, float] = {}
     failed = item_event(probe, prior, scene.test_origins[chosen], place.detection.threshold)
     bits = event_bits(failed, max_bits=max_bits, n_particles=n_particles, seed=seed)
+    unconstrained = bits
     if threat.kept and len(chosen):
         epsilon = threat.epsilon if threat.epsilon is not None else scene.epsilon
         bits, b_kept, epsilons = _joint(
@@ -66,8 +67,9 @@ def stress_items(scene: Scene, place: Situation, *, max_bits: float, n_particles
     dropped = threat.kept and threat.epsilon is None and len(chosen) > 0 and not epsilons
 
     n = len(scene.positives)
-    low, high, value = (np.full(n, math.nan) for _ in range(3))
+    low, high, value, free = (np.full(n, math.nan) for _ in range(4))
     low[place.caught], high[place.caught], value[place.caught] = bits.low, bits.high, bits.value
+    free[place.caught] = unconstrained.value
     replicates = replicate_bits(
         tail=prior.tail,
         low=low,
@@ -80,7 +82,7 @@ def stress_items(scene: Scene, place: Situation, *, max_bits: float, n_particles
         weights=scene.resamples.positives,
         max_bits=max_bits,
         seed=seed,
-        additive=threat.kept and probe.traits.linear,
+        free=free if threat.kept else None,
     )
     curve, survival, headline, rows = curve_from_items(bits, n, replicates, grid_of(max_bits), max_bits)
     ids = tuple(scene.items.ids[i] for i in chosen.tolist())

@@ -141,13 +141,13 @@ def moved_bits(
     return np.where(np.isfinite(distance), out, np.where(np.isnan(distance) | (distance < 0), 0.0, math.inf))
 
 
-def excess_bits(value: np.ndarray, closed: np.ndarray, max_bits: float) -> np.ndarray:
-    """What an estimate adds to the closed form of its linearization: infinite where it is, 0 where unknown (NaN).
+def excess_bits(value: np.ndarray, free: np.ndarray, max_bits: float) -> np.ndarray:
+    """What a constraint adds to the bits without it: infinite where they are, 0 where unknown (NaN).
 
-    An estimate censored at ``max_bits`` says nothing against a closed form beyond it.
+    An estimate censored at ``max_bits`` says nothing against a larger one without the constraint.
     """
-    known = np.isfinite(value) & np.isfinite(closed)
-    excess = np.where(known, value, 0.0) - np.where(known, closed, 0.0)
+    known = np.isfinite(value) & np.isfinite(free)
+    excess = np.where(known, value, 0.0) - np.where(known, free, 0.0)
     excess = np.where(value >= max_bits, np.maximum(excess, 0.0), excess)
     return np.where(known, excess, np.where(np.isposinf(value), math.inf, 0.0))
 
@@ -190,7 +190,7 @@ def replicate_bits(
     weights: np.ndarray,
     max_bits: float,
     seed: int,
-    additive: bool = False,
+    free: np.ndarray | None = None,
 ) -> ItemReplicates:
     """Replicates of every item's bits from replicates of its margin and of the prior's scale (:func:`moved_bits`).
 
@@ -203,19 +203,18 @@ def replicate_bits(
         weights: ``(replicates, n)``.
         max_bits: common censoring.
         seed: of the estimator's own noise.
-        additive: what ``value`` has beyond the closed form of a linear probe stays as it is (keeping behaviour costs
-            about the same at another margin).
+        free: ``(n,)`` bits without the constraint on behaviour, where ``value`` has it: what keeping behaviour adds
+            stays as it is at another margin.
     """
     spread = deviation[None, :] * deviation_factor[:, None]
     with np.errstate(invalid="ignore"):
         noise = np.where(np.isfinite(high - low), (high - low) / (2 * 1.96), 0.0)
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0xB17]))
     with np.errstate(invalid="ignore"):
-        if additive:
-            extra = excess_bits(value, bits_of_margin(tail, margin, deviation), max_bits)
-            drawn = bits_of_margin(tail, margins, spread) + extra
-        else:
-            drawn = moved_bits(tail, value, margin, deviation, margins, spread, max_bits)
+        alone = value if free is None else free
+        drawn = moved_bits(tail, alone, margin, deviation, margins, spread, max_bits)
+        if free is not None:
+            drawn = drawn + excess_bits(value, free, max_bits)
         out = drawn + (noise * rng.standard_normal(drawn.shape) if noise.any() else 0.0)
     caught = margins > 0
     out = np.where(caught, np.clip(np.nan_to_num(out, nan=0.0, posinf=max_bits), 0.0, max_bits), 0.0)

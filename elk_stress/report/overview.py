@@ -34,7 +34,10 @@ def bits(results: Sequence[StressResult]) -> Figure:
     axes = figure.subplots(1, len(threats), sharey=True, squeeze=False)[0]
     for axis, free in zip(axes, threats, strict=True):
         pairs = [words.free_and_kept(result, free) for result in results]
-        top = 1.35 * max([x for pair in pairs for t in pair if t for x in _finite(t)], default=2.0)
+        shown = [t for pair in pairs for t in pair if t is not None]
+        most = max([x for t in shown for x in _finite(t)], default=2.0)
+        # intervals that reach far beyond every headline end at the edge
+        top = 1.15 * max([most, *(min(t.headline.high, 3 * most) for t in shown if math.isfinite(t.headline.high))])
         for line, pair in enumerate(pairs):
             both = all(t is not None for t in pair)
             for threat, colour, off in zip(pair, (_FREE, _KEPT), (-0.13, 0.13), strict=True):
