@@ -118,7 +118,7 @@ class Scene:
         """The same of training items."""
         return None if self.behaviour is None else replace(self.behaviour, split="train", _natural={}, _factors={})
 
-    @property
+    @cached_property
     def known_thoughts(self) -> EllipticalPrior:
         """Natural thoughts as a defence may know them when it is fitted: from the contexts that probes are fitted on.
 
@@ -126,13 +126,13 @@ class Scene:
         contexts, and its bits would be fictitious. With one context for fitting, or a given prior, the same serves both
         (the first is flagged ``shared_contexts``).
         """
-        if self.thoughts is None:
-            known = getattr(self.testbed, "known_prior", None)
-            separate = self.given_prior is None and self.fit.shape[1] > 1
-            if known is None:
-                known = natural(self.fit[self.plain_train]) if separate else self.prior(Threat())
-            self.thoughts = known
-        return self.thoughts
+        if self.thoughts is not None:
+            return self.thoughts
+        known: EllipticalPrior | None = getattr(self.testbed, "known_prior", None)
+        if known is not None:
+            return known
+        separate = self.given_prior is None and self.fit.shape[1] > 1
+        return natural(self.fit[self.plain_train]) if separate else self.prior(Threat())
 
     @cached_property
     def known_behaviour(self) -> np.ndarray:
