@@ -35,6 +35,8 @@ Trigger = Literal["none", "trained", "unrelated", "nonsense"]
 
 _CONTEXT_SETS: tuple[ContextSet, ...] = ("fit", "prior", "observed")
 _SPLITS: tuple[SplitName, ...] = ("train", "calibration", "test")
+# draws of one context until it is another than all before: enough to find the last one of some dozens
+_ATTEMPTS = 400
 
 
 class Concept(NamedTuple):
@@ -231,7 +233,9 @@ class Organism(abc.ABC):
     def of_model(self, model: int) -> Organism:
         """The same organism as the testbed of another of its models; nothing is trained again."""
         other = replace(self, model=model)
-        other.__dict__.update({name: getattr(self, name) for name in ("weights", "learned", "splits", "_inputs")})
+        other.__dict__.update(
+            {name: getattr(self, name) for name in ("weights", "learned", "splits", "_inputs", "_contexts")}
+        )
         return other
 
     def known_probes_of(self, model: int) -> dict[str, FittedProbe]:
@@ -339,6 +343,38 @@ class Organism(abc.ABC):
     def _compiled(self) -> dict[str, Any]:
         return {}
 
+    @cached_property
+    def _contexts(self) -> dict[ContextSet, list[Any]]:
+        """One key per context, shared by all splits: context c is the same circumstance for every item.
+
+        Some organisms have few circumstances. A draw that gives a context which is there already, in whatever set, is
+        made again: a prior from contexts that a probe was fitted on would credit it with bits that it does not have.
+        """
+        import jax
+
+        inputs = dict(self.probe_inputs("calibration"))
+        read = jax.jit(lambda key: dict(self.neutral(key, inputs)))
+        seen: set[bytes] = set()
+        found: dict[ContextSet, list[Any]] = {}
+        for contexts in _CONTEXT_SETS:
+            found[contexts] = []
+            for c in range(self.n_contexts):
+                for attempt in range(_ATTEMPTS):
+                    again = (f"attempt {attempt}",) if attempt else ()
+                    key = self.key("context", contexts, str(c), *again)
+                    made = read(key)
+                    content = b"".join(np.ascontiguousarray(made[name]).tobytes() for name in sorted(made))
+                    if content not in seen:
+                        break
+                else:
+                    raise ValueError(
+                        f"{self.name} has fewer than {3 * self.n_contexts} different contexts, three sets of "
+                        f"{self.n_contexts}; ask for a smaller n_contexts"
+                    )
+                seen.add(content)
+                found[contexts].append(key)
+        return found
+
     def _origins(self, split: SplitName, items: np.ndarray) -> tuple[Any, Any, Any]:
         """Weights, origins ``(p, dim)`` and the rest of the chosen items, bare."""
         import jax
@@ -410,9 +446,7 @@ class _Reader(dict[tuple[SplitName, ContextSet], np.ndarray]):
         if contexts == "bare":
             rows = [encode(weights, inputs)]
         else:
-            # one key per context, shared by all splits: context c is the same circumstance for every item
-            keys = [organism.key("context", contexts, str(c)) for c in range(organism.n_contexts)]
-            rows = [elsewhere(weights, key, inputs) for key in keys]
+            rows = [elsewhere(weights, key, inputs) for key in organism._contexts[contexts]]
         made = np.stack([np.asarray(row, dtype=np.float32) for row in rows], axis=1)
         # one array serves every caller
         made.flags.writeable = False

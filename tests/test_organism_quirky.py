@@ -270,3 +270,13 @@ def forward(organism, weights, tokens):
         stream = block(weights["second"], block(weights["first"], stream))
         answers.append(normed(stream[-1], weights["norm"]) @ weights["answers"])
     return np.array(answers)
+
+
+def test_no_context_is_drawn_twice(organism) -> None:
+    """There are only 32 of them: independent draws of three sets would meet."""
+    sets = [organism.activations("calibration", kind) for kind in ("fit", "prior", "observed")]
+    contexts = np.concatenate(sets, axis=1)
+    assert len(np.unique(contexts.transpose(1, 0, 2).reshape(contexts.shape[1], -1), axis=0)) == 24
+    crowded = Quirky(n_models=1, training_steps=1, n_contexts=11, n_train=16, n_calibration=16, n_test=16)
+    with pytest.raises(ValueError, match="fewer than 33 different contexts"):
+        crowded.activations("train")

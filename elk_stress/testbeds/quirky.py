@@ -71,6 +71,8 @@ class Quirky(Organism):
         n_known: fresh statements that ``oracle`` and ``paper`` are fitted on.
     """
 
+    # three sets of these: with 8 words, 2 spellings and 2 orders there are 32 different contexts
+    n_contexts: int = 10
     training_steps: int = 2500
     batch_size: int = 64
 
