@@ -17,9 +17,10 @@ from scipy.stats import norm
 
 from elk_stress.result import StressResult
 
-_LEAST_P = 1e-6
-
 __all__ = ["Comparison", "compare", "compare_all"]
+
+# a normal tail of some thousand replicates is not to be believed beyond
+_LEAST_P = 1e-6
 
 
 @dataclass(frozen=True)

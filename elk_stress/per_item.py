@@ -9,7 +9,7 @@ import numpy as np
 
 from elk_stress.behaviour import joint_of_failed, kept_bits, searched_joint
 from elk_stress.bits import Bits, BitsBatch, Kind
-from elk_stress.certificate import certified_bits
+from elk_stress.certificate import certified_bits, is_certifiable
 from elk_stress.detection import (
     conformal_threshold,
 )
@@ -31,9 +31,9 @@ from elk_stress.situation import Situation, score_gradients, score_spread
 from elk_stress.survival import (
     bits_of_margin,
     curve_from_items,
+    explaining_distance,
     grid_of,
     half_life,
-    margin_of_bits,
     moved_bits,
     replicate_bits,
 )
@@ -119,7 +119,7 @@ def certified_half_life(failed: LimitState, seed: int) -> Bits | None:
 
     A closed form is its own certificate, and needs no draws. What keeps behaviour is a smaller event.
     """
-    if failed.n_problems == 0 or failed.lipschitz is None:
+    if failed.n_problems == 0 or not is_certifiable(failed):
         return None
     if failed.linear is not None:
         every = event_bits(failed, max_bits=math.inf, n_particles=10, seed=seed)
@@ -238,11 +238,7 @@ def _other_tails(place: Situation, bits: BitsBatch, max_bits: float) -> dict[str
     if not len(place.caught):
         return {}
     margin, deviation = place.margin[place.caught], place.deviation[place.caught]
-    with np.errstate(divide="ignore"):
-        closed = margin / deviation
-    at = margin_of_bits(place.prior.tail, np.minimum(bits.value, max_bits))
-    at = np.where((bits.value >= max_bits) & (closed > at), closed, at)
-    at = np.where(np.isposinf(bits.value), math.inf, at)
+    at = explaining_distance(place.prior.tail, bits.value, margin, deviation, max_bits)
     ones = np.ones_like(at)
     found = {tail.name: bits_of_margin(tail, np.minimum(at, 1e15), ones) for tail in TAILS}
     return {name: half_life(np.clip(np.where(np.isinf(at), max_bits, b), 0.0, max_bits)) for name, b in found.items()}

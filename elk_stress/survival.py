@@ -25,6 +25,7 @@ __all__ = [
     "bits_of_margin",
     "curve_from_items",
     "excess_bits",
+    "explaining_distance",
     "grid_of",
     "half_life",
     "margin_of_bits",
@@ -112,6 +113,21 @@ def margin_of_bits(tail: Tail, bits: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(bits), np.nan, np.where(np.isposinf(bits), math.inf, np.sinh(high)))
 
 
+def explaining_distance(
+    tail: Tail, value: np.ndarray, margin: np.ndarray, deviation: np.ndarray, max_bits: float
+) -> np.ndarray:
+    """How many standard deviations away failure is, by the measured bits ``value``; infinite for infinite bits.
+
+    Without a measured value (NaN), or where it is censored at ``max_bits`` below the linearization's, the latter
+    stands: ``margin / deviation``.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        closed = margin / deviation
+    at = margin_of_bits(tail, np.minimum(value, max_bits))
+    at = np.where(np.isnan(at) | ((value >= max_bits) & (closed > at)), closed, at)
+    return np.where(np.isposinf(value), math.inf, at)
+
+
 def moved_bits(
     tail: Tail,
     value: np.ndarray,
@@ -126,14 +142,9 @@ def moved_bits(
     The distance to failure that explains the measured bits, in standard deviations, grows like the margin and falls
     like the deviation: exact for a half-space, and for the scale of the prior under any monotone map of its score. The
     linearization at the origin would be exact for neither: where a score saturates its gradient there says nothing.
-    Without a measured value (NaN), or where it is censored at ``max_bits`` below the linearization's, the latter
-    stands.
     """
+    at = explaining_distance(tail, value, margin, deviation, max_bits)
     with np.errstate(divide="ignore", invalid="ignore"):
-        closed = margin / deviation
-        at = margin_of_bits(tail, np.minimum(value, max_bits))
-        at = np.where(np.isposinf(value), math.inf, at)
-        at = np.where(np.isnan(at) | ((value >= max_bits) & ~np.isposinf(value) & (closed > at)), closed, at)
         ratio = new_margin / margin * (deviation / new_deviation)
         # nothing is known of an item that fails at its origin but the linearization
         distance = np.where(np.isfinite(ratio) & (margin > 0), at * ratio, new_margin / new_deviation)

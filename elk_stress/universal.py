@@ -28,10 +28,10 @@ from elk_stress.scene import Scene
 from elk_stress.situation import Situation, score_gradients
 from elk_stress.survival import bits_of_margin, grid_of, margin_of_bits, moved_bits
 
+__all__ = ["stress_universal", "universal_event", "universal_joint_event"]
+
 # of the metric's curve for probes without a closed form, beside half advantage
 _LEVELS = 7
-
-__all__ = ["stress_universal", "universal_event", "universal_joint_event"]
 
 
 def universal_event(crowd: Crowd, place: Situation, levels: np.ndarray) -> LimitState:
