@@ -13,7 +13,7 @@ from elk_stress.limit_state import LimitState
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
 
-__all__ = ["event_bits", "joint_bits"]
+__all__ = ["event_bits", "joined", "joint_bits"]
 
 # coordinates of weights at once where a closed form needs no particles (32 MB)
 CLOSED_ELEMENTS = 1 << 22
@@ -58,6 +58,12 @@ def event_bits(
         )
         for i in range(0, state.n_problems, step)
     ]
+    return joined(*parts)
+
+
+def joined(*parts: BitsBatch) -> BitsBatch:
+    """The problems of several batches as one; diagnostics that all of them hold in the same shape are kept."""
+    parts = tuple(part for part in parts if len(part))
     shared = [name for name in parts[0].diagnostics if all(name in p.diagnostics for p in parts)]
     shapes = {name: {p.diagnostics[name].shape[1:] for p in parts} for name in shared}
     return BitsBatch.build(

@@ -10,6 +10,7 @@ import numpy as np
 
 from elk_stress.behaviour import Behaviour
 from elk_stress.flags import Flag, flag
+from elk_stress.knowledge import spread_rows
 from elk_stress.priors import (
     EllipticalPrior,
     Gaussian,
@@ -31,8 +32,6 @@ __all__ = ["Scene", "fit_probe", "prepare_scene"]
 
 # replicates x items of the bootstrap: bounds its memory and its time on large data
 _BOOTSTRAP_CELLS = 4_000_000
-# training items whose Fisher factor a defence gets: each costs a few passes through a language model
-_MOST_FACTORS = 64
 
 
 @dataclass
@@ -138,8 +137,7 @@ class Scene:
     def known_behaviour(self) -> np.ndarray:
         """``(m, rank, d)`` Fisher factors of up to 64 training items: what a defence may know of the output."""
         assert self.train_behaviour is not None
-        n = len(self.plain_train)
-        return self.train_behaviour.factors(self.plain_train[np.linspace(0, n - 1, min(n, _MOST_FACTORS)).astype(int)])
+        return self.train_behaviour.factors(self.plain_train[spread_rows(len(self.plain_train))])
 
     @cached_property
     def epsilon(self) -> float:

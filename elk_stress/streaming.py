@@ -29,7 +29,7 @@ from elk_stress import registry
 from elk_stress.moments import Moments, Order
 from elk_stress.probe import FittedProbe, Probe
 
-__all__ = ["Fitter", "Rows", "fit_streaming"]
+__all__ = ["Fitter", "Keep", "Rows", "fit_streaming"]
 
 Keep = Literal["file", "memory"]
 
@@ -143,6 +143,7 @@ class Rows:
     """
 
     def __init__(self, keep: Keep = "file", folder: str | Path | None = None) -> None:
+        self.keep, self.folder = keep, folder
         self._borrow = keep == "memory"
         self._rows, self._labels = _Spool(folder), _Spool(folder)
         self.count, self.dim = 0, 0

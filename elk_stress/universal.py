@@ -11,7 +11,7 @@ import numpy as np
 from elk_stress.bits import Bits, BitsBatch, Kind
 from elk_stress.crowd import Crowd, judged_on
 from elk_stress.detection import proportion_interval
-from elk_stress.event_bits import event_bits, joint_bits
+from elk_stress.event_bits import event_bits, joined, joint_bits
 from elk_stress.events import (
     failures_of_linear,
     item_event,
@@ -28,7 +28,7 @@ from elk_stress.scene import Scene
 from elk_stress.situation import Situation, score_gradients
 from elk_stress.survival import bits_of_margin, grid_of, margin_of_bits, moved_bits
 
-__all__ = ["stress_universal", "universal_event", "universal_joint_event"]
+__all__ = ["bits_of_levels", "stress_universal", "universal_event", "universal_joint_event"]
 
 # of the metric's curve for probes without a closed form, beside half advantage
 _LEVELS = 7
@@ -56,8 +56,8 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
         # without a closed form every level is an estimate, in which a particle is scored on all items
         levels = levels[np.unique(np.linspace(0, len(levels) - 1, _LEVELS).astype(int))]
     levels = np.unique(np.concatenate([[tau], levels[levels < clean]]))
-    every = event_bits(universal_event(crowd, place, levels), max_bits=max_bits, n_particles=n_particles, seed=seed)
     at_tau = int(np.searchsorted(levels, tau))
+    every = bits_of_levels(universal_event(crowd, place, levels), at_tau, max_bits, n_particles, seed)
     bits = every[at_tau]
     epsilon: float | None = None
     b_kept: Bits | None = None
@@ -143,6 +143,19 @@ def universal_joint_event(
     slope = score_gradients(place.probe, origin)
     corner = nearest_kept(place.prior, slope, crowd.margin[i : i + 1], stacked, epsilon)
     return replace(both(failing, kept), starts=corner), kept
+
+
+def bits_of_levels(event: LimitState, at_tau: int, max_bits: float, n_particles: int, seed: int) -> BitsBatch:
+    """B of every level. Where it is estimated, splitting checks the headline's, not the rest of the curve."""
+    options: dict[str, Any] = {"max_bits": max_bits, "n_particles": n_particles, "seed": seed}
+    if event.linear is not None or not event.differentiable or event.n_problems == 1:
+        return event_bits(event, **options)
+    others = np.delete(np.arange(event.n_problems), at_tau)
+    return joined(
+        event_bits(event.select(others[others < at_tau]), check_fraction=0.0, **options),
+        event_bits(event.select(np.array([at_tau])), **options),
+        event_bits(event.select(others[others > at_tau]), check_fraction=0.0, **options),
+    )
 
 
 def _kept(

@@ -10,6 +10,9 @@ with weights c_i that sum to 1, half in each class. The standardization is folde
 The penalty is on the *mean* loss: repeating every row (the same items under more contexts) leaves the probe as it is,
 where scikit-learn's ``C`` would weaken the penalty. ``l2 = 0.01`` equals ``C = 1`` at 100 rows.
 
+Several penalties may be given: the one of the least log-loss on held-out items (classes weighing the same) is taken,
+and the probe fitted with it on all rows. Rows of one item stay in one fold.
+
 Solved by Newton's method: a pass over the rows gives loss and gradient, and the Hessian of some rows, enough to step
 well (all of them up to 20,000). There is one minimum, so that every way to it ends at the same probe. Fewer
 rows than features: the weights lie in the span of the rows, and are looked for there.
@@ -19,16 +22,17 @@ Shapes: activations ``(*batch, d)`` -> log-odds ``(*batch,)`` in nats at equal c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from elk_stress.fitting.held_out import item_folds
 from elk_stress.moments import Moments
 from elk_stress.probe import FittedProbe, Traits
-from elk_stress.streaming import Fitter, Rows
+from elk_stress.streaming import Fitter, Keep, Rows
 
 __all__ = ["Logistic"]
 
@@ -44,15 +48,24 @@ class Logistic:
     """L2-penalized logistic regression on standardized features.
 
     Attributes:
-        l2: weight of ``||v||^2 / 2`` against the mean log-loss; above 0.
+        l2: weight of ``||v||^2 / 2`` against the mean log-loss, above 0; or several to choose from on the training
+            rows: ``Logistic(l2=(1e-4, 1e-3, 1e-2, 1e-1, 1.0))``. The choice and its held-out loss in nats (a constant's
+            is ln 2) are written in the notes.
         max_iterations: of Newton's method; whether it converged is written in the notes.
+        folds: of items, where there is a penalty to choose.
     """
 
-    l2: float = 0.01
+    l2: float | tuple[float, ...] = 0.01
     max_iterations: int = 2000
+    folds: int = 5
 
     name: ClassVar[str] = "logistic"
     traits: ClassVar[Traits] = Traits(linear=True, flips=True, streams=True)
+
+    def __post_init__(self) -> None:
+        # JSON gives a list back
+        if isinstance(self.l2, Sequence):
+            object.__setattr__(self, "l2", tuple(float(penalty) for penalty in self.l2))
 
     def fit(
         self, activations: np.ndarray, labels: np.ndarray, *, pairs: np.ndarray | None = None, seed: int = 0
@@ -60,20 +73,31 @@ class Logistic:
         """Fit on ``activations (n, d)``, ``labels (n,)``; the problem is convex, ``seed`` is not used.
 
         Raises:
-            ValueError: ``l2`` is not positive (separable classes would send the weights to infinity).
+            ValueError: an ``l2`` is not positive (separable classes would send the weights to infinity).
         """
-        fitter = Fitter(self._finish, "spread", keep="memory")
+        fitter = self._gather("memory")
         fitter.update(activations, labels)
         return fitter.fit(seed=seed)
 
     def fitter(self, folder: str | Path | None = None) -> Fitter:
         """The same, batch by batch (:mod:`elk_stress.streaming`); rows are spooled to a file in ``folder``."""
-        return Fitter(self._finish, "spread", keep="file", folder=folder)
+        return self._gather("file", folder)
+
+    def _gather(self, keep: Keep, folder: str | Path | None = None) -> Fitter:
+        return Fitter(self._finish, "spread", keep=keep, folder=folder)
 
     def _finish(self, moments: tuple[Moments, Moments], rows: Rows | None, seed: int) -> FittedProbe:
         assert rows is not None
-        if not self.l2 > 0:
+        penalties = self.l2 if isinstance(self.l2, tuple) else (self.l2,)
+        if not penalties or not min(penalties) > 0:
             raise ValueError(f"logistic: l2 must be above 0, got {self.l2}; for almost no penalty use 1e-6")
+        if len(penalties) > 1:
+            losses = self._held_out_losses(penalties, rows)
+            least = int(losses.argmin())
+            chosen = replace(self, l2=penalties[least])._finish(moments, rows, seed)
+            told = {**chosen.notes, "l2": penalties[least], "held_out_loss": float(losses[least])}
+            return replace(chosen, probe=self, notes=told)
+        l2 = penalties[0]
         every = moments[0].merged(moments[1])
         assert every.square is not None
         mean, spread = every.mean, np.sqrt(every.square / every.count)
@@ -86,20 +110,51 @@ class Logistic:
             basis, inside = np.linalg.qr(np.concatenate([(part - mean) / spread for part, _ in parts]).T)
             few = Rows("memory")
             few.append(inside.T, np.concatenate([labels for _, labels in parts]))
-            problem = _Problem(few, np.zeros(rows.count), np.ones(rows.count), weights, self.l2)
+            problem = _Problem(few, np.zeros(rows.count), np.ones(rows.count), weights, l2)
             solution, converged = _newton(problem, self.max_iterations)
             normal = basis @ solution[:-1]
         else:
-            problem = _Problem(rows, mean, spread, weights, self.l2)
+            problem = _Problem(rows, mean, spread, weights, l2)
             solution, converged = _newton(problem, self.max_iterations)
             normal = solution[:-1]
         weight = normal / spread
         parameters = {"weight": weight, "bias": np.asarray(solution[-1] - weight @ mean)}
         return FittedProbe(self, parameters, notes={"converged": converged})
 
+    def _held_out_losses(self, penalties: tuple[float, ...], rows: Rows) -> np.ndarray:
+        """``(penalties,)`` mean over folds of the class-balanced log-loss on held-out items."""
+        labels = np.concatenate([own for _, own in rows.chunks()])
+        fold = item_folds(labels, self.folds)
+        losses = np.zeros((int(fold.max()) + 1, len(penalties)))
+        for k in range(len(losses)):
+            # with too few items for two folds all rows serve as both
+            out = fold == k
+            fitters = [replace(self, l2=penalty)._gather(rows.keep, rows.folder) for penalty in penalties]
+            for chunk, own, held in _beside(rows, out):
+                for fitter in fitters:
+                    kept = slice(None) if out.all() else ~held
+                    fitter.update(chunk[kept], own[kept])
+            probes = [fitter.fit() for fitter in fitters]
+            share = 0.5 / np.bincount(labels[out], minlength=2)
+            for chunk, own, held in _beside(rows, out):
+                sign = np.where(own[held] == 1, -1.0, 1.0)
+                for i, probe in enumerate(probes):
+                    losses[k, i] += share[own[held]] @ np.logaddexp(0.0, sign * np.asarray(probe.score(chunk[held])))
+            for fitter in fitters:
+                fitter.close()
+        return np.asarray(losses.mean(axis=0))
+
     def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:
         """``activations @ weight + bias``."""
         return xp.matmul(activations, parameters["weight"]) + parameters["bias"]
+
+
+def _beside(rows: Rows, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Chunks of rows, their labels, and which of them are ``chosen (n,)``."""
+    start = 0
+    for chunk, labels in rows.chunks():
+        yield chunk, labels, chosen[start : start + len(chunk)]
+        start += len(chunk)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from elk_stress import registry
 from elk_stress.bits import Kind
 from elk_stress.comparison import holm
 from elk_stress.engine import Scene, compare, compare_all, prepare_scene, stress, stress_activations
+from elk_stress.events import universal_recall_event
 from elk_stress.probe import FittedProbe, Traits, direction
 from elk_stress.result import StressResult
 from elk_stress.scene import fit_probe
@@ -21,6 +24,7 @@ from elk_stress.survival import half_life
 from elk_stress.testbeds.bundle import Bundle
 from elk_stress.testbeds.linear import Linear
 from elk_stress.threat import Threat, default_threats, parse_threat
+from elk_stress.universal import bits_of_levels
 
 FREE = tuple(t for t in default_threats() if not t.kept)
 
@@ -28,6 +32,37 @@ FREE = tuple(t for t in default_threats() if not t.kept)
 @pytest.fixture(scope="module")
 def scene() -> Scene:
     return prepare_scene(Linear(dim=12, n_items=200, n_contexts=10))
+
+
+@dataclass(frozen=True)
+class Bent:
+    """A monotone function of a linear score: the same events at the same bits, without the closed form."""
+
+    name: ClassVar[str] = "bent"
+    traits: ClassVar[Traits] = Traits()
+
+    def fit(self, activations: Any, labels: Any, *, pairs: Any = None, seed: int = 0) -> FittedProbe:
+        raise NotImplementedError
+
+    def score(self, xp: Any, parameters: Any, activations: Any) -> Any:
+        along = xp.matmul(activations, parameters["weight"]) + parameters["bias"]
+        return along + 10.0 * xp.tanh(along / 20.0)
+
+
+def test_bits_of_levels_without_a_closed_form_are_those_with_it(scene: Scene) -> None:
+    straight = scene.testbed.known_probes()["oracle"]
+    bent = FittedProbe(Bent(), straight.parameters)
+    prior, positives = scene.prior(Threat(scope="universal")), scene.test_origins[scene.positives]
+    threshold = float(np.quantile(np.asarray(straight.score(positives)), 0.2))
+    levels = np.array([0.1, 0.25, 0.4, 0.55, 0.7])
+    found, exact = (
+        bits_of_levels(universal_recall_event(probe, prior, positives, at, levels), 2, 100.0, 200, 0)
+        for probe, at in ((bent, threshold + 10.0 * np.tanh(threshold / 20.0)), (straight, threshold))
+    )
+    np.testing.assert_allclose(found.value, exact.value, atol=0.3, rtol=0.02)
+    assert (np.asarray(found.kind) == Kind.ESTIMATE).all()
+    # the headline's level is checked by splitting, the others of the curve are not
+    assert found.diagnostics["checked"].tolist() == [False, False, True, False, False]
 
 
 @pytest.fixture(scope="module")

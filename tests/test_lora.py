@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import tiny_models
 
 from elk_stress.attacks.lora import Lora
 from elk_stress.detection import auroc
+from elk_stress.priors import natural
 from elk_stress.probe import FittedProbe, as_fitted
 from elk_stress.probes.ccs import CCS
 from elk_stress.subjects.adapted import LoraTrainee
@@ -23,6 +25,7 @@ from elk_stress.testbed import Items
 from elk_stress.testbeds import facts
 from elk_stress.testbeds.statements import Statements
 from elk_stress.training.evasion import targets_from
+from elk_stress.training.measure import fit_cells
 from elk_stress.training.pressure import as_trainee
 from elk_stress.training.protocols import Targets, Trainee, TrainingAttack
 
@@ -454,6 +457,47 @@ def test_statements_become_a_trainee() -> None:
     described = trainee.describe()
     assert described["relation"] == "city_country"
     assert described["calibration"] == {"scale": 0.05}
+
+
+class _Thoughts:
+    """What a defence may ask of a testbed: 30 items under 5 contexts, and factors that behaviour reads."""
+
+    def __init__(self, dim: int, site: str = _SITE) -> None:
+        rng = np.random.default_rng(4)
+        self.site, self.splits = site, {"train": replace(_items("train", ("paris", "osaka")), pairs=None)}
+        n = len(self.splits["train"])
+        self.thoughts = rng.standard_normal((n, 5, dim)).astype(np.float32)
+        self.factors = rng.standard_normal((n, 3, dim)).astype(np.float32)
+
+    def activations(self, split: str, contexts: str) -> np.ndarray:
+        assert (split, contexts) == ("train", "fit")
+        return self.thoughts
+
+    def shift_factor(self, split: str, items: np.ndarray) -> np.ndarray:
+        assert split == "train"
+        return self.factors[items]
+
+
+@pytest.mark.parametrize("name", ["lipschitz", "adversarially_trained", "causal"])
+def test_a_defence_is_told_of_the_original_model(trainee: LoraTrainee, name: str) -> None:
+    cells = trainee.activations(trainee.original[None], "train")
+    testbed = _Thoughts(cells.shape[-1])
+    told = _trainee(testbed=testbed)
+    found = fit_cells(told, name, cells, 0)[0]
+    labels = told.splits["train"].labels
+    knows = {"prior": natural(testbed.thoughts), "behaviour": testbed.factors}
+    expected = as_fitted(name, cells[0, 0], labels, seed=0, site=_SITE, **knows)  # type: ignore[arg-type]
+    for key, value in expected.parameters.items():
+        np.testing.assert_array_equal(found[0].parameters[key], value)
+
+
+@pytest.mark.parametrize("site", [None, "layers.0"])
+def test_a_defence_of_another_site_is_refused(trainee: LoraTrainee, site: str | None) -> None:
+    cells = trainee.activations(trainee.original[None], "train")
+    told = _trainee(testbed=None if site is None else _Thoughts(cells.shape[-1], site))
+    assert site != _SITE
+    with pytest.raises(ValueError, match=r"LoraTrainee\.of\(testbed\)"):
+        fit_cells(told, "lipschitz", cells, 0)
 
 
 def test_negations_stay_with_their_partners() -> None:

@@ -26,7 +26,7 @@ def test_ours_are_registered_and_described(group: Group, known: set[str]) -> Non
 def test_options_reach_the_recipe() -> None:
     assert registry.load("probes", "logistic", l2=0.5).l2 == 0.5
     assert registry.load("attacks", "gradient", starts=3).starts == 3
-    assert registry.options("probes", "logistic") == ["l2", "max_iterations"]
+    assert registry.options("probes", "logistic") == ["l2", "max_iterations", "folds"]
 
 
 def test_unknown_name_lists_the_known_and_the_closest() -> None:
@@ -41,7 +41,7 @@ def test_unknown_name_lists_the_known_and_the_closest() -> None:
 
 
 def test_unknown_option_lists_those_it_takes() -> None:
-    with pytest.raises(TypeError, match=r"probe 'logistic': .*C.*; it takes: l2, max_iterations"):
+    with pytest.raises(TypeError, match=r"probe 'logistic': .*C.*; it takes: l2, max_iterations, folds"):
         registry.load("probes", "logistic", C=1.0)
     with pytest.raises(TypeError, match="it takes: no options"):
         registry.load("probes", "rock", size=3)

@@ -164,7 +164,7 @@ class _Run:
         few = p <= _FEW
         self.limited, self.many = max_evaluations is not None, not few
         self.n_particles = config.n_particles or (2048 if few else 512)
-        self.n_runs = config.n_runs or (8 if few else 4)
+        self.n_runs = config.n_runs or (8 if few and limit_state.cost == 1 else 4)
         self.scores = self.split_scores = math.inf
         if not limit_state.differentiable:
             self.scores = _BLACK_BOX_SCORES / limit_state.cost
@@ -201,7 +201,8 @@ class _Run:
     def count(self) -> None:
         """Draw from the prior; settle what fails often."""
         p, dim = self.limit_state.n_problems, self.limit_state.dim
-        n = int(min(1 << 16, _COUNTING_ELEMENTS // (p * dim), max(self.scores // p, 256)))
+        scores = min(self.scores, _COUNTING_ELEMENTS / (dim * self.limit_state.cost))
+        n = int(min(1 << 16, _COUNTING_ELEMENTS // (p * dim), max(scores // p, 256)))
         if self.budgets[0] is not None:
             n = min(n, self.budgets[0])
         if n < 256:
@@ -352,7 +353,7 @@ class _Run:
         # kills, clones and moves: about 6 evaluations per particle and bit; deep and wide problems get fewer particles
         depth = np.nanmedian(self.importance[0, index]) if np.isfinite(self.importance[0, index]).any() else 20.0
         moved = 6.0 * self.n_runs * len(index) * max(1.0, float(depth))
-        afforded, fewest = _SPLITTING_ELEMENTS / (moved * self.limit_state.dim), 128
+        afforded, fewest = _SPLITTING_ELEMENTS / (moved * self.limit_state.dim * self.limit_state.cost), 128
         # enough for every run to have a place, which shows whether it finished
         n_failures = max(max(32, self.n_runs) * self.n_runs, self.keep)
         if not self.limit_state.differentiable:

@@ -29,11 +29,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elk_stress.knowledge import knowledge_of
+from elk_stress.probe import Traits
 from elk_stress.subjects.adapters import AdaptedModel, divergence
 from elk_stress.subjects.low_rank_prior import LowRankPrior
 from elk_stress.subjects.prior_scale import calibrate
 from elk_stress.subjects.trainee_texts import limited, true_statements
-from elk_stress.testbed import Items, SplitName
+from elk_stress.testbed import Items, SplitName, Testbed
 from elk_stress.testbeds import contexts as neutral
 from elk_stress.training.protocols import Subject
 from elk_stress.training.weights import DEFAULT_EPSILON
@@ -68,6 +70,7 @@ class LoraTrainee:
         n_draws: draws of the prior that calibrate its scale.
         scale: s, if it is known already; else it is calibrated when first needed.
         scale_factor: multiplies s (for bits against the prior's scale).
+        testbed: what a defence that needs natural thoughts or behaviour is told of; it must read the same site.
         facts: what else :meth:`describe` should say.
     """
 
@@ -90,6 +93,7 @@ class LoraTrainee:
         n_draws: int = 9,
         scale: float | None = None,
         scale_factor: float = 1.0,
+        testbed: Testbed | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         if not epsilon > 0:
@@ -110,6 +114,8 @@ class LoraTrainee:
         self.ordinary_rows = self.adapted.reader.tokenize(self.ordinary)
         self._behaviour_rows = self.adapted.reader.tokenize(behaviour)
         self._given_scale = scale
+        self._testbed = testbed
+        self._known: dict[Traits, Mapping[str, Any]] = {}
         self._facts = dict(facts or {})
 
     @classmethod
@@ -154,6 +160,7 @@ class LoraTrainee:
             n_models=n_models,
             epsilon=epsilon,
             seed=seed,
+            testbed=testbed,
             facts={"testbed": testbed.name, **{key: str(value) for key, value in told.items()}},
             **options,
         )
@@ -194,6 +201,21 @@ class LoraTrainee:
     def scaled(self, weights: np.ndarray, factor: np.ndarray) -> np.ndarray:
         """Weights whose ``B A`` is ``factor (strengths, models)`` times as long: B carries the factor."""
         return self._prior.scaled(self._checked(weights), factor)
+
+    def knowledge(self, model: int, traits: Traits) -> Mapping[str, Any]:
+        """What a defence may know of the language model, which is the same for all seeds.
+
+        Raises:
+            ValueError: the trainee was made without a testbed, or from one that reads another site.
+        """
+        if self._testbed is None or self._testbed.site != self.site:
+            raise ValueError(
+                "this probe is fitted with natural thoughts or with what behaviour depends on; make the trainee with "
+                "LoraTrainee.of(testbed), or give a testbed of the same site"
+            )
+        if traits not in self._known:
+            self._known[traits] = knowledge_of(self._testbed, traits)
+        return self._known[traits]
 
     # -- what happens when weights move -------------------------------------------------------------------------------
 

@@ -163,10 +163,9 @@ def fit_cells(
     """
     items = trainee.splits["train"]
     made = registry.load("probes", recipe) if isinstance(recipe, str) else recipe
-    known = getattr(trainee, "knowledge", None)
-    needs = known is not None and (made.traits.needs_prior or made.traits.needs_behaviour)
+    needs = made.traits.needs_prior or made.traits.needs_behaviour
     # of the original models: a defender who refits knows what it knew
-    knowledge = [known(model) if needs else {} for model in range(trainee.n_models)]  # type: ignore[misc]
+    knowledge = [trainee.knowledge(model, made.traits) if needs else {} for model in range(trainee.n_models)]
 
     def fit(cell: np.ndarray, model: int) -> FittedProbe:
         if instead is not None and not np.isfinite(cell).all():

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from elk_stress.probe import Probe
+from elk_stress.probe import Probe, Traits
 from elk_stress.testbed import Items, SplitName
 
 __all__ = ["Log", "State", "Subject", "Targets", "Trainee", "TrainingAttack"]
@@ -74,6 +74,11 @@ class Trainee(Protocol):
     @property
     def original(self) -> np.ndarray:
         """``(models, n_parameters)``: the weights before any pressure."""
+        ...
+
+    def knowledge(self, model: int, traits: Traits) -> Mapping[str, Any]:
+        """What a recipe with these traits is fitted with beside activations (``prior``, ``behaviour``), of the
+        original model: :func:`~elk_stress.knowledge.knowledge_of`."""
         ...
 
     @property

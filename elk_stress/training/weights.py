@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from elk_stress.knowledge import knowledge_of
 from elk_stress.organism import Inputs, Organism
-from elk_stress.priors import natural
+from elk_stress.probe import Traits
 from elk_stress.testbed import Items, SplitName
 from elk_stress.training.protocols import Subject
 
@@ -31,8 +32,6 @@ DEFAULT_EPSILON = 0.03
 
 _LEAST, _MOST, _GRID = 1e-4, 3.0, 19
 _BEHAVIOUR_INPUTS = 512
-# training items whose Fisher factor a defence gets
-_KNOWN_ITEMS = 64
 
 
 @dataclass(frozen=True)
@@ -236,13 +235,9 @@ class OrganismTrainee:
         """Activations of any inputs, ``(strengths, models, n, dim)``."""
         return self._read(np.asarray(weights, np.float32), inputs)
 
-    def knowledge(self, model: int) -> dict[str, Any]:
+    def knowledge(self, model: int, traits: Traits) -> Mapping[str, Any]:
         """What a defence may know of one original model: natural thoughts, and what its output depends on."""
-        organism = self.organism.of_model(model)
-        n = len(organism.splits["train"])
-        rows = np.linspace(0, n - 1, min(n, _KNOWN_ITEMS)).astype(int)
-        prior = natural(organism.activations("train", "fit"))
-        return {"prior": prior, "behaviour": organism.shift_factor("train", rows)}
+        return knowledge_of(self.organism.of_model(model), traits)
 
     def shift(self, weights: np.ndarray, noise: int | None = None) -> np.ndarray:
         """``(strengths, models)``: mean KL to the original output in nats."""
