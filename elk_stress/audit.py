@@ -32,7 +32,7 @@ import numpy as np
 from elk_stress import registry
 from elk_stress.events import item_event, nearest_of_linear
 from elk_stress.priors import EllipticalPrior
-from elk_stress.probe import FittedProbe
+from elk_stress.probe import FittedProbe, Probe
 from elk_stress.proposal import Edit
 from elk_stress.result import Audit, AuditStage
 from elk_stress.scene import Scene, fit_probe
@@ -244,10 +244,18 @@ def _nearest(
 
 
 def _refit(scene: Scene, probe: FittedProbe | str) -> FittedProbe | None:
-    """The recipe fitted on this scene's training rows; ``None`` if it cannot be (not registered, or no recipe)."""
+    """The recipe fitted on this scene's attacked training rows; ``None`` if it cannot be.
+
+    That is, if it is not registered, learns nothing, or refuses the rows: an attack may leave nothing to learn from.
+    """
     if isinstance(probe, FittedProbe):
-        return fit_probe(scene, probe.probe) if probe.traits.learns else None
-    return fit_probe(scene, probe) if probe in registry.names("probes") else None
+        recipe: Probe | str | None = probe.probe if probe.traits.learns else None
+    else:
+        recipe = probe if probe in registry.names("probes") else None
+    try:
+        return None if recipe is None else fit_probe(scene, recipe)
+    except ValueError:
+        return None
 
 
 def _with_train(scene: Scene, train: np.ndarray, chosen: np.ndarray) -> Scene:

@@ -153,7 +153,8 @@ class AdversariallyTrained:
     def _largest_that_learns(self, rows: np.ndarray, targets: np.ndarray, factor: np.ndarray, most: float) -> float:
         for radius in sorted((r for r in set(self.radii) if r <= most), reverse=True):
             weight, _, _ = robust_logistic(rows, targets, factor, radius, self.l2)
-            if np.linalg.norm(factor.T @ weight) > _LEAST:
+            # at 0 it is logistic regression, which may find nothing
+            if radius == 0 or np.linalg.norm(factor.T @ weight) > _LEAST:
                 return radius
         raise ValueError(
             f"adversarially_trained: at every radius of {self.radii} up to {most:g} the worst cases cannot be "
@@ -205,7 +206,7 @@ def robust_logistic(
     )
     v = found.x[:-1]
     # smoothing leaves a sliver of a direction where the minimum is at 0
-    v = v if np.sqrt(v @ covariance @ v) > _LEAST else np.zeros_like(v)
+    v = v if radius == 0 or np.sqrt(v @ covariance @ v) > _LEAST else np.zeros_like(v)
     weight = v / spread
     return weight, float(found.x[-1] - weight @ mean), bool(found.success)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from elk_stress import registry
 from elk_stress.arena import arena
 from elk_stress.attacking import run_attack
 from elk_stress.audit import CANDIDATES, audit, audit_edit
+from elk_stress.probe import FittedProbe, Traits
 from elk_stress.proposal import Edit
 from elk_stress.result import AttackResult, Audit
 from elk_stress.scene import Scene, fit_probe, prepare_scene
@@ -121,6 +123,32 @@ def test_an_edit_is_asked_once_for_each_split_and_nothing_is_fitted_twice(monkey
     # nothing was moved
     assert result.verdict == "still works"
     assert result.stages[0].gain == pytest.approx(result.clean.gain)
+
+
+@dataclass(frozen=True)
+class Fussy:
+    """Refuses rows whose classes have the same mean, as an attack may leave them."""
+
+    name: ClassVar[str] = "fussy"
+    traits: ClassVar[Traits] = Traits(linear=True)
+
+    def fit(self, activations, labels, *, pairs=None, seed=0):  # type: ignore[no-untyped-def]
+        gap = activations[labels == 1].mean(axis=0) - activations[labels == 0].mean(axis=0)
+        if np.abs(gap).max() < 1e-3:
+            raise ValueError("nothing to learn from")
+        return FittedProbe(self, {"weight": gap, "bias": np.asarray(-1.25 * gap[0])})
+
+    def score(self, xp, parameters, activations):  # type: ignore[no-untyped-def]
+        return xp.matmul(activations, parameters["weight"]) + parameters["bias"]
+
+
+def test_a_recipe_that_refuses_what_an_attack_left_is_passed_over() -> None:
+    here = scene("means")
+    field = arena(here, situation(here, fit_probe(here, Fussy()), Threat(), 0.05), None)
+    row = run_attack(registry.load("attacks", "erase"), field, budget=100, seed=0)
+    assert row.audit is not None
+    assert row.audit.verdict == "gone"
+    assert row.audit.clean.gain > 0.3
 
 
 def test_same_seed_same_audit() -> None:

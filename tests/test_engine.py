@@ -53,7 +53,8 @@ def test_bits_of_levels_without_a_closed_form_are_those_with_it(scene: Scene) ->
     straight = scene.testbed.known_probes()["oracle"]
     bent = FittedProbe(Bent(), straight.parameters)
     prior, positives = scene.prior(Threat(scope="universal")), scene.test_origins[scene.positives]
-    threshold = float(np.quantile(np.asarray(straight.score(positives)), 0.2))
+    scores = np.asarray(straight.score(positives))
+    threshold = float(scores.min() - 8 * scores.std())
     levels = np.array([0.1, 0.25, 0.4, 0.55, 0.7])
     found, exact = (
         bits_of_levels(universal_recall_event(probe, prior, positives, at, levels), 2, 100.0, 200, 0)

@@ -82,6 +82,14 @@ def test_a_radius_that_only_folds_can_separate_is_stepped_down(monkeypatch: pyte
         as_fitted(only, rows, labels, prior=prior)
 
 
+def test_where_there_is_nothing_to_learn_it_is_logistic_regression_at_radius_zero() -> None:
+    rows, labels, prior = data()
+    # what an attack that erases the classes leaves: each row occurs once as a positive and once as a negative
+    erased, both = np.concatenate([rows, rows]), np.concatenate([labels, 1 - labels])
+    fitted = as_fitted(registry.load("probes", "adversarially_trained"), erased, both, prior=prior)
+    assert np.abs(fitted.score(rows)).max() < 1e-3
+
+
 def test_worst_rows_of_a_linear_probe_are_the_closed_form() -> None:
     rows, labels, prior = data()
     fitted = as_fitted("logistic", rows, labels)
