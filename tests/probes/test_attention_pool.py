@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+from token_checks import any_batch_shape, every_library_agrees, saved_and_loaded
 
 from elk_stress.detection import auroc
 from elk_stress.probe import FittedProbe, as_fitted
@@ -89,38 +90,14 @@ def test_masked_training_tokens_are_not_there() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_library_agrees(fitted: FittedProbe, masked: bool) -> None:
-    import jax
-    import jax.numpy as jnp
-    import torch
-
-    strict = importlib.import_module("array_api_strict")
     rows, _ = marked(4, 8)
     mask = np.arange(8) < np.array([8, 5, 2, 1])[:, None] if masked else None
-    expected = fitted.score(rows, mask)
-    tensor = torch.tensor(rows, requires_grad=True)
-    scores = fitted.score(tensor, None if mask is None else torch.tensor(mask))
-    np.testing.assert_allclose(scores.detach().numpy(), expected, atol=1e-12)
-    found = fitted.score(strict.asarray(rows), None if mask is None else strict.asarray(mask))
-    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-12)
-    single = jnp.asarray(rows, dtype=jnp.float32)
-    there = None if mask is None else jnp.asarray(mask)
-    score = jax.jit(lambda x: fitted.score(x, there))
-    np.testing.assert_allclose(np.asarray(score(single)), expected, atol=1e-4 * np.abs(expected).max() + 1e-4)
-    (ours,) = torch.autograd.grad(scores.sum(), tensor)
-    way = np.random.default_rng(np.random.SeedSequence(9)).standard_normal(rows.shape)
-    slope = (fitted.score(rows + 1e-6 * way, mask) - fitted.score(rows - 1e-6 * way, mask)) / 2e-6
-    np.testing.assert_allclose((ours.numpy() * way).sum(axis=(1, 2)), slope, rtol=1e-5, atol=1e-6)
-    traced = np.asarray(jax.grad(lambda x: score(x).sum())(single))
-    np.testing.assert_allclose(traced, ours.numpy(), atol=1e-3 * np.abs(ours.numpy()).max())
-    if mask is not None:
-        assert not ours.numpy()[~mask].any()
+    every_library_agrees(fitted, rows, mask)
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)])
 def test_batch_shapes(fitted: FittedProbe, batch: tuple[int, ...]) -> None:
-    rows = np.zeros((*batch, 8, 16))
-    assert np.shape(fitted.score(rows)) == batch
-    assert np.shape(fitted.score(rows, np.ones((*batch, 8), dtype=bool))) == batch
+    any_batch_shape(fitted, batch, 8, 16)
 
 
 def test_the_order_of_tokens_does_not_matter(fitted: FittedProbe) -> None:
@@ -128,11 +105,8 @@ def test_the_order_of_tokens_does_not_matter(fitted: FittedProbe) -> None:
     np.testing.assert_allclose(fitted.score(rows[:, ::-1]), fitted.score(rows))
 
 
-def test_saved_and_loaded(fitted: FittedProbe, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    rows, _ = marked(5, 11)
-    loaded = FittedProbe.load(fitted.save(tmp_path))
-    assert loaded.probe == fitted.probe
-    np.testing.assert_array_equal(loaded.score(rows), fitted.score(rows))
+def test_saved_and_loaded(fitted: FittedProbe, tmp_path: Path) -> None:
+    saved_and_loaded(fitted, marked(5, 11)[0], tmp_path)
 
 
 def test_bad_options_are_refused() -> None:
