@@ -45,8 +45,10 @@ thoughts: $(INSTALLED)
 	$(BIN)/elk-stress run --testbed statements --size full --preset prefixes --out runs/thoughts/prefixes
 
 # every probe, its defences compared with what they defend: where the truth is known, on a language model, of several
-# tokens, of several contexts, and under training pressure
-ZOO := mlp,quadratic,ensemble,mahalanobis,nearest_neighbours,lipschitz,adversarially_trained,orthogonal_ensemble
+# tokens, of several contexts, and under training pressure; the costly attacks on the best defence only
+PRESSED := mass_mean,lda,logistic,mlp,quadratic,ensemble,sparse,mahalanobis,flow,nearest_neighbours,lipschitz
+DEFENCES := adversarially_trained,orthogonal_ensemble,secret_subspace,causal
+DEFENDED := lipschitz:mlp,ensemble:mlp,adversarially_trained:logistic,orthogonal_ensemble:logistic
 zoo: $(INSTALLED)
 	$(BIN)/elk-stress run --testbed linear --preset zoo --max-bits 200 --out runs/zoo/linear
 	$(BIN)/elk-stress run --testbed statements --size full --preset zoo --out runs/zoo/statements
@@ -54,7 +56,11 @@ zoo: $(INSTALLED)
 	for moved in apart together; do for reads in 1 2 4 8; do \
 		$(BIN)/elk-stress run --testbed statements --size full --reads $$reads --moved $$moved --probes context_average \
 			--threats item/natural/gaussian --attacks gradient --out runs/zoo/contexts-$$reads-$$moved; done; done
-	$(BIN)/elk-stress train --testbed superposition --probes $(ZOO),secret_subspace,causal --out runs/zoo/superposition
+	$(BIN)/elk-stress run --testbed statements --size full --preset prefixes --probes adversarially_trained \
+		--out runs/zoo/prefixes
+	$(BIN)/elk-stress train --testbed superposition --probes $(PRESSED),$(DEFENCES) \
+		--compare $(DEFENDED),secret_subspace:logistic,causal:logistic --out runs/zoo/superposition
+	$(BIN)/elk-stress train $(LORA) --steps 150 --checkpoints 8 --probes adversarially_trained --out runs/zoo/lora
 
 # four organisms with the bits that each probe needs, then LoRA on the language model
 ORGANISM := mass_mean,lda,logistic,paper,oracle

@@ -141,11 +141,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
         metavar="default|free|A,B",
         help="threats as scope/prior/tail[/kept], e.g. item/natural/best/kept; free: the default ones without the kept",
     )
-    what.add_argument(
-        "--compare",
-        metavar="A:B,C:D",
-        help="pairs of probes to compare, chosen beforehand; default: all with all, which corrects for all",
-    )
+    _add_compare(what)
     where = run.add_argument_group("model and data")
     where.add_argument("--size", choices=("demo", "full"), help="how much data (default: demo)")
     where.add_argument("--model", metavar="ID_OR_PATH", help="Hugging Face model or local folder")
@@ -173,6 +169,14 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     _add_output(run, "<testbed>-<preset>")
 
 
+def _add_compare(group: Any) -> None:
+    group.add_argument(
+        "--compare",
+        metavar="A:B,C:D",
+        help="pairs of probes to compare, chosen beforehand; default: all with all, which corrects for all",
+    )
+
+
 def _add_train(train: argparse.ArgumentParser) -> None:
     what = train.add_argument_group("what")
     what.add_argument("--testbed", default="superposition", metavar="NAME", help="default: superposition")
@@ -182,6 +186,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     what.add_argument("--attack", default="finetune", metavar="NAME", help="one that moves weights (default: finetune)")
     what.add_argument("--modes", default="frozen", metavar="A,B", help="frozen, refit, ensemble (default: frozen)")
     what.add_argument("--against", default="", metavar="A,B", help="also trained against, in mode ensemble")
+    _add_compare(what)
     what.add_argument("--size", choices=("demo", "full"), help="how much data a language-model testbed reads")
     how = train.add_argument_group("how")
     how.add_argument("--strengths", metavar="X,Y", help="weights of the evasion; 0, the benign control, is added")
@@ -218,6 +223,7 @@ def _train(options: argparse.Namespace) -> int:
         raise _BadInput(
             f"--strengths are numbers with commas between, e.g. 0.1,1,10; got {options.strengths!r}"
         ) from None
+    pairs = _pairs(options.compare, None, probes)
     out = options.out or Path("runs") / "-".join(
         [options.testbed, options.attack, datetime.now().strftime("%Y%m%d-%H%M%S")]
     )
@@ -249,6 +255,7 @@ def _train(options: argparse.Namespace) -> int:
                 draws=options.draws,
                 epsilon=options.epsilon,
                 bits=not options.no_bits,
+                pairs=pairs,
                 seed=options.seed,
                 progress=progress,
             )

@@ -123,6 +123,12 @@ def test_a_run_writes_its_folder_and_the_same_command_goes_on(
     assert _without_time(_saved("again")) == _without_time(record)
 
 
+def test_only_the_pairs_that_are_asked_for_are_compared(small: list[dict[str, Any]]) -> None:
+    asked = ["--probes", "mass_mean,lda,oracle", "--strengths", "1", "--compare", "lda:oracle", "--out", "here"]
+    assert cli.main([*_SMALL, *asked]) == 0
+    assert {(row["a"], row["b"]) for row in _saved("here")["comparisons"]} == {("lda", "oracle")}
+
+
 def test_another_command_in_the_same_folder_is_recorded_as_failed(
     small: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +193,8 @@ def test_the_default_folder_names_testbed_attack_and_time(
         (["--models", "0"], "model is one of the n_models trained"),
         (["--source", "prior"], "it takes: steps, learning_rate, batch_size"),
         (["--testbed", "linear"], "has no weights to train; use an organism"),
+        (["--compare", "mass_mean"], "--compare reads A:B,C:D"),
+        (["--compare", "mass_mean:mlp"], "pairs to compare name probes that are not pressed: mlp"),
         (["--out", "taken"], "a file is in the way"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -103,6 +103,17 @@ def test_holm_is_over_each_table():
         assert [row.better for row in table] == [row.b for row in table]
 
 
+def test_pairs_chosen_beforehand_are_all_that_is_corrected_for():
+    runs = [result(name, 100.0 + 10 * i + rng(i).random(8)) for i, name in enumerate("abcdef")]
+    every = {(row.a, row.b): row for row in compare_pressure(runs)}
+    rows = compare_pressure(runs, [("b", "a"), ("c", "f")])
+    assert [(row.a, row.b) for row in rows] == [("b", "a"), ("c", "f")]
+    assert rows[0].difference == pytest.approx(-every["a", "b"].difference)
+    # fifteen pairs cannot be decided by eight models, two can
+    assert [row.holm for row in rows] == [4 / 256, 4 / 256]
+    assert [row.better for row in rows] == ["b", "f"]
+
+
 def test_says_when_so_few_models_cannot_decide():
     five = [result(name, 100.0 + 10 * i + rng(i).random(5)) for i, name in enumerate("ab")]
     (row,) = compare_pressure(five)

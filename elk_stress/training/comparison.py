@@ -74,16 +74,27 @@ def per_point(result: PressureResult, quantity: str) -> np.ndarray:
     return _limits(result, quantity)[0]
 
 
-def compare_pressure(results: Sequence[PressureResult]) -> tuple[PressureComparison, ...]:
-    """All pairs of probes under the same attack and mode; Holm's correction over each (quantity, attack, mode).
+def compare_pressure(
+    results: Sequence[PressureResult], pairs: Sequence[tuple[str, str]] | None = None
+) -> tuple[PressureComparison, ...]:
+    """Pairs of probes under the same attack and mode; Holm's correction over each (quantity, attack, mode).
+
+    Args:
+        results: one per probe, attack and mode.
+        pairs: names, chosen before the results were seen; by default all with all, and a few models cannot decide the
+            pairs of many probes.
 
     Raises:
         ValueError: results of different testbeds, models or seeds, which are not paired.
     """
     tables: dict[tuple[str, ...], list[PressureComparison]] = {}
     seen: set[tuple[str, str]] = set()
-    for a, b in combinations(results, 2):
-        if (a.attack, a.mode) != (b.attack, b.mode) or a.probe == b.probe:
+    by_name: dict[str, list[PressureResult]] = {}
+    for result in results:
+        by_name.setdefault(result.probe, []).append(result)
+    chosen = combinations(by_name, 2) if pairs is None else pairs
+    for a, b in ((a, b) for first, second in chosen for a in by_name[first] for b in by_name[second]):
+        if (a.attack, a.mode) != (b.attack, b.mode):
             continue
         for what in ("testbed", "seed", "epsilon"):
             if getattr(a, what) != getattr(b, what):

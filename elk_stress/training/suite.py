@@ -82,6 +82,7 @@ def train(
     modes: Sequence[Mode] = ("frozen",),
     epsilon: float = DEFAULT_EPSILON,
     bits: bool = True,
+    pairs: Sequence[tuple[str, str]] | None = None,
     seed: int = 0,
     progress: Any = None,
     **options: Any,
@@ -96,6 +97,7 @@ def train(
         modes: defender modes, one row each.
         epsilon: nats.
         bits: whether to measure B (organisms only).
+        pairs: names of the probes to compare, chosen beforehand; by default all with all.
         seed: all randomness.
         progress: a ``rich.progress.Progress``.
         options: further arguments of :func:`~elk_stress.training.pressure.stress_training`.
@@ -107,6 +109,8 @@ def train(
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"no defender mode is called {mode!r}; known modes: {', '.join(MODES)}")
+    if strangers := {name for pair in pairs or () for name in pair} - set(probes):
+        raise ValueError(f"pairs to compare name probes that are not pressed: {', '.join(sorted(strangers))}")
     folder = check_folder(Path(out))
     started = time.monotonic()
     recipe = training_attack(attack)
@@ -138,10 +142,12 @@ def train(
                     state = replace(state, failures={**state.failures, row: text})
                 state = replace(state, seconds=time.monotonic() - started)
                 _write_json(state, folder)
-        # controls are not candidates: they would only cost the table its power
-        # planted probes are measured beside the others, never ranked among them
-        rivals = [result for result in state.results if result.probe not in PLANTED]
-        state = replace(state, comparisons=compare_pressure(rivals), status="ok")
+        # planted probes are measured beside the others and not ranked among them, unless somebody asks
+        wanted = {name for pair in pairs for name in pair} if pairs is not None else set(probes) - set(PLANTED)
+        rivals = [result for result in state.results if result.probe in wanted]
+        there = {result.probe for result in rivals}
+        chosen = None if pairs is None else [pair for pair in pairs if set(pair) <= there]
+        state = replace(state, comparisons=compare_pressure(rivals, chosen), status="ok")
     except KeyboardInterrupt:
         state = replace(state, status="interrupted", seconds=time.monotonic() - started)
         _write(state, folder)
