@@ -58,7 +58,7 @@ def stress(
     testbed: Testbed | Scene,
     probe: FittedProbe | Probe | str | np.ndarray,
     *,
-    threats: Sequence[Threat | str] | None = None,
+    threats: Sequence[Threat | str] | Threat | str | None = None,
     attacks: Sequence[str | Attack] | str = "all",
     behaviour_epsilon: float | None = None,
     max_bits: float = MAX_BITS,
@@ -187,7 +187,7 @@ def stress_activations(
     prior: EllipticalPrior | None = None,
     groups: np.ndarray | None = None,
     observed_contexts: int = 0,
-    threats: Sequence[Threat | str] | None = None,
+    threats: Sequence[Threat | str] | Threat | str | None = None,
     seed: int = 0,
     **options: Any,
 ) -> StressResult:
@@ -199,7 +199,7 @@ def stress_activations(
             or ``(n, contexts, tokens, d)`` for probes of tokens (others read the last one).
         labels: ``(n,)``, 1 = positive.
         prior: which moves happen when nobody optimizes. By default natural thoughts, which needs contexts; with
-            ``(n, d)`` arrays the isotropic prior scaled to the activations' own covariance.
+            ``(n, d)`` arrays the isotropic prior at the activations' own scale (flagged ``no_contexts``).
         groups: entities that must not be split.
         observed_contexts: how many of the last contexts are held back for the observed best-of-n curve.
         threats: by default those of :func:`stress` that need no model.
@@ -227,10 +227,11 @@ def stress_activations(
     return stress(scene, probe, threats=threats, seed=seed, **options)
 
 
-def _threats(threats: Sequence[Threat | str] | None, epsilon: float | None) -> tuple[Threat, ...]:
+def _threats(threats: Sequence[Threat | str] | Threat | str | None, epsilon: float | None) -> tuple[Threat, ...]:
     if threats is None:
         return default_threats(epsilon=epsilon)
-    parsed = tuple(parse_threat(t) if isinstance(t, str) else t for t in threats)
+    each = [threats] if isinstance(threats, (str, Threat)) else threats
+    parsed = tuple(parse_threat(t) if isinstance(t, str) else t for t in each)
     given = tuple(replace(t, epsilon=epsilon) if t.kept and t.epsilon is None else t for t in parsed)
     names = [t.name for t in given]
     if not names or len(set(names)) < len(names):

@@ -73,12 +73,18 @@ CATALOGUE: dict[str, FlagEntry] = {
         "regroup the data so that no entity crosses",
     ),
     "wide_interval": FlagEntry(
-        "the 95% interval is wider than the estimate",
+        "the 95% interval is wider than the estimate, or has no upper end",
         "raise the number of items, contexts or particles",
     ),
     "shared_contexts": FlagEntry(
-        "probes were fitted on the very contexts that the prior is fitted on",
-        "give more contexts (8 or more): a probe learns to ignore those it saw, and its bits look too many",
+        "probes were fitted, or may have been, on the very contexts that the prior is fitted on",
+        "give more contexts (8 or more), or ones that a probe fitted elsewhere never saw: a probe learns to ignore "
+        "those it saw, and its bits look too many",
+        red=False,
+    ),
+    "no_contexts": FlagEntry(
+        "no contexts tell how thoughts vary: moves are isotropic, at the activations' own scale",
+        "these are no bits of natural thoughts; give activations (n, contexts, d), or a prior of your own",
         red=False,
     ),
     "catches_nothing": FlagEntry(

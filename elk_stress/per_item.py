@@ -36,6 +36,7 @@ from elk_stress.survival import (
     half_life,
     moved_bits,
     replicate_bits,
+    wide_interval,
 )
 
 __all__ = ["SCALES", "TAILS", "stress_items"]
@@ -318,9 +319,7 @@ def _item_flags(bits: BitsBatch, headline: Bits, place: Situation) -> tuple[Flag
             flags.append(flag(name, f"{count} of {len(bits)} items"))
     if headline.value < 1:
         flags.append(flag("brittle", f"half-life {headline.value:.2f} bits"))
-    if math.isfinite(headline.high) and headline.high - headline.low > headline.value > 0:
-        flags.append(flag("wide_interval", f"[{headline.low:.1f}, {headline.high:.1f}] around {headline.value:.1f}"))
-    return tuple(flags)
+    return (*flags, *wide_interval(headline))
 
 
 def _status(bits: BitsBatch, dropped: bool) -> str:

@@ -20,7 +20,16 @@ from elk_stress.arrays import like, namespace
 if TYPE_CHECKING:
     from elk_stress.priors import EllipticalPrior
 
-__all__ = ["FittedProbe", "Probe", "Traits", "as_fitted", "check_activations", "check_training_data", "direction"]
+__all__ = [
+    "FittedProbe",
+    "Probe",
+    "Traits",
+    "as_fitted",
+    "check_activations",
+    "check_recipe",
+    "check_training_data",
+    "direction",
+]
 
 Array = Any
 
@@ -254,6 +263,19 @@ def direction(
     return FittedProbe(_Direction(name), parameters, site, notes or {})
 
 
+def check_recipe(probe: Any) -> None:
+    """Refuse what is no recipe.
+
+    Raises:
+        TypeError: it has no ``name``, ``traits``, ``fit`` and ``score``; says what makes a probe of it.
+    """
+    if not isinstance(probe, Probe):
+        raise TypeError(
+            f"expected a fitted probe, a probe recipe, a registered name or a direction (numpy vector), "
+            f"got {type(probe).__name__}; elk_stress.wrap makes a probe of what scikit-learn, torch or jax gave you"
+        )
+
+
 def as_fitted(
     probe: FittedProbe | Probe | str | np.ndarray,
     activations: np.ndarray | None = None,
@@ -279,11 +301,7 @@ def as_fitted(
     if isinstance(probe, np.ndarray):
         return direction(probe, site=site)
     recipe = registry.load("probes", probe) if isinstance(probe, str) else probe
-    if not isinstance(recipe, Probe):
-        raise TypeError(
-            f"expected a fitted probe, a probe recipe, a registered name or a direction (numpy vector), "
-            f"got {type(probe).__name__}; elk_stress.wrap makes a probe of what scikit-learn, torch or jax gave you"
-        )
+    check_recipe(recipe)
     if activations is None or labels is None:
         raise TypeError(f"probe {recipe.name!r} is not fitted; pass training activations and labels, or a fitted probe")
     traits = recipe.traits

@@ -22,7 +22,7 @@ from elk_stress.priors import (
     isotropic,
     natural,
 )
-from elk_stress.probe import FittedProbe, Probe, as_fitted, check_activations
+from elk_stress.probe import FittedProbe, Probe, as_fitted, check_activations, check_recipe
 from elk_stress.survival import Resamples
 from elk_stress.testbed import PLANTED, Items, SplitName, Testbed, check_splits
 from elk_stress.threat import DEFAULT_EPSILON_FACTOR, Threat
@@ -116,6 +116,12 @@ class Scene:
     def train_behaviour(self) -> Behaviour | None:
         """The same of training items."""
         return None if self.behaviour is None else replace(self.behaviour, split="train", _natural={}, _factors={})
+
+    @property
+    def has_stand_in(self) -> bool:
+        """Whether the prior only stands for natural thoughts, because there is one context an item."""
+        own = getattr(self.testbed, "prior", None)
+        return self.train.shape[1] == 1 and own is not None and self.given_prior is own
 
     @cached_property
     def known_thoughts(self) -> EllipticalPrior:
@@ -298,6 +304,7 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
                 f"{scene.testbed.name} gives {scene.testbed.dim} at {scene.testbed.site}; refit it there"
             )
         return fitted
+    check_recipe(recipe)
     train = scene.training
     contexts = scene.fit.shape[1]
     if recipe.traits.needs_pairs and train.pairs is not None:

@@ -15,7 +15,7 @@ from elk_stress.detection import (
     weighted_conformal_thresholds,
 )
 from elk_stress.events import linear_weight
-from elk_stress.flags import Flag
+from elk_stress.flags import Flag, flag
 from elk_stress.limit_state import LimitState
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
@@ -68,6 +68,8 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
         ValueError: fewer calibration negatives than the false-positive rate resolves.
     """
     flags = check_negatives(len(scene.negatives), fpr)
+    if threat.prior == "natural" and scene.has_stand_in:
+        flags += (flag("no_contexts", f"{len(scene.train)} training items under one context"),)
     prior = scene.prior(threat)
     negatives, draws = _negative_scores(scene, probe, threat, prior)
     shared = draws is None

@@ -3,9 +3,8 @@ r"""Survival curves: how many catches are left when b bits are spent on each.
 For caught positives with bits ``B_i``, ``S(b) = share of B_i > b`` and ``recall(b) = recall * S(b)`` over all
 positives; the half-life is the smallest b with ``S(b) <= 1/2``. Intervals come from one bootstrap over entities,
 contexts and calibration negatives together: every replicate moves the threshold, the origins and the prior's scale,
-and with them every ``B_i``. For a linear probe the replicate is exact in closed form; for others the probe is
-linearized at each item's origin, so that ``B_i* = B_i + bits(z_i*) - bits(z_i)`` with
-``z = margin / standard deviation``.
+and with them every ``B_i``. For a linear probe the replicate is exact in closed form; for others the distance that
+explains the measured bits grows like the margin and falls like the deviation (:func:`moved_bits`).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elk_stress.bits import Bits, BitsBatch, Kind
+from elk_stress.flags import Flag, flag
 from elk_stress.result import Curve
 from elk_stress.tails import Tail
 
@@ -32,6 +32,7 @@ __all__ = [
     "moved_bits",
     "replicate_bits",
     "weighted_half_life",
+    "wide_interval",
 ]
 
 
@@ -111,6 +112,13 @@ def margin_of_bits(tail: Tail, bits: np.ndarray) -> np.ndarray:
         beyond = tail.bits(np.sinh(middle)) > bits
         low, high = np.where(beyond, low, middle), np.where(beyond, middle, high)
     return np.where(np.isnan(bits), np.nan, np.where(np.isposinf(bits), math.inf, np.sinh(high)))
+
+
+def wide_interval(headline: Bits) -> tuple[Flag, ...]:
+    """A flag where the interval of an estimate is wider than the estimate, or has no upper end."""
+    wide = headline.kind is Kind.ESTIMATE and headline.high - headline.low > headline.value > 0
+    told = f"[{headline.low:.1f}, {headline.high:.1f}] around {headline.value:.1f}"
+    return (flag("wide_interval", told),) if wide and math.isfinite(headline.value) else ()
 
 
 def explaining_distance(

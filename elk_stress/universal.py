@@ -26,7 +26,7 @@ from elk_stress.per_item import SCALES, TAILS
 from elk_stress.result import Curve, ThreatResult
 from elk_stress.scene import Scene
 from elk_stress.situation import Situation, score_gradients
-from elk_stress.survival import bits_of_margin, grid_of, margin_of_bits, moved_bits
+from elk_stress.survival import bits_of_margin, grid_of, margin_of_bits, moved_bits, wide_interval
 
 __all__ = ["bits_of_levels", "stress_universal", "universal_event", "universal_joint_event"]
 
@@ -94,8 +94,7 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
         )
         if headline.value < 1:
             flags += (flag("brittle", f"B at half advantage {headline.value:.2f} bits"),)
-        if math.isfinite(top) and top - headline.low > headline.value > 0:
-            flags += (flag("wide_interval", f"[{headline.low:.1f}, {top:.1f}] around {headline.value:.1f}"),)
+        flags += wide_interval(headline)
     plain = threat.kept or worthless
     return ThreatResult(
         threat=threat,

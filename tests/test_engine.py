@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 import elk_stress
 from elk_stress import registry
@@ -47,6 +48,14 @@ class Bent:
     def score(self, xp: Any, parameters: Any, activations: Any) -> Any:
         along = xp.matmul(activations, parameters["weight"]) + parameters["bias"]
         return along + 10.0 * xp.tanh(along / 20.0)
+
+
+def test_one_threat_by_its_name_and_what_is_no_probe(scene: Scene) -> None:
+    result = stress(scene, "mass_mean", threats="item/natural/gaussian", attacks=(), controls=False)
+    assert list(result.threats) == ["item/natural/gaussian"]
+    with pytest.raises(TypeError, match=r"got LogisticRegression; elk_stress\.wrap makes a probe"):
+        stress(scene, LogisticRegression(), attacks=())  # type: ignore[arg-type]
+    assert {"stress", "wrap", "Ledger"} <= set(dir(elk_stress))
 
 
 def test_bits_of_levels_without_a_closed_form_are_those_with_it(scene: Scene) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from elk_stress.bits import BitsBatch, Kind
+from elk_stress.bits import Bits, BitsBatch, Kind
 from elk_stress.priors import Gaussian, Logistic, StudentT, Tail
 from elk_stress.survival import (
     ItemReplicates,
@@ -22,6 +22,7 @@ from elk_stress.survival import (
     moved_bits,
     replicate_bits,
     weighted_half_life,
+    wide_interval,
 )
 
 finite_bits = arrays(float, st.integers(1, 30), elements=st.floats(0, 90))
@@ -142,3 +143,18 @@ def test_measured_bits_move_with_the_distance_that_explains_them(tail: Tail) -> 
     np.testing.assert_allclose(flat, tail.bits(z / 2), rtol=1e-7)
     unknown = moved_bits(tail, np.array([np.nan, np.inf]), z[:2], np.ones(2), 2 * z[:2], np.ones(2), 1e6)
     np.testing.assert_allclose(unknown, [float(tail.bits(1.0)), np.inf])
+
+
+@pytest.mark.parametrize(
+    ("bits", "raised"),
+    [
+        (Bits(3.0, 2.1, 7.0, Kind.ESTIMATE, "m"), True),
+        (Bits(3.3, 1.1, math.inf, Kind.ESTIMATE, "m"), True),
+        (Bits(3.0, 2.1, 4.0, Kind.ESTIMATE, "m"), False),
+        (Bits(100.0, 90.0, math.inf, Kind.CENSORED, "m"), False),
+        (Bits(math.inf, 90.0, math.inf, Kind.EXACT, "m"), False),
+        (Bits(0.0, 0.0, 0.0, Kind.ESTIMATE, "m"), False),
+    ],
+)
+def test_an_interval_without_an_upper_end_is_wide(bits: Bits, raised: bool) -> None:
+    assert [f.name for f in wide_interval(bits)] == ["wide_interval"] * raised

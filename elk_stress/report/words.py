@@ -52,6 +52,7 @@ FLAG_CODES: Mapping[str, str] = {
     "wide_interval": "WI",
     "catches_nothing": "CN",
     "shared_contexts": "SC",
+    "no_contexts": "NC",
     "prediction_failed": "PF",
     "control_failed": "CF",
     "missed_mode": "MM",

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 
-from elk_stress.probe import Probe
+from elk_stress.probe import Probe, check_recipe
 from elk_stress.testing import controls, fits, scores
 from elk_stress.testing.case import Case
 from elk_stress.testing.shared import Checks, run_checks
@@ -42,8 +42,10 @@ def check_probe(probe: Probe, *, seed: int = 0) -> list[str]:
         seed: of the data and the fits.
 
     Raises:
+        TypeError: it is no recipe (no ``name``, ``traits``, ``fit`` or ``score``).
         AssertionError: the first check that fails, by name, with the promise that was broken.
     """
+    check_recipe(probe)
     return run_checks(f"probe {probe.name!r}", checks_for_probe(probe, seed=seed))
 
 
