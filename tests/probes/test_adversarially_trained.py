@@ -69,6 +69,23 @@ def test_beyond_what_can_be_separated_it_is_a_constant_that_is_not_chosen() -> N
     assert as_fitted(recipe, rows, labels, prior=prior).notes["radius"] == 1.0
 
 
+def test_the_radius_is_chosen_on_some_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, labels, prior = data()
+    many = -(-50_000 // len(rows))
+    kind = registry.load("probes", "adversarially_trained", radii=(0.0, 1.0))
+    seen: list[tuple[int, float]] = []
+
+    def counted(self, x, y, factor, radius):  # type: ignore[no-untyped-def]
+        seen.append((len(x), float(y.mean())))
+        return radius
+
+    monkeypatch.setattr(type(kind), "_held_out_bits", counted)
+    as_fitted(kind, np.tile(rows, (many, 1)), np.tile(labels, many), prior=prior)
+    as_fitted(kind, rows, labels, prior=prior)
+    assert all(10_000 < n <= 20_000 and abs(share - labels.mean()) < 0.05 for n, share in seen[:2])
+    assert [n for n, _ in seen[2:]] == [len(rows)] * 2
+
+
 def test_a_radius_that_only_folds_can_separate_is_stepped_down(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, labels, prior = data()
     kind = registry.load("probes", "adversarially_trained", radii=(0.0, 1.0, 2.0, 50.0))
