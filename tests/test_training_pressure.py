@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from elk_stress import registry
 from elk_stress.attacks.finetune import Finetune
 from elk_stress.attacks.gradient import Gradient
 from elk_stress.attacks.lora import Lora
@@ -92,6 +93,21 @@ def _own(name: str) -> tuple[FittedProbe, ...]:
 
 def _names(result: PressureResult) -> list[str]:
     return [flag.name for flag in result.flags]
+
+
+def test_parameters_of_different_shapes_are_refused_by_name() -> None:
+    from elk_stress.training.evasion import targets_from
+
+    trainee = _trainee()
+    activations = trainee.activations(trainee.original[None], "train")
+    labels, dim = trainee.splits["train"].labels, activations.shape[-1]
+    recipe = registry.load("probes", "orthogonal_ensemble")
+    fits = [
+        FittedProbe(recipe, {"weights": np.ones((dim, 1 + model % 2)), "biases": np.zeros(1 + model % 2)})
+        for model in range(trainee.n_models)
+    ]
+    with pytest.raises(ValueError, match=r"'orthogonal_ensemble' has parameters 'weights' of different .*n_models=1"):
+        targets_from([[fits]], activations, labels)
 
 
 # -- modes, control, verdicts ------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from elk_stress.arrays import namespace
 from elk_stress.probe import FittedProbe, Probe, direction
 from elk_stress.training.protocols import Targets
 
-__all__ = ["SHARPNESS", "evasion_loss", "plain_recipe", "targets_from"]
+__all__ = ["SHARPNESS", "evasion_loss", "plain_recipe", "stacked", "targets_from"]
 
 SHARPNESS = 4.0
 
@@ -67,8 +67,10 @@ def targets_from(
         arrays.append(
             {
                 "parameters": {
-                    name: np.stack([np.stack([np.asarray(own[name], np.float32) for _, own in row]) for row in plain])
-                    for name in parameters
+                    name: stacked(recipe.name, name, [own[name] for row in plain for _, own in row]).reshape(
+                        len(plain), len(plain[0]), *np.shape(value)
+                    )
+                    for name, value in parameters.items()
                 },
                 "gap": np.array(
                     [
@@ -80,6 +82,22 @@ def targets_from(
             }
         )
     return Targets(tuple(recipes), tuple(arrays))
+
+
+def stacked(probe: str, name: str, values: Sequence[Any]) -> np.ndarray:
+    """One parameter of several fits of a recipe, ``(fits, ...)`` float32, for one compiled program.
+
+    Raises:
+        ValueError: its shape differs between the fits, as where a recipe chooses how many members it has.
+    """
+    shapes = sorted({np.shape(value) for value in values})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"probe {probe!r} has parameters {name!r} of different shapes in different models "
+            f"({', '.join(map(str, shapes))}) and cannot be pressed in all of them at once; fix the option that "
+            "chooses their number, or press one model at a time (n_models=1)"
+        )
+    return np.stack([np.asarray(value, np.float32) for value in values])
 
 
 def plain_recipe(probe: FittedProbe) -> tuple[Probe, Mapping[str, np.ndarray]]:

@@ -31,7 +31,7 @@ from elk_stress.estimators.importance import Importance
 from elk_stress.flags import flag
 from elk_stress.limit_state import LimitState
 from elk_stress.probe import FittedProbe, Probe
-from elk_stress.training.evasion import plain_recipe
+from elk_stress.training.evasion import plain_recipe, stacked
 from elk_stress.training.measure import clean_auroc, half_advantage
 from elk_stress.training.results import WeightBits, estimated, median_bits
 from elk_stress.training.search import WeightSearch
@@ -81,7 +81,7 @@ class WeightsEvent:
             "tau": np.asarray(self.tau, dtype=np.float32),
             "goal": ndtri(self.tau).astype(np.float32),
             "unit": np.maximum(clean - ndtri(self.tau), 1e-2).astype(np.float32),
-            **{f"probe_{n}": np.stack([np.asarray(p[n], np.float32) for p in parameters]) for n in parameters[0]},
+            **{f"probe_{n}": stacked(self.probes[0].name, n, [p[n] for p in parameters]) for n in parameters[0]},
         }
 
     @cached_property
