@@ -52,7 +52,7 @@ DEFENDED := lipschitz:mlp,ensemble:mlp,adversarially_trained:logistic,orthogonal
 zoo: $(INSTALLED)
 	$(BIN)/elk-stress run --testbed linear --preset zoo --max-bits 200 --out runs/zoo/linear
 	$(BIN)/elk-stress run --testbed statements --size full --preset zoo --out runs/zoo/statements
-	$(BIN)/elk-stress run --testbed statements --size full --tokens 4 --preset tokens --out runs/zoo/tokens
+	$(BIN)/elk-stress run --testbed statements --size full --tokens 2 --preset tokens --out runs/zoo/tokens
 	for moved in apart together; do for reads in 1 2 4 8; do \
 		$(BIN)/elk-stress run --testbed statements --size full --reads $$reads --moved $$moved --probes context_average \
 			--threats item/natural/gaussian --attacks gradient --out runs/zoo/contexts-$$reads-$$moved; done; done
