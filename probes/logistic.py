@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -129,20 +130,31 @@ class Logistic:
         for k in range(len(losses)):
             # with too few items for two folds all rows serve as both
             out = fold == k
-            fitters = [replace(self, l2=penalty)._gather(rows.keep, rows.folder) for penalty in penalties]
+            probes: list[FittedProbe] = []
+            fitter = Fitter(partial(self._finish_all, penalties, probes), "spread", keep=rows.keep, folder=rows.folder)
             for chunk, own, held in _beside(rows, out):
-                for fitter in fitters:
-                    kept = slice(None) if out.all() else ~held
-                    fitter.update(chunk[kept], own[kept])
-            probes = [fitter.fit() for fitter in fitters]
+                kept = slice(None) if out.all() else ~held
+                fitter.update(chunk[kept], own[kept])
+            fitter.fit()
             share = 0.5 / np.bincount(labels[out], minlength=2)
             for chunk, own, held in _beside(rows, out):
                 sign = np.where(own[held] == 1, -1.0, 1.0)
                 for i, probe in enumerate(probes):
                     losses[k, i] += share[own[held]] @ np.logaddexp(0.0, sign * np.asarray(probe.score(chunk[held])))
-            for fitter in fitters:
-                fitter.close()
+            fitter.close()
         return np.asarray(losses.mean(axis=0))
+
+    def _finish_all(
+        self,
+        penalties: tuple[float, ...],
+        probes: list[FittedProbe],
+        moments: tuple[Moments, Moments],
+        rows: Rows | None,
+        seed: int,
+    ) -> FittedProbe:
+        """A probe per penalty into ``probes``, from rows that were gathered once."""
+        probes += [replace(self, l2=penalty)._finish(moments, rows, seed) for penalty in penalties]
+        return probes[-1]
 
     def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:
         """``activations @ weight + bias``."""

@@ -73,7 +73,7 @@ def test_masked_training_reads_are_not_there() -> None:
 def test_every_library_agrees(fitted: FittedProbe, masked: bool) -> None:
     rows, _ = sites(5, 6)
     mask = np.arange(4) < np.array([4, 3, 2, 1, 4])[:, None] if masked else None
-    every_library_agrees(fitted, rows, mask)
+    every_library_agrees(fitted, rows, mask, slope_atol=1e-4)
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)])
