@@ -50,6 +50,8 @@ _NU_RANGE = (2.1, 200.0)
 # the grid of scales covers all but 1e-12 of their probability, and on to these logarithms: attackers move rows far out,
 # and beyond its grid a mixture has Gaussian tails
 _BULK_Z, _EDGE_Z, _LOG_SCALES = 7.0, 37.0, (-math.log(10.0), math.log(30.0))
+# the logarithm of no weight at all, with a float32 and a gradient
+_NOTHING = -1e30
 _STRETCHES = 10
 # held-out distances from which the tail is chosen: enough to know nu to a few per cent
 _MOST_DISTANCES = 10_000
@@ -89,11 +91,13 @@ class LogisticTails:
         tail, gain = self._chosen(_held_out_distances(rows), dim)
         centre, whitener, share = _robust(rows, tail, self.iterations)
         log_scales, log_shares = _grid(tail, dim)
+        # one shape whatever tail was found: scales that nothing has. The longest grid is one of the extremes'
+        unused = max(len(_grid(StudentT(nu), dim)[0]) for nu in _NU_RANGE) - len(log_scales)
         parameters = {
             "centre": centre,
             "whitener": whitener,
-            "precisions": np.exp(-2.0 * log_scales),
-            "log_weights": log_shares - dim * log_scales,
+            "precisions": np.pad(np.exp(-2.0 * log_scales), (0, unused), mode="edge"),
+            "log_weights": np.pad(log_shares - dim * log_scales, (0, unused), constant_values=_NOTHING),
         }
         notes = {
             "tail": tail.name,

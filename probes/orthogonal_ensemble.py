@@ -22,8 +22,8 @@ at a high threshold every member raises about as many false alarms):
 all of K members is a move to the corner of K half-spaces, at ``sqrt(sum beta_k^2)`` where their scores are independent
 under the prior, which is also the distance that the *best* linear combination reaches.
 
-Shapes: activations ``(*batch, d)`` -> ``(*batch,)``; parameter ``weights (d, members)``. The slope of the max, min or
-mean is bounded by that of its members, so its bits can be certified.
+Shapes: activations ``(*batch, d)`` -> ``(*batch,)``; parameter ``weights (d, most)``, filled up with copies where there
+are fewer members. The slope of the max, min or mean is bounded by that of its members, so its bits can be certified.
 """
 
 from __future__ import annotations
@@ -101,8 +101,13 @@ class OrthogonalEnsemble:
             spread = float(scores.std()) or 1.0
             weights.append(weight / spread)
             biases.append(-scores.mean() / spread)
-        parameters = {"weights": np.stack(weights, axis=1), "biases": np.array(biases)}
         notes = {"members": len(weights), "held_out_auroc": values}
+        # one shape whatever was found: a copy of the last changes no maximum or minimum, the mean itself no mean
+        copied = (np.mean(weights, axis=0), np.mean(biases)) if self.combine == "mean" else (weights[-1], biases[-1])
+        while len(weights) < self.most:
+            weights.append(copied[0])
+            biases.append(copied[1])
+        parameters = {"weights": np.stack(weights, axis=1), "biases": np.array(biases)}
         return FittedProbe(self, parameters, notes=notes, dim=rows.shape[1])
 
     def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:

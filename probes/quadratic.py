@@ -114,11 +114,13 @@ class Quadratic:
         )
         chosen, kept, loss = choose(losses, fits)
         own = np.flatnonzero(np.asarray(owner) == kept)
+        # one shape whatever rank was chosen: columns that count for nothing
+        unused = max(ranks) + 1 - len(own)
         parameters = {
-            "weight": weight[:, own] / spread[:, None],
+            "weight": np.pad(weight[:, own] / spread[:, None], ((0, 0), (0, unused))),
             "centre": centre,
-            "linear": np.asarray(linear)[own],
-            "square": np.asarray(square)[own],
+            "linear": np.pad(np.asarray(linear)[own], (0, unused)),
+            "square": np.pad(np.asarray(square)[own], (0, unused)),
             "bias": np.asarray(bias[kept]),
         }
         rank, penalty = divmod(chosen, len(self.penalties))

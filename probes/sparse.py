@@ -103,11 +103,13 @@ class Sparse:
         size = sizes[int(by_size.argmin())]
         chosen = _ranked(read, targets)[:size]
         fitted = Logistic().fit(read[:, chosen], targets)
+        # one shape whatever k was chosen: features that nothing reads
+        unread = max(sizes) - size
         parameters = {
-            "weight": encoder[:, chosen] / spread[:, None],
+            "weight": np.pad(encoder[:, chosen] / spread[:, None], ((0, 0), (0, unread))),
             "centre": centre,
-            "threshold": threshold[chosen],
-            "readout": fitted.parameters["weight"],
+            "threshold": np.pad(threshold[chosen], (0, unread)),
+            "readout": np.pad(fitted.parameters["weight"], (0, unread)),
             "bias": fitted.parameters["bias"],
         }
         notes = {

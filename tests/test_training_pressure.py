@@ -45,6 +45,13 @@ _MODES: dict[str, dict[str, Any]] = {
     "ensemble": {"mode": "ensemble", "against": ("logistic",)},
 }
 
+# organisms have one activation per item and no contrast pairs
+_PRESSED = [
+    name
+    for name in registry.names("probes")
+    if not (registry.load("probes", name).traits.needs_pairs or registry.load("probes", name).traits.tokens)
+]
+
 
 @functools.cache
 def _trainee() -> OrganismTrainee:
@@ -108,6 +115,44 @@ def test_parameters_of_different_shapes_are_refused_by_name() -> None:
     ]
     with pytest.raises(ValueError, match=r"'orthogonal_ensemble' has parameters 'weights' of different .*n_models=1"):
         targets_from([[fits]], activations, labels)
+
+
+@pytest.mark.parametrize("name", _PRESSED)
+def test_every_probe_of_labels_can_be_pressed_in_several_models(name: str) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from elk_stress.training.evasion import evasion_loss, targets_from
+    from elk_stress.training.measure import fit_cells
+
+    trainee = _trainee()
+    activations = trainee.activations(trainee.original[None], "train")
+    labels = trainee.splits["train"].labels
+    fits = fit_cells(trainee, name, activations, 0)
+    targets = targets_from([fits], activations, labels)
+    cells = jax.tree.map(lambda value: jnp.asarray(value[0]), targets.arrays[0])
+    rows = jnp.asarray(activations[0], dtype=jnp.float32)
+
+    def loss(cell: Any, rows: Any) -> Any:
+        return evasion_loss(targets.recipes, [cell], rows, jnp.asarray(labels, dtype=rows.dtype))
+
+    value, gradient = jax.jit(jax.vmap(jax.value_and_grad(loss, argnums=1)))(cells, rows)
+    assert value.shape == (trainee.n_models,)
+    assert np.isfinite(value).all()
+    assert np.isfinite(gradient).all()
+    # what is pressed in a model is what was fitted there
+    pressed = jax.vmap(lambda cell, rows: targets.recipes[0].score(jnp, cell["parameters"], rows))(cells, rows)
+    own = np.stack([probe.score(model) for probe, model in zip(fits[0], activations[0], strict=True)])
+    np.testing.assert_allclose(pressed, own, rtol=1e-3, atol=1e-3 * np.abs(own).max())
+
+
+def test_probes_of_contrast_pairs_are_told_that_an_organism_has_none() -> None:
+    from elk_stress.training.measure import fit_cells
+
+    trainee = _trainee()
+    activations = trainee.activations(trainee.original[None], "train")
+    with pytest.raises(ValueError, match=r"'ccs' learns from contrast pairs .* has none; press it on --testbed statem"):
+        fit_cells(trainee, "ccs", activations, 0)
 
 
 # -- modes, control, verdicts ------------------------------------------------------------------------------------------

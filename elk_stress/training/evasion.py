@@ -85,7 +85,8 @@ def targets_from(
 
 
 def stacked(probe: str, name: str, values: Sequence[Any]) -> np.ndarray:
-    """One parameter of several fits of a recipe, ``(fits, ...)`` float32, for one compiled program.
+    """One parameter of several fits of a recipe, ``(fits, ...)``, for one compiled program; numbers with a fraction
+    become float32, indices stay integers.
 
     Raises:
         ValueError: its shape differs between the fits, as where a recipe chooses how many members it has.
@@ -97,7 +98,8 @@ def stacked(probe: str, name: str, values: Sequence[Any]) -> np.ndarray:
             f"({', '.join(map(str, shapes))}) and cannot be pressed in all of them at once; fix the option that "
             "chooses their number, or press one model at a time (n_models=1)"
         )
-    return np.stack([np.asarray(value, np.float32) for value in values])
+    together = np.stack([np.asarray(value) for value in values])
+    return together if np.issubdtype(together.dtype, np.integer) else together.astype(np.float32)
 
 
 def plain_recipe(probe: FittedProbe) -> tuple[Probe, Mapping[str, np.ndarray]]:

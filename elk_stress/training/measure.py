@@ -163,6 +163,11 @@ def fit_cells(
     """
     items = trainee.splits["train"]
     made = registry.load("probes", recipe) if isinstance(recipe, str) else recipe
+    if made.traits.needs_pairs and items.pairs is None:
+        raise ValueError(
+            f"probe {made.name!r} learns from contrast pairs (a statement and its negation) and {trainee.name!r} has "
+            "none; press it on --testbed statements --attack lora, or press a probe that learns from labels"
+        )
     needs = made.traits.needs_prior or made.traits.needs_behaviour
     # of the original models: a defender who refits knows what it knew
     knowledge = [trainee.knowledge(model, made.traits) if needs else {} for model in range(trainee.n_models)]

@@ -41,6 +41,26 @@ def test_registered_under_its_own_name(name: str) -> None:
     assert probe.name == name
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_do_not_depend_on_what_was_found(name: str) -> None:
+    """One compiled score serves every fit on as many rows, and several models can be pressed at once."""
+    recipe = registry.load("probes", name)
+    if name == "rolling_mean":
+        recipe = dataclasses.replace(recipe, windows=(4,))  # a chosen window is a shape
+    planted = planted_classes(separation=6.0, seed=1)
+    rng = np.random.default_rng(np.random.SeedSequence(4))
+    told = np.outer(2 * planted.labels - 1, np.append(np.zeros(12), [3.0, 4.0, 5.0, 6.0]))
+    several, far = planted.activations + told, planted.activations * rng.exponential(1.0, (len(told), 1)) ** 2
+    shapes = []
+    for rows in (planted.activations, several, far):
+        data = dataclasses.replace(planted, activations=rows)
+        fitted = (data.tokens() if recipe.traits.tokens else data).fit(recipe, seed=0)
+        shapes.append(
+            {key: (np.shape(value), np.asarray(value).dtype.kind) for key, value in fitted.parameters.items()}
+        )
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
 def test_check_probe_runs_all_and_returns_their_names() -> None:
     rock = registry.load("probes", "rock")
     assert check_probe(rock) == list(checks_for_probe(rock))

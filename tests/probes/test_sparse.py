@@ -46,7 +46,9 @@ def test_it_reads_k_features_and_no_more(fitted: FittedProbe) -> None:
     for size in (1, 3):
         small = as_fitted(Sparse(features=48, active=4, sizes=(size,)), rows, labels)
         assert small.notes["k"] == small.parameters["weight"].shape[1] == len(small.parameters["readout"]) == size
-    assert fitted.parameters["weight"].shape[1] == fitted.notes["k"] in Sparse().sizes
+    assert np.any(fitted.parameters["weight"], axis=0).sum() == fitted.notes["k"] in Sparse().sizes
+    # the rest, which gives every fit one shape, is read by nothing
+    assert not fitted.parameters["readout"][fitted.notes["k"] :].any()
 
 
 def test_the_dictionary_sees_no_labels() -> None:
