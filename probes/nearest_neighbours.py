@@ -36,6 +36,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from elk_stress.arrays import k_smallest
 from elk_stress.fitting.density import leading_axes, negatives_of, on_axes
 from elk_stress.probe import FittedProbe, Traits
 
@@ -82,26 +83,18 @@ class NearestNeighbours:
             "axes": axes,
             "scales": scales,
             "prototypes": prototypes,
-            "index": np.arange(len(prototypes), dtype=np.int32),
         }
         return FittedProbe(self, parameters, notes={"n_prototypes": len(prototypes)}, dim=len(centre))
 
     def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:
         """Mean over the nearest prototypes of ``sqrt(1 + squared distance)``."""
-        known, index = parameters["prototypes"], parameters["index"]
+        known = parameters["prototypes"]
         near, rest = on_axes(xp, parameters, activations)
         order = xp.sum(known * known, axis=-1) - 2.0 * xp.matmul(near, xp.matrix_transpose(known))
-        total = xp.zeros_like(rest)
-        count = min(self.k, known.shape[0])
-        for _ in range(count):
-            # the first of the least, by two plain minima: compiled, an argmin takes several times as long
-            least = xp.min(order, axis=-1)[..., None]
-            nearest = xp.min(xp.where(order == least, index, xp.full_like(index, known.shape[0] - 1)), axis=-1)
-            order = xp.where(index == nearest[..., None], xp.full_like(order, float("inf")), order)
-            flat = xp.take(known, xp.reshape(nearest, (-1,)), axis=0)
-            gap = near - xp.reshape(flat, near.shape)
-            total = total + xp.sqrt(1.0 + xp.sum(gap * gap, axis=-1) + rest)
-        return total / count
+        nearest = k_smallest(order, min(self.k, known.shape[0]))
+        chosen = xp.reshape(xp.take(known, xp.reshape(nearest, (-1,)), axis=0), (*nearest.shape, near.shape[-1]))
+        gap = near[..., None, :] - chosen
+        return xp.mean(xp.sqrt(1.0 + xp.sum(gap * gap, axis=-1) + rest[..., None]), axis=-1)
 
     def lipschitz(self, parameters: Mapping[str, np.ndarray], factor: np.ndarray) -> float:
         """The spectral norm of the whitened factor: the score is 1-Lipschitz in whitened coordinates."""
