@@ -87,6 +87,12 @@ CATALOGUE: dict[str, FlagEntry] = {
         "these are no bits of natural thoughts; give activations (n, contexts, d), or a prior of your own",
         red=False,
     ),
+    "saturated": FlagEntry(
+        "positives tie at the same scores, as on a plateau",
+        "give the probe's logit, what stands before the squashing: on a plateau a threshold is an accident of rounding "
+        "and attacks have no slope to follow",
+        red=False,
+    ),
     "catches_nothing": FlagEntry(
         "the probe catches no positive at its threshold",
         "it has no bits to lose; train a better probe or raise the false-positive rate",

@@ -33,6 +33,8 @@ _DRAWS = 32
 _SPREAD_DRAWS = 256
 # scores that may cost, together; fewer draws for many items
 _SPREAD_SCORES = 100_000
+# share of different scores below which a probe is called saturated
+_DIFFERENT = 0.9
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
     origins, positives = scene.test_origins, scene.positives
     scores = np.asarray(probe.score(origins), dtype=float)
     margin = scores[positives] - threshold
+    different = len(np.unique(scores[positives].astype(np.float32))) / len(positives)
+    if different < _DIFFERENT and np.ptp(scores) > 0:
+        flags += (flag("saturated", f"{different:.0%} of the test positives' scores are different"),)
     gradient = score_gradients(probe, origins[positives]) if probe.traits.differentiable else None
     if gradient is None:
         deviation = score_spread(probe, prior, origins[positives], seed=scene.seed)

@@ -50,6 +50,7 @@ FLAG_CODES: Mapping[str, str] = {
     "brittle": "BR",
     "leak": "LK",
     "wide_interval": "WI",
+    "saturated": "ST",
     "catches_nothing": "CN",
     "shared_contexts": "SC",
     "no_contexts": "NC",
