@@ -149,12 +149,14 @@ class LimitState:
                 f"the limit state has {self.dim} coordinates but points came with {dim}; "
                 "pass dim= the number of coordinates that the function reads"
             )
-        if p * n * dim <= _CHUNK_ELEMENTS:
+        # an evaluation that scores many activations moves them all
+        size = dim * self.cost
+        if p * n * size <= _CHUNK_ELEMENTS:
             return evaluate(problems, u)
-        if n * dim <= _CHUNK_ELEMENTS:
-            step = max(1, _CHUNK_ELEMENTS // (n * dim))
+        if n * size <= _CHUNK_ELEMENTS:
+            step = max(1, _CHUNK_ELEMENTS // (n * size))
             return np.concatenate([evaluate(problems[i : i + step], u[i : i + step]) for i in range(0, p, step)])
-        step = max(1, _CHUNK_ELEMENTS // dim)
+        step = max(1, _CHUNK_ELEMENTS // size)
         rows = [
             np.concatenate(
                 [evaluate(problems[i : i + 1], u[i : i + 1, j : j + step]) for j in range(0, n, step)], axis=1

@@ -317,7 +317,7 @@ def _item_flags(bits: BitsBatch, headline: Bits, place: Situation) -> tuple[Flag
         # a flag on one item in hundreds is in the per-item record; on many it is the result's own
         if count >= max(1, math.ceil(0.1 * len(bits))) and (name != "behaviour_broken" or count > len(bits) / 2):
             flags.append(flag(name, f"{count} of {len(bits)} items"))
-    if headline.value < 1:
+    if headline.value < 1 and headline.kind is not Kind.CENSORED:
         flags.append(flag("brittle", f"half-life {headline.value:.2f} bits"))
     return (*flags, *wide_interval(headline))
 

@@ -62,6 +62,8 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
     epsilon: float | None = None
     b_kept: Bits | None = None
     status = bits.status
+    if threat.metric == "auroc" and status == "ok":
+        status = "ok: the interval is the estimate's own error; for the AUROC items and contexts are not resampled"
     flags: tuple[Flag, ...] = place.flags + bits.flags
     if threat.kept and not worthless and not (math.isinf(bits.value) and bits.kind is Kind.EXACT):
         epsilon = threat.epsilon if threat.epsilon is not None else scene.epsilon
@@ -71,10 +73,10 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
         status = note if note != "ok" else status
         if b_kept.kind is not Kind.CENSORED and bits.value - every[at_tau].value > 1 and b_kept.value < 1:
             flags += (flag("behaviour_broken", "most moves that break it also break behaviour"),)
-    extra = (
-        bits.value - every[at_tau].value if math.isfinite(bits.value) and math.isfinite(every[at_tau].value) else 0.0
-    )
-    replicates, metric_rows = _replicates(scene, place, every, at_tau, levels, extra, max_bits)
+    free = _descending(every, at_tau)
+    extra = 0.0 if bits.value == free[at_tau] else float(bits.value - free[at_tau])
+    cost = free + extra
+    replicates, metric_rows = _replicates(scene, place, free, levels, at_tau, extra, max_bits)
     low, high = np.quantile(replicates, [0.025, 0.975])
     if math.isnan(low):
         low, high = bits.low, bits.high
@@ -83,7 +85,7 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
         headline = Bits(0.0, 0.0, 0.0, Kind.EXACT, "half_advantage", status="the probe has no advantage to lose")
         flags += (flag("catches_nothing"),)
     elif bits.value >= max_bits and not (math.isinf(bits.value) and bits.kind is Kind.EXACT):
-        headline = Bits(max_bits, min(float(low), max_bits), math.inf, Kind.CENSORED, "half_advantage")
+        headline = Bits(max_bits, min(float(low), bits.low, max_bits), math.inf, Kind.CENSORED, "half_advantage")
     elif math.isinf(bits.value):
         headline = Bits(math.inf, min(float(low), max_bits), math.inf, Kind.EXACT, "half_advantage")
     else:
@@ -92,7 +94,7 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
         headline = Bits(
             bits.value, min(float(low), bits.low), top, kind, "half_advantage", bits.evaluations, bits.gradients
         )
-        if headline.value < 1:
+        if headline.value < 1 and kind is Kind.ESTIMATE:
             flags += (flag("brittle", f"B at half advantage {headline.value:.2f} bits"),)
         flags += wide_interval(headline)
     plain = threat.kept or worthless
@@ -101,9 +103,7 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
         quantity="B at half advantage",
         headline=headline,
         detection=place.detection,
-        curve=_curve(
-            levels, n if threat.metric == "recall" else 10_000, every, extra, clean, metric_rows, max_bits, coarse
-        ),
+        curve=_curve(levels, n if threat.metric == "recall" else 10_000, cost, clean, metric_rows, max_bits, coarse),
         conditional=conditional,
         b_kept=b_kept,
         b_given_kept=None if b_kept is None else _difference(headline, b_kept),
@@ -145,9 +145,10 @@ def universal_joint_event(
 
 
 def bits_of_levels(event: LimitState, at_tau: int, max_bits: float, n_particles: int, seed: int) -> BitsBatch:
-    """B of every level. Where it is estimated, splitting checks the headline's, not the rest of the curve."""
+    """B of every level. Where it is estimated the headline's has a budget of its own, and with a gradient splitting
+    checks it alone: the rest of the curve takes nothing from it."""
     options: dict[str, Any] = {"max_bits": max_bits, "n_particles": n_particles, "seed": seed}
-    if event.linear is not None or not event.differentiable or event.n_problems == 1:
+    if event.linear is not None or event.n_problems == 1:
         return event_bits(event, **options)
     others = np.delete(np.arange(event.n_problems), at_tau)
     return joined(
@@ -214,13 +215,28 @@ def _count(kept: np.ndarray) -> Bits:
     )
 
 
+def _descending(every: BitsBatch, at_tau: int) -> np.ndarray:
+    """Bits of ascending levels, never rising: a lower level's event is part of a higher one's.
+
+    The headline's stands. What importance sampling overlooks makes bits too many, so of two that contradict each other
+    the fewer are believed, unless they are but a lower limit.
+    """
+    value = every.value.copy()
+    value[:at_tau] = np.maximum(value[:at_tau], value[at_tau])
+    value[at_tau + 1 :] = np.minimum(value[at_tau + 1 :], value[at_tau])
+    limit = np.array([kind is Kind.CENSORED for kind in every.kind])
+    value = np.where(limit, value, np.minimum.accumulate(np.where(limit, math.inf, value)))
+    return np.asarray(np.maximum.accumulate(value[::-1])[::-1])
+
+
 def _replicates(
-    scene: Scene, place: Situation, every: BitsBatch, at_tau: int, levels: np.ndarray, extra: float, max_bits: float
+    scene: Scene, place: Situation, free: np.ndarray, levels: np.ndarray, at_tau: int, extra: float, max_bits: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Replicates of B at half advantage, and of the metric along the grid, over items, contexts and negatives.
 
-    Recall falls to tau when the deciding positive's margin does: the distance that explains the estimate grows like
-    that positive's margin and falls like its deviation.
+    Recall falls to a level when the positive that decides it does. So each positive has the bits of its own level
+    (``free``, between the levels that were measured on a straight line in distance); the distance that explains them
+    grows like its margin and falls like its deviation.
     """
     grid = grid_of(max_bits)
     if place.threat.metric == "auroc":
@@ -229,49 +245,56 @@ def _replicates(
     weights = scene.resamples.positives
     tail = place.prior.tail
     spread = place.deviation[None, :] * place.deviation_factor[:, None]
-    cost = bits_of_margin(tail, place.margins, spread)
+    own = _own_bits(place, free, levels, at_tau, max_bits)
+    cost = moved_bits(tail, own, place.margin, place.deviation, place.margins, spread, max_bits) + extra
     order = np.argsort(-place.margins, axis=1, kind="stable")
     mass = np.cumsum(np.take_along_axis(weights, order, axis=1), axis=1)
     total = np.maximum(mass[:, -1:], 1e-12)
     clean = (weights * (place.margins > 0)).sum(axis=1, keepdims=True) / total
     position = np.minimum((mass <= 0.5 * clean * total + 1e-9).sum(axis=1), cost.shape[1] - 1)
     chosen = np.take_along_axis(order, position[:, None], axis=1)
-    margin, deviation = (np.take_along_axis(rows, chosen, axis=1)[:, 0] for rows in (place.margins, spread))
-    i = _deciding(place.margin, levels[at_tau])
-    drawn = moved_bits(
-        tail, np.asarray(every[at_tau].value), place.margin[i], place.deviation[i], margin, deviation, max_bits
-    )
-    value = np.clip(drawn + extra, 0.0, max_bits)
+    value = np.clip(np.take_along_axis(cost, chosen, axis=1)[:, 0], 0.0, max_bits)
     # the metric at b bits: share of caught positives whose own bits exceed b (one move along the probe moves them all)
     alive = np.where(place.margins > 0, cost, -1.0)
     rows = np.stack([(weights * (alive > b)).sum(axis=1) / total[:, 0] for b in grid], axis=1)
     return value, rows
 
 
+def _own_bits(place: Situation, free: np.ndarray, levels: np.ndarray, at_tau: int, max_bits: float) -> np.ndarray:
+    """``(positives,)`` bits at which each is lost to one move for all; NaN for those missed from the start."""
+    n = len(place.margin)
+    rank = np.empty(n)
+    rank[np.argsort(-place.margin, kind="stable")] = np.arange(n)
+    deciding = np.minimum(np.floor(levels * n + 1e-9), n - 1)
+    distance = margin_of_bits(place.prior.tail, np.minimum(free, max_bits))
+    between = np.interp(rank, deciding, distance)
+    # beyond the last level lies what costs nothing: the first positive that is missed
+    last, clean = deciding[-1], float((place.margin > 0).sum())
+    rest = np.clip((clean - rank) / max(clean - last, 1.0), 0.0, 1.0) * distance[-1]
+    own = bits_of_margin(place.prior.tail, np.where(rank > last, rest, between), np.ones(n))
+    own = np.where(rank == deciding[at_tau], free[at_tau], own)
+    if place.probe.traits.linear:
+        # every level is a positive's own, in closed form
+        own = bits_of_margin(place.prior.tail, place.margin, place.deviation)
+    return np.where(place.margin > 0, own, math.nan)
+
+
 def _curve(
-    levels: np.ndarray,
-    n: int,
-    every: BitsBatch,
-    extra: float,
-    clean: float,
-    rows: np.ndarray,
-    max_bits: float,
-    coarse: bool,
+    levels: np.ndarray, n: int, cost: np.ndarray, clean: float, rows: np.ndarray, max_bits: float, coarse: bool
 ) -> Curve:
     """Metric at b bits: the lowest attainable value (a multiple of 1/n) that costs at most b.
 
-    Where only some levels were estimated (``coarse``), straight lines between them: steps would favour the probe.
+    Where only some levels were estimated (``coarse``), straight lines between them, within 0.1 of the exact curve
+    either way; steps would favour the probe everywhere.
     """
     grid = grid_of(max_bits)
-    # a lower level contains a higher one's event, so it costs at least as much
-    cost = np.maximum.accumulate((every.value + extra)[::-1])[::-1]
     attained = np.minimum(np.floor(levels * n + 1e-9) / n, clean)
-    if coarse:
+    if coarse and np.isfinite(cost).all():
         reached = np.interp(grid, np.concatenate([[0.0], cost[::-1]]), np.concatenate([[clean], attained[::-1]]))
     else:
         reached = np.array([min([clean, *attained[cost <= b]]) for b in grid])
     low, high = np.quantile(rows, [0.025, 0.975], axis=0)
-    censored = max_bits if (every.value + extra >= max_bits).any() else math.inf
+    censored = max_bits if (cost >= max_bits).any() else math.inf
     return Curve(grid, reached, np.minimum(low, reached), np.maximum(high, reached), reached, reached, censored)
 
 
