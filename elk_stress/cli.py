@@ -134,7 +134,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a saved probe, *.safetensors or a folder; may be given several times, with --probes or without",
     )
-    what.add_argument("--attacks", metavar="all|A,B", help="names; all: those that apply (default)")
+    what.add_argument("--attacks", metavar="all|none|A,B", help="names; all: those that apply (default)")
     what.add_argument(
         "--threats",
         default="default",
@@ -289,7 +289,7 @@ def _run(options: argparse.Namespace) -> int:
     probes = _names("probes", asked_probes) if asked_probes else []
     _check_arrays(options)
     attacks = options.attacks or preset.get("attacks", "all")
-    chosen = attacks if attacks == "all" else _names("attacks", attacks)
+    chosen = attacks if attacks == "all" else [] if attacks == "none" else _names("attacks", attacks)
     asked = options.threats if options.threats != "default" else preset.get("threats", "default")
     threats = _threats(asked, options.epsilon)
     options.testbed = options.testbed or ("arrays" if options.activations else "statements")

@@ -320,6 +320,15 @@ def test_a_saved_probe_is_stressed_on_arrays_without_a_model(
     assert {f.name for f in (tmp_path / "o").iterdir()} >= {"result.json", "report.md", "survival.png", "pieces"}
 
 
+def test_bits_can_be_had_without_any_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["run", *write_arrays(tmp_path), "--probes", "mass_mean", "--attacks", "none", *FAST[2:]]
+    assert cli.main(asked) == 0
+    (threat,) = json.loads((tmp_path / "o" / "result.json").read_text())["results"][0]["threats"].values()
+    assert threat["attacks"] == []
+    assert threat["headline"]["value"] > 0
+
+
 def test_saved_and_named_probes_are_compared_under_contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     files = write_arrays(tmp_path, contexts=6)
