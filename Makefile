@@ -46,9 +46,9 @@ thoughts: $(INSTALLED)
 
 # every probe, its defences compared with what they defend: where the truth is known, on a language model, of several
 # tokens, of several contexts, and under training pressure; the costly attacks on the best defence only
-PRESSED := mass_mean,lda,logistic,mlp,quadratic,ensemble,sparse,mahalanobis,flow,nearest_neighbours,lipschitz
-DEFENCES := adversarially_trained,orthogonal_ensemble,secret_subspace,causal
-DEFENDED := lipschitz:mlp,ensemble:mlp,adversarially_trained:logistic,orthogonal_ensemble:logistic
+PRESSED := mass_mean,lda,logistic,mlp,quadratic,ensemble,sparse,mahalanobis,logistic_tails,flow,nearest_neighbours
+DEFENCES := lipschitz,adversarially_trained,orthogonal_ensemble,secret_subspace,causal
+DEFENDED := lipschitz:mlp,adversarially_trained:logistic,orthogonal_ensemble:logistic,secret_subspace:logistic
 zoo: $(INSTALLED)
 	$(BIN)/elk-stress run --testbed linear --preset zoo --max-bits 200 --out runs/zoo/linear
 	$(BIN)/elk-stress run --testbed statements --size full --preset zoo --out runs/zoo/statements
@@ -59,7 +59,10 @@ zoo: $(INSTALLED)
 	$(BIN)/elk-stress run --testbed statements --size full --preset prefixes --probes adversarially_trained \
 		--out runs/zoo/prefixes
 	$(BIN)/elk-stress train --testbed superposition --probes $(PRESSED),$(DEFENCES) \
-		--compare $(DEFENDED),secret_subspace:logistic,causal:logistic --out runs/zoo/superposition
+		--compare $(DEFENDED),causal:logistic,ensemble:mlp --out runs/zoo/superposition
+	for testbed in compute_in_superposition vault; do \
+		$(BIN)/elk-stress train --testbed $$testbed --probes $(ORGANISM),mlp,mahalanobis,$(DEFENCES) \
+			--compare $(DEFENDED),causal:logistic --out runs/zoo/$$testbed; done
 	$(BIN)/elk-stress train $(LORA) --steps 150 --checkpoints 8 --probes adversarially_trained --out runs/zoo/lora
 
 # four organisms with the bits that each probe needs, then LoRA on the language model
