@@ -153,6 +153,11 @@ def test_a_run_that_ended_early_makes_no_probe_look_weak():
     assert row.better is None
     assert row.difference == 0.0
     assert (row.certain, row.n_models) == (0, 8)
+    # no 0.00 [0.00, 0.00] where nothing is known
+    assert str(row) == "bits spent per point: a - b: unknown, limits alone cannot be ranked"
+    half = [math.inf] * 4 + [300.0 + i for i in range(4)]
+    (partly,) = compare_pressure([result("a", half, reached=50.0), result("b", 200.0 + rng(0).random(8))])
+    assert "(known in 4 of 8 models, else 0)" in str(partly)
 
 
 def test_a_limit_above_the_other_value_is_evidence():

@@ -62,9 +62,15 @@ class PressureComparison:
     def __str__(self) -> str:
         undecided = "undecided" if self.decidable else f"undecided ({self.n_models} models cannot decide so many pairs)"
         verdict = f"{self.better} survives more" if self.better else undecided
+        what = f"bits {self.quantity} per point: {self.a} - {self.b}"
+        if not self.certain:
+            return f"{what}: unknown, limits alone cannot be ranked"
+        partly = (
+            "" if self.certain == self.n_models else f" (known in {self.certain} of {self.n_models} models, else 0)"
+        )
         return (
-            f"bits {self.quantity} per point: {self.a} - {self.b}: {self.difference:+.2f} "
-            f"[{self.interval[0]:+.2f}, {self.interval[1]:+.2f}], Holm p {self.holm:.3g}: {verdict}"
+            f"{what}: {self.difference:+.2f} [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]{partly}, "
+            f"Holm p {self.holm:.3g}: {verdict}"
         )
 
 
