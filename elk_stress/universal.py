@@ -262,6 +262,10 @@ def _replicates(
 
 def _own_bits(place: Situation, free: np.ndarray, levels: np.ndarray, at_tau: int, max_bits: float) -> np.ndarray:
     """``(positives,)`` bits at which each is lost to one move for all; NaN for those missed from the start."""
+    if place.probe.traits.linear:
+        # every level is a positive's own, in closed form
+        closed = bits_of_margin(place.prior.tail, place.margin, place.deviation)
+        return np.where(place.margin > 0, closed, math.nan)
     n = len(place.margin)
     rank = np.empty(n)
     rank[np.argsort(-place.margin, kind="stable")] = np.arange(n)
@@ -273,9 +277,6 @@ def _own_bits(place: Situation, free: np.ndarray, levels: np.ndarray, at_tau: in
     rest = np.clip((clean - rank) / max(clean - last, 1.0), 0.0, 1.0) * distance[-1]
     own = bits_of_margin(place.prior.tail, np.where(rank > last, rest, between), np.ones(n))
     own = np.where(rank == deciding[at_tau], free[at_tau], own)
-    if place.probe.traits.linear:
-        # every level is a positive's own, in closed form
-        own = bits_of_margin(place.prior.tail, place.margin, place.deviation)
     return np.where(place.margin > 0, own, math.nan)
 
 
