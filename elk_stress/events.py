@@ -34,6 +34,7 @@ __all__ = [
     "linear_weight",
     "nearest_kept",
     "nearest_of_linear",
+    "ranks_of_levels",
     "universal_auroc_event",
     "universal_recall_event",
 ]
@@ -88,12 +89,20 @@ def kept_event(prior: EllipticalPrior, factors: np.ndarray, epsilon: float) -> L
     return _searched(function, prior, {"inner": inner, "epsilon": np.full(len(inner), epsilon, dtype=np.float32)})
 
 
+def ranks_of_levels(levels: float | np.ndarray, n: int) -> np.ndarray:
+    """Rank (from 0, best first) of the one of ``n`` margins by whose fall the metric comes down to each level.
+
+    ``floor(level n)``, where 0.3 of 10 is 3 although the product is a little less in floating point; at most the last.
+    """
+    return np.minimum(np.floor(np.asarray(levels) * n + 1e-9), n - 1).astype(int)
+
+
 def universal_recall_event(
     probe: FittedProbe, prior: EllipticalPrior, positives: np.ndarray, threshold: float, levels: np.ndarray
 ) -> LimitState:
     """One problem per level tau: one move for all leaves recall on ``positives (n, d)`` at most tau."""
     n = len(positives)
-    ranks = np.minimum(np.floor(np.asarray(levels) * n + 1e-9).astype(int), n - 1)
+    ranks = ranks_of_levels(levels, n)
     weight = linear_weight(probe)
     if weight is not None:
         margins = np.asarray(probe.score(positives), dtype=float) - threshold
@@ -120,7 +129,7 @@ def universal_auroc_event(
     """
     positives, negatives = items[labels == 1], items[labels == 0]
     pairs = len(positives) * len(negatives)
-    ranks = np.minimum(np.floor(np.asarray(levels) * pairs + 1e-9).astype(int), pairs - 1)
+    ranks = ranks_of_levels(levels, pairs)
     weight = linear_weight(probe)
     if weight is not None:
         scores = np.asarray(probe.score(items), dtype=float)

@@ -17,6 +17,7 @@ from elk_stress.events import (
     item_event,
     kept_event,
     nearest_kept,
+    ranks_of_levels,
     universal_auroc_event,
     universal_recall_event,
 )
@@ -269,7 +270,7 @@ def _own_bits(place: Situation, free: np.ndarray, levels: np.ndarray, at_tau: in
     n = len(place.margin)
     rank = np.empty(n)
     rank[np.argsort(-place.margin, kind="stable")] = np.arange(n)
-    deciding = np.minimum(np.floor(levels * n + 1e-9), n - 1)
+    deciding = ranks_of_levels(levels, n)
     distance = margin_of_bits(place.prior.tail, np.minimum(free, max_bits))
     between = np.interp(rank, deciding, distance)
     # beyond the last level lies what costs nothing: the first positive that is missed
@@ -321,8 +322,7 @@ def _at_scale(place: Situation, tau: float, found: Bits, c: float, max_bits: flo
 
 def _deciding(margin: np.ndarray, tau: float) -> int:
     """The positive whose fall brings recall down to tau."""
-    rank = min(int(np.floor(tau * len(margin) + 1e-9)), len(margin) - 1)
-    return int(np.argsort(-margin, kind="stable")[rank])
+    return int(np.argsort(-margin, kind="stable")[ranks_of_levels(tau, len(margin))])
 
 
 def _difference(joint: Bits, kept: Bits) -> Bits:

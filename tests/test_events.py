@@ -14,6 +14,7 @@ from elk_stress.events import (
     kept_event,
     nearest_kept,
     nearest_of_linear,
+    ranks_of_levels,
     universal_auroc_event,
     universal_recall_event,
 )
@@ -52,6 +53,17 @@ def prior_of(rng: np.random.Generator, tail: str = "gaussian") -> EllipticalPrio
 def probes(rng: np.random.Generator) -> dict[str, FittedProbe]:
     weight = rng.standard_normal(D).astype(np.float32)
     return {"linear": direction(weight, 0.3), "curved": FittedProbe(Quadratic(), {"weight": weight})}
+
+
+def test_rank_of_a_level_is_where_recall_comes_down_to_it():
+    """Counted: the most that may still be caught when recall is at most the level."""
+    for n in range(1, 60):
+        caught = np.arange(n)  # so many are still caught
+        for k in caught:
+            level = k * (1 / n)  # not always k / n: 3 * (1 / 49) is less than 3 / 49
+            rank = ranks_of_levels(level, n)
+            assert rank == caught[caught / n <= level + 1e-12].max()
+    assert ranks_of_levels(1.0, 10) == 9
 
 
 @pytest.mark.parametrize("tail", TAILS)
