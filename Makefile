@@ -58,11 +58,9 @@ zoo: $(INSTALLED)
 			--threats item/natural/gaussian --attacks gradient --out runs/zoo/contexts-$$reads-$$moved; done; done
 	$(BIN)/elk-stress run --testbed statements --size full --preset prefixes --probes adversarially_trained \
 		--out runs/zoo/prefixes
-	$(BIN)/elk-stress train --testbed superposition --probes $(PRESSED),$(DEFENCES) \
-		--compare $(DEFENDED),causal:logistic,ensemble:mlp --out runs/zoo/superposition
-	for testbed in compute_in_superposition vault; do \
-		$(BIN)/elk-stress train --testbed $$testbed --probes $(ORGANISM),mlp,mahalanobis,$(DEFENCES) \
-			--compare $(DEFENDED),causal:logistic --out runs/zoo/$$testbed; done
+	for testbed in superposition compute_in_superposition vault "quirky --models 6"; do \
+		$(BIN)/elk-stress train --testbed $$testbed --probes $(PRESSED),$(DEFENCES) \
+			--compare $(DEFENDED),causal:logistic,ensemble:mlp --out runs/zoo/$${testbed%% *}; done
 	$(BIN)/elk-stress train $(LORA) --steps 150 --checkpoints 8 --probes adversarially_trained --out runs/zoo/lora
 
 # four organisms with the bits that each probe needs, then LoRA on the language model
