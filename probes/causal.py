@@ -22,13 +22,13 @@ Shapes: activations ``(*batch, d)`` -> log-odds ``(*batch,)``; behaviour ``(m, r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.held_out import held_out_auroc, smallest_good
+from elk_stress.fitting.held_out import fewest_columns
 from elk_stress.probe import FittedProbe, Traits
 from elk_stress.probes.logistic import Logistic
 
@@ -93,12 +93,9 @@ class Causal:
         notes: dict[str, Any] = {}
         if self.directions is None:
             tried = sorted({min(known, 1 << k) for k in range(known.bit_length() + 1)})
-            found = {
-                q: held_out_auroc(lambda a, b: _scorer(self._base.fit(a, b)), seen[:, :q], targets, self.folds)
-                for q in tried
-            }
-            notes["held_out_auroc"] = {str(q): value for q, value in found.items()}
-            chosen = smallest_good(found, self.tolerance)
+            chosen, notes["held_out_auroc"] = fewest_columns(
+                self._base.fit, seen, targets, tried, tolerance=self.tolerance, folds=self.folds
+            )
         else:
             chosen = min(self.directions, known)
         inner = self._base.fit(seen[:, :chosen], targets)
@@ -114,7 +111,3 @@ class Causal:
     @property
     def _base(self) -> Logistic:
         return Logistic(l2=self.l2)
-
-
-def _scorer(fitted: FittedProbe) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda rows: np.asarray(fitted.score(rows))

@@ -20,13 +20,13 @@ Shapes: activations ``(*batch, d)`` -> log-odds ``(*batch,)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.held_out import held_out_auroc, smallest_good
+from elk_stress.fitting.held_out import fewest_columns
 from elk_stress.probe import FittedProbe, Traits
 from elk_stress.probes.logistic import Logistic
 
@@ -88,12 +88,9 @@ class SecretSubspace:
         if self.rank is None:
             # the first columns of one frame: a smaller subspace lies within a larger one
             tried = sorted({max(1, round(share * dim)) for share in self.shares})
-            found = {
-                r: held_out_auroc(lambda a, b: _scorer(self._base.fit(a, b)), seen[:, :r], targets, self.folds)
-                for r in tried
-            }
-            notes["held_out_auroc"] = {str(r): value for r, value in found.items()}
-            rank = smallest_good(found, self.tolerance)
+            rank, notes["held_out_auroc"] = fewest_columns(
+                self._base.fit, seen, targets, tried, tolerance=self.tolerance, folds=self.folds
+            )
         else:
             rank = self.rank
         inner = self._base.fit(seen[:, :rank], targets)
@@ -108,7 +105,3 @@ class SecretSubspace:
     @property
     def _base(self) -> Logistic:
         return Logistic(l2=self.l2)
-
-
-def _scorer(fitted: FittedProbe) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda rows: np.asarray(fitted.score(rows))

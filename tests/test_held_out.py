@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from elk_stress.fitting.held_out import auroc, held_out, held_out_auroc, item_folds, kept_bits, smallest_good
+from elk_stress.fitting.held_out import auroc, fewest_columns, held_out, held_out_auroc, item_folds, kept_bits
+from elk_stress.probes.mass_mean import MassMean
 
 
 @pytest.mark.parametrize("contexts", [1, 3, 7])
@@ -44,7 +47,7 @@ def test_memory_of_an_item_is_no_evidence() -> None:
     rows = np.repeat(rng.standard_normal((items, 8)), contexts, axis=0) + 0.01 * rng.standard_normal((800, 8))
 
     def nearest(a: np.ndarray, b: np.ndarray):  # type: ignore[no-untyped-def]
-        return lambda x: b[np.argmin(((x[:, None] - a) ** 2).sum(-1), axis=1)] + 1e-3 * x[:, 0]
+        return SimpleNamespace(score=lambda x: b[np.argmin(((x[:, None] - a) ** 2).sum(-1), axis=1)] + 1e-3 * x[:, 0])
 
     # standard deviation about 0.04
     assert abs(held_out_auroc(nearest, rows, labels, 4) - 0.5) < 0.2
@@ -57,8 +60,16 @@ def test_kept_bits_of_a_half_space() -> None:
     assert kept_bits(scores, labels, 2.0, 0.05) == pytest.approx(-norm.logsf(3.0) / np.log(2) / 2)
 
 
-def test_the_smallest_within_tolerance() -> None:
-    assert smallest_good({1: 0.80, 2: 0.945, 4: 0.95, 8: 0.94}, 0.01) == 2
+def test_the_fewest_columns_within_tolerance() -> None:
+    """Two columns hold the classes; a third is noise, and what it gains by chance lies within the tolerance."""
+    rng = np.random.default_rng(np.random.SeedSequence(2))
+    labels = np.arange(600) % 2
+    rows = rng.standard_normal((600, 4)) + 1.2 * labels[:, None] * np.array([1.0, 1.0, 0.0, 0.0])
+    for tolerance, expected in ((0.02, 2), (0.5, 1)):
+        chosen, found = fewest_columns(MassMean().fit, rows, labels, (1, 2, 4), tolerance=tolerance, folds=3)
+        assert chosen == expected
+        # AUROC of two classes at Mahalanobis distance d: Phi(d / sqrt 2)
+        assert found == pytest.approx({str(q): norm.cdf(1.2 * np.sqrt(min(q, 2) / 2)) for q in (1, 2, 4)}, abs=0.04)
 
 
 def test_sorted_rows_of_several_contexts_split_few_items() -> None:

@@ -4,7 +4,7 @@ Rows come as (item x context): the rows of one item stand together and have one 
 that saw the same item in another context, so that an item's rows stay in one fold (:func:`item_folds`). Two figures,
 both the mean over folds, each fold judged by a probe fitted on the others:
 
-* :func:`held_out_auroc`: how well it ranks,
+* :func:`held_out_auroc`: how well it ranks (:func:`fewest_columns` chooses by it),
 * :func:`kept_bits`: what a defence is for. At the threshold that a share ``fpr`` of held-out negatives exceed, the bits
   ``-log2 Phi(-m / s)`` of each held-out positive, m its margin (0 if missed), s the score's standard deviation under
   the prior: the bits kept per positive of a linear probe under a Gaussian prior.
@@ -14,14 +14,18 @@ Units: bits; AUROC in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from elk_stress.bits import bits_of_beta
 from elk_stress.fitting.folds import rows_per_item, stretch_folds
 
-__all__ = ["auroc", "held_out", "held_out_auroc", "item_folds", "kept_bits", "smallest_good"]
+if TYPE_CHECKING:
+    from elk_stress.probe import FittedProbe
+
+__all__ = ["auroc", "fewest_columns", "held_out", "held_out_auroc", "item_folds", "kept_bits"]
 
 
 def item_folds(labels: np.ndarray, folds: int) -> np.ndarray:
@@ -62,13 +66,11 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def held_out_auroc(
-    fit: Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]],
-    rows: np.ndarray,
-    labels: np.ndarray,
-    folds: int,
+    fit: Callable[[np.ndarray, np.ndarray], FittedProbe], rows: np.ndarray, labels: np.ndarray, folds: int
 ) -> float:
-    """Mean AUROC on held-out items of ``fit(rows, labels) -> score(rows)``."""
-    found = [auroc(fit(rows[a], labels[a])(rows[b]), labels[b]) for a, b in held_out(labels, folds)]
+    """Mean AUROC on held-out items of the probes that ``fit(rows, labels)`` returns."""
+    splits = held_out(labels, folds)
+    found = [auroc(np.asarray(fit(rows[a], labels[a]).score(rows[b])), labels[b]) for a, b in splits]
     return float(np.mean(found))
 
 
@@ -80,7 +82,16 @@ def kept_bits(scores: np.ndarray, labels: np.ndarray, deviation: float, fpr: flo
     return float(np.mean(np.where(margin > 0, np.minimum(bits, 1e6), 0.0)))
 
 
-def smallest_good(values: dict[int, float], tolerance: float) -> int:
-    """The least key whose value is within ``tolerance`` of the best."""
-    best = max(values.values())
-    return min(key for key, value in values.items() if value >= best - tolerance)
+def fewest_columns(
+    fit: Callable[[np.ndarray, np.ndarray], FittedProbe],
+    rows: np.ndarray,
+    labels: np.ndarray,
+    numbers: Iterable[int],
+    *,
+    tolerance: float,
+    folds: int,
+) -> tuple[int, dict[str, float]]:
+    """The fewest leading columns whose held-out AUROC is within ``tolerance`` of the best, and that of each number."""
+    found = {q: held_out_auroc(fit, rows[:, :q], labels, folds) for q in numbers}
+    least = max(found.values()) - tolerance
+    return min(q for q, value in found.items() if value >= least), {str(q): value for q, value in found.items()}
