@@ -167,7 +167,11 @@ def compared(a: str, b: str, better: str | None) -> Comparison:
         ),
         (  # ccs is behind nobody, but it beats nobody either: it may not be said to
             [("lda", "logistic", "logistic"), ("lda", "ccs", None), ("logistic", "ccs", None)],
-            "no probe is shown to survive more bits than `logistic` and `ccs`; the other is behind.**",
+            "no probe is shown to survive more bits than `logistic` and `ccs`; `lda` is behind.**",
+        ),
+        (
+            [("lda", "logistic", "logistic"), ("lda", "ccs", "ccs"), ("lda", "mlp", "mlp")],
+            "no probe is shown to survive more bits than `logistic`, `ccs` and `mlp`; `lda` is behind.**",
         ),
     ],
 )

@@ -56,12 +56,14 @@ def _leaders(run: RunResult) -> list[str]:
         beaten = {row.b if row.better == row.a else row.a for row in rows if row.better}
         standing = [name for name in dict.fromkeys(n for row in rows for n in (row.a, row.b)) if name not in beaten]
         said = f"With behaviour {'kept' if threat.threat.kept else 'free'}"
-        names = " and ".join(f"`{name}`" for name in standing)
+        quoted = [f"`{name}`" for name in standing]
+        names = " and ".join([*filter(None, [", ".join(quoted[:-1])]), quoted[-1]])
         wins = {name: sum(row.better == name for row in rows) for name in standing}
         if len(standing) == 1 and wins[standing[0]] == len(beaten):
             lines += [f"**{said}, {names} survives more bits than every other probe.**", ""]
         else:
-            others = "the others each survive fewer than some other probe" if len(beaten) > 1 else "the other is behind"
+            one = f"`{min(beaten)}` is behind"
+            others = "the others each survive fewer than some other probe" if len(beaten) > 1 else one
             lines += [f"**{said}, no probe is shown to survive more bits than {names}; {others}.**", ""]
     return lines
 
