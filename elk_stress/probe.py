@@ -124,7 +124,9 @@ class FittedProbe:
 
     Attributes:
         probe: the recipe, which holds the pure score function.
-        parameters: numpy arrays by name; linear probes have ``weight (d,)`` and ``bias ()``.
+        parameters: numpy arrays by name, kept in C order: libraries multiply a transposed array by another routine, so
+            that scores would depend on how a fit happened to lay its arrays out, and change in the last digits when
+            saved and loaded. Linear probes have ``weight (d,)`` and ``bias ()``.
         site: where its activations were read, for error messages.
         notes: what ``fit`` wants the reader to know (convergence, how a sign was chosen, ...).
         dim: width of the activations that it was fitted on; by default that of the parameter ``weight``, if any.
@@ -137,6 +139,8 @@ class FittedProbe:
     dim: int | None = None
 
     def __post_init__(self) -> None:
+        laid = {n: np.asarray(v, order="C") if isinstance(v, np.ndarray) else v for n, v in self.parameters.items()}
+        object.__setattr__(self, "parameters", laid)
         if self.dim is None and "weight" in self.parameters:
             object.__setattr__(self, "dim", int(self.parameters["weight"].shape[0]))
 

@@ -55,6 +55,18 @@ def test_save_and_load_is_the_identity(
         assert np.array_equal(loaded.parameters[name], value)
 
 
+def test_scores_do_not_depend_on_how_a_fit_laid_its_arrays_out() -> None:
+    square = np.random.default_rng(np.random.SeedSequence(3)).standard_normal((6, 6))
+    given = {"weight": square.T[:, [1, 4]], "offset": square[:, 2], "bias": np.asarray(0.5)}
+    assert not given["weight"].flags.c_contiguous
+    assert not given["offset"].flags.c_contiguous
+    kept = FittedProbe(registry.load("probes", "attention_pool"), given).parameters
+    for name, value in given.items():
+        assert kept[name].flags.c_contiguous
+        assert kept[name].shape == value.shape
+        np.testing.assert_array_equal(kept[name], value)
+
+
 def test_saving_keeps_the_recipe(tmp_path: Path) -> None:
     data = planted_classes()
     probe = as_fitted(registry.load("probes", "logistic", l2=0.3), data.activations, data.labels, site="here")
