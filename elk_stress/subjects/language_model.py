@@ -266,10 +266,14 @@ class LanguageModel:
         if "position_ids" in self._accepts:
             options["position_ids"] = position
         if cache is not None:
-            options.update(past_key_values=cache, use_cache=True)
+            options.update(self.keeping(cache))
         elif "use_cache" in self._accepts:
             options["use_cache"] = False
         return self.model.base_model(ids, **options)
+
+    def keeping(self, cache: Any) -> dict[str, Any]:
+        """Arguments that hand a cache to the model, by the name that its signature has (``past_key_values`` of old)."""
+        return {"cache" if "cache" in self._accepts else "past_key_values": cache, "use_cache": True}
 
     def pad(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Any, Any]:
         """Token ids and attention mask ``(batch, tokens)`` on the model's device."""

@@ -248,9 +248,7 @@ class MovedModel:
             return seen[-1]
 
         with self._rewriting(at_site):
-            logits = subject.model(
-                token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-            ).logits
+            logits = subject.model(token, attention_mask=mask, position_ids=position, **subject.keeping(cache)).logits
         return seen[0], logits
 
     def _run(self, hosts: Sequence[_Host], moves: Any, head: bool) -> tuple[Any, Any]:
@@ -279,9 +277,8 @@ class MovedModel:
         options = {
             "attention_mask": mask,
             "position_ids": length + steps,
-            "past_key_values": cache,
-            "use_cache": True,
             "return_dict": True,
+            **subject.keeping(cache),
         }
         ids = torch.stack([host.ids for host in hosts])
         with self._rewriting(lambda _: hidden), self._skipping():
@@ -327,8 +324,8 @@ class MovedModel:
         def identity(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             if not as_tuple:
                 return hidden_states
-            past = kwargs.get("past_key_values", kwargs.get("past_key_value"))
-            return (hidden_states, past, None)
+            # transformers 4: the cache comes back as the second output
+            return (hidden_states, kwargs.get("past_key_values", kwargs.get("past_key_value")), None)
 
         for block in skipped:
             block.forward = identity

@@ -333,7 +333,7 @@ class PrefixedModel:
         return self.subject.make_cache(pairs, len(which))
 
     def _run(self, module: Any, embeds: Any, mask: Any, position: Any, cache: Any) -> Any:
-        options = {"attention_mask": mask, "past_key_values": cache, "use_cache": True, "return_dict": True}
+        options = {"attention_mask": mask, "return_dict": True, **self.subject.keeping(cache)}
         if "position_ids" in self.subject._accepts:
             options["position_ids"] = position
         return module(inputs_embeds=embeds, **options)
