@@ -184,7 +184,7 @@ def _evasion_of(targets: Targets, cell: tuple[int, ...], device: str) -> Callabl
 
 
 def _rng(seed: int, model: int, step: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence([seed, model, step]))
+    return np.random.default_rng(np.random.SeedSequence([seed, 0x10FA, model, step]))
 
 
 if __name__ == "__main__":

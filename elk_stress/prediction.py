@@ -179,7 +179,7 @@ def _replicates(
     spread = max(float(place.margin.var(ddof=1)) if len(place.margin) > 1 else 0.0, 1e-300)
     keep = max(1 - own / c / spread, 0.0)
     margin = margin + (1 - keep) * (place.margin.mean() - place.margin[caught])
-    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xB0B]))
+    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xB0C]))
     predicted, seen = np.empty((len(weights), len(n))), np.empty((len(weights), len(n)))
     for r, row in enumerate(weights):
         f = (c - 1) / rng.chisquare(c - 1) if c > 1 else 1.0

@@ -185,6 +185,37 @@ def test_no_first_sentence_when_nothing_is_decided() -> None:
     assert "no two probes differ beyond chance" in text
 
 
+_NO_DIFFERENCE, _NOTHING = "- no two probes differ", "- nothing was compared"
+_FIRST, _OTHER = "item/natural/gaussian", "universal/natural/gaussian"
+
+
+@pytest.mark.parametrize("elsewhere", [None, False, True], ids=["nowhere else", "undecided elsewhere", "decided there"])
+@pytest.mark.parametrize(
+    ("here", "said"),
+    [
+        ((), {_NOTHING}),
+        ((False,), {_NO_DIFFERENCE}),
+        ((False, False), {_NO_DIFFERENCE}),
+        ((True,), {"- `lda` keeps"}),
+        ((True, False), {"- `lda` keeps", "- 1 other pair does not"}),
+        ((True, False, False), {"- `lda` keeps", "- 2 other pairs do not"}),
+    ],
+    ids=lambda part: f"{part}" if isinstance(part, tuple) else "",
+)
+def test_what_was_compared_is_said_once(here: tuple[bool, ...], said: set[str], elsewhere: bool | None) -> None:
+    pairs = [("lda", "ccs"), ("lda", "logistic"), ("ccs", "logistic")]
+    rows = [
+        replace(compared(*pair, "lda" if won else None), threat=_FIRST) for won, pair in zip(here, pairs, strict=False)
+    ]
+    if elsewhere is not None:
+        rows.append(replace(compared("lda", "ccs", "lda" if elsewhere else None), threat=_OTHER))
+    text = report(a_run(comparisons=tuple(rows)))
+    section = text.split("Compared in pairs, under")[1].split("## ")[0]
+    ways = {_NO_DIFFERENCE, _NOTHING, "- `lda` keeps", "- 1 other pair does not", "- 2 other pairs do not"}
+    assert {way for way in ways if way in section} == said
+    assert ("- Under other threats 1 pair differs" in section) == bool(elsewhere)
+
+
 def test_report_without_comparisons_ranks_nothing() -> None:
     text = report(a_run(comparisons=()))
     assert "more bits per positive than" not in text

@@ -37,11 +37,11 @@ def found(run: RunResult) -> list[str]:
             lines.append(f"- {rest} other pair{'s do' if rest > 1 else ' does'} not differ beyond chance.")
     elif compared:
         lines.append("- no two probes differ beyond chance.")
+    else:
+        lines.append("- nothing was compared, so no probe is said to survive more than another.")
     elsewhere = sum(row.better is not None for row in run.comparisons if row.threat != first.threat.name)
     if elsewhere:
         lines.append(f"- Under other threats {elsewhere} pair{'s differ' if elsewhere > 1 else ' differs'}: see below.")
-    else:
-        lines.append("- nothing was compared, so no probe is said to survive more than another.")
     return lines
 
 

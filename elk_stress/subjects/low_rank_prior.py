@@ -21,7 +21,7 @@ from elk_stress.subjects.adapters import Matrix
 __all__ = ["LowRankPrior"]
 
 # keeps these draws apart from those of other purposes
-_NOISE = 0x0153
+_NOISE = 0x0154
 
 
 @dataclass(frozen=True)
