@@ -1,4 +1,5 @@
 # make demo: everything from a fresh checkout to a report; make test: everything that must hold.
+# Both install the versions of constraints.txt, which are known to work together; `make lock` writes it anew.
 # PYTHON=... chooses the interpreter that the virtual environment is made with (3.11 or newer).
 
 SHELL := /bin/bash
@@ -10,25 +11,35 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+LOCK := constraints.txt
+INSTALL := -m pip --disable-pip-version-check install -qq
+PIP := $(BIN)/python $(INSTALL) -c $(LOCK)
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 INSTALLED_BENCH := $(VENV)/.installed-bench
+# an environment of its own, without the lock
+NEWEST := .venv-newest
+# what changes with the libraries of language models: reading, moving, adapting and fetching them
+MODEL_TESTS := tests/test_families.py tests/test_language_model.py tests/test_lora.py tests/test_models.py \
+	tests/test_prefix_attacks.py tests/test_prefixed.py tests/test_probe_files.py tests/test_statements.py
 OUT ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: help demo full thoughts pressure zoo install-test test lint fast-tests statistics bench clean
+.PHONY: help demo full thoughts pressure zoo install-test test lint fast-tests statistics test-newest bench lock facts clean
 
 help:
 	@echo "make demo        install, fetch the model, stress six probes, write $(OUT)"
 	@echo "make test        lint, types, import contracts and the fast tests"
 	@echo "make statistics  coverage of intervals over thousands of repeats (long)"
+	@echo "make test-newest the model tests against the newest releases of everything, without the lock; only reports"
 	@echo "make bench       against rivals, in one run (installs them)"
 	@echo "make full        the README's tables (under an hour)"
 	@echo "make thoughts    the README's tables of thought manipulation (about an hour)"
 	@echo "make zoo         the README's tables of all probes (hours)"
 	@echo "make pressure    the README's tables of training pressure (hours)"
 	@echo "make lint        ruff, mypy and import-linter alone"
+	@echo "make lock        write constraints.txt anew: the newest versions that fit pyproject.toml, for every Python"
+	@echo "make facts       write the facts that statements are made of anew"
 	@echo "make clean       remove the environment, caches and builds (not runs/)"
 
 demo: $(INSTALLED)
@@ -87,33 +98,49 @@ lint: $(INSTALLED_TEST)
 
 # one thread each: the workers share the cores
 fast-tests: $(INSTALLED_TEST)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not statistics" -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -W error -m "not statistics" -n $(WORKERS)
 
 statistics: $(INSTALLED_TEST)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m statistics -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -W error -m statistics -n $(WORKERS)
+
+# what the newest releases break or deprecate is for people to read: nothing fails by it
+test-newest: | $(NEWEST)/bin/python
+	$(NEWEST)/bin/python $(INSTALL) --upgrade -e '.[test]'
+	-OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(MODEL_TESTS)
 
 bench: $(INSTALLED_BENCH)
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
+# torch and what it brings are left out: its builds without a GPU differ by index
+lock: | $(BIN)/python
+	$(BIN)/python $(INSTALL) uv
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-annotate --upgrade \
+		--custom-compile-command "make lock" --no-emit-package torch --output-file $(LOCK) > /dev/null
+	sed -i.bak -E '/^(cuda|nvidia|triton)/d' $(LOCK) && rm $(LOCK).bak
+
+facts: $(INSTALLED)
+	$(PIP) -e '.[lm,facts]'
+	$(BIN)/python -m elk_stress.testbeds.collect_facts
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 # the first interpreter that is new enough and can make virtual environments
-$(BIN)/python:
+$(BIN)/python $(NEWEST)/bin/python:
 	@for python in $(or $(PYTHON),python3 python3.12 python3.13 python3.11 python3.14 python); do \
 		command -v "$$python" > /dev/null || continue; \
 		"$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || continue; \
-		echo "making $(VENV) with $$("$$python" --version)"; \
-		"$$python" -m venv $(VENV); \
+		echo "making $(@:/bin/python=) with $$("$$python" --version)"; \
+		"$$python" -m venv $(@:/bin/python=); \
 		exit 0; \
 	done; \
 	echo "elk_stress needs Python 3.11 or newer with venv and ensurepip; found none of python3, python3.11 to 3.14." >&2; \
 	echo "Install one (on Debian and Ubuntu also the package python3-venv), or say make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; \
 	exit 1
 
-$(INSTALLED): pyproject.toml | $(BIN)/python
+$(INSTALLED): pyproject.toml $(LOCK) | $(BIN)/python
 	@echo "installing elk_stress and what it needs (some minutes the first time)"
-	@$(PIP) -e .
+	@$(PIP) -e '.[lm]'
 	@touch $@
 
 $(INSTALLED_TEST): $(INSTALLED)

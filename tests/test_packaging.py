@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "jax", "scipy", "sklearn", "transformers", "matplotlib", "optax", "hypothesis")
@@ -32,6 +34,27 @@ def _sources() -> list[Path]:
         names[:] = [n for n in names if not n.startswith(".") and n not in ("build", "dist", "__pycache__", "runs")]
         found += [Path(folder) / file for file in files if file.endswith((".py", ".ipynb"))]
     return found
+
+
+# -- what is installed with it ------------------------------------------------------------------------------------------
+
+
+def test_the_lock_fits_every_python_and_every_bound() -> None:
+    """``constraints.txt`` names a version of each direct dependency (but torch) that fits pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    locked = [Requirement(line) for line in lines if line and not line.lstrip().startswith("#")]
+    direct = [Requirement(text) for text in sum(project["optional-dependencies"].values(), project["dependencies"])]
+    direct = [asked for asked in direct if asked.name not in (project["name"], "torch")]
+    assert len(direct) > 25
+    for python in ("3.11", "3.12", "3.13"):
+        assert f"Programming Language :: Python :: {python}" in project["classifiers"]
+        here = {"python_version": python, "python_full_version": f"{python}.1"}
+        versions = {r.name: str(r.specifier) for r in locked if r.marker is None or r.marker.evaluate(here)}
+        for asked in direct:
+            assert asked.specifier.contains(versions[asked.name].removeprefix("==")), (python, str(asked))
+    # builds without a GPU differ by index, so torch and what it brings stay free
+    assert not [r.name for r in locked if r.name.split("-")[0] in ("torch", "nvidia", "cuda", "triton")]
 
 
 # -- importing ---------------------------------------------------------------------------------------------------------
