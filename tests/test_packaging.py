@@ -36,7 +36,7 @@ def _sources() -> list[Path]:
     return found
 
 
-# -- what is installed with it ------------------------------------------------------------------------------------------
+# -- what is installed with it -----------------------------------------------------------------------------------------
 
 
 def test_the_lock_fits_every_python_and_every_bound() -> None:
