@@ -8,20 +8,20 @@ unpickled. Activations are ``(n, d)`` or, read under several neutral contexts, `
 
 from __future__ import annotations
 
-import json
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from elk_stress.probe import FittedProbe
+from elk_stress.tensor_files import mapped, tensors_of
 from elk_stress.testbeds.arrays import Arrays
 
 __all__ = ["arrays_testbed", "read_array"]
 
-# what safetensors calls numpy's types
-_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
-_DTYPES |= {"BOOL": "?"}
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def read_array(path: Path, key: str) -> np.ndarray:
@@ -35,33 +35,39 @@ def read_array(path: Path, key: str) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected {key} as .safetensors or .npy")
     if path.suffix == ".npy":
-        try:
-            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no .npy file of numbers ({error}); write one with numpy.save") from None
+        return _npy(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected {key} as .safetensors or .npy, got {path.suffix or 'no ending'}")
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        # a header beyond this is none (the format's own limit)
-        header = file.read(size) if size < 100_000_000 else b""
+    tensors, _ = tensors_of(path)
+    chosen = next(iter(tensors)) if len(tensors) == 1 else key
+    if chosen not in tensors:
+        raise ValueError(
+            f"{path} holds {len(tensors)} tensors ({', '.join(sorted(tensors)[:5])}); expected one, "
+            f"or one called {key!r}"
+        )
+    return mapped(path, chosen, tensors[chosen])
+
+
+def _npy(path: Path) -> np.ndarray:
     try:
-        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        chosen = next(iter(tensors)) if len(tensors) == 1 else key
-        if chosen not in tensors:
-            raise ValueError(
-                f"{path} holds {len(tensors)} tensors ({', '.join(sorted(tensors)[:5])}); expected one, or one called "
-                f"{key!r}"
-            )
-        entry = tensors[chosen]
-        kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is not a safetensors file; write one with safetensors.numpy.save_file") from None
-    if kind not in _DTYPES:
-        raise ValueError(f"{path} holds {chosen!r} as {kind}, which numpy does not have; save it as float32")
-    if stop == start:
-        return np.empty(shape, _DTYPES[kind])
-    return np.memmap(path, _DTYPES[kind], "r", 8 + size + start, shape)
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            shape, fortran, dtype = _NPY_HEADERS[np.lib.format.read_magic(file)](file)
+            start = file.tell()
+        if dtype.kind not in "biufcSU" or dtype.itemsize == 0:
+            raise ValueError(f"it holds {dtype}, and nothing that could run is read")
+        # before numpy is asked to map it: an axis of -1, or more than memory has addresses, is its author's invention
+        there, said = path.stat().st_size - start, math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63 or said > there:
+            raise ValueError(f"its header says {dtype} of shape {shape}, {said} bytes, and {there} are there")
+    except OSError:
+        raise
+    except Exception as error:
+        # a header is a Python literal, and its reader raises whatever Python's own does
+        raise ValueError(f"{path} is no .npy file of numbers ({error}); write one with numpy.save") from None
+    if said == 0:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
 
 
 def arrays_testbed(
