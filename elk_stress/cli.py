@@ -230,6 +230,7 @@ def _train(options: argparse.Namespace) -> int:
     from elk_stress.subjects.threads import configure_threads
 
     configure_threads()
+    from elk_stress.extras import MissingExtra
     from elk_stress.subjects.models import ModelUnavailable
     from elk_stress.training.suite import TrainingInterrupted, train
 
@@ -261,7 +262,7 @@ def _train(options: argparse.Namespace) -> int:
             )
     except TrainingInterrupted as interrupted:
         result, code = interrupted.result, INTERRUPTED
-    except (OSError, ValueError, LookupError, RuntimeError, TypeError, ModelUnavailable) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, ModelUnavailable, MissingExtra) as error:
         if options.traceback or isinstance(error, IndexError) or type(error) is KeyError:
             raise
         raise _BadInput(_one_line(error)) from error
@@ -305,6 +306,7 @@ def _run(options: argparse.Namespace) -> int:
 
     configure_threads()
     from elk_stress.array_files import arrays_testbed
+    from elk_stress.extras import MissingExtra
     from elk_stress.probe import FittedProbe
     from elk_stress.report.folder import check_folder
     from elk_stress.run import Interrupted, run
@@ -340,7 +342,7 @@ def _run(options: argparse.Namespace) -> int:
             )
     except Interrupted as interrupted:
         result, code = interrupted.result, INTERRUPTED
-    except (OSError, ValueError, LookupError, ModelUnavailable) as error:
+    except (OSError, ValueError, LookupError, ModelUnavailable, MissingExtra) as error:
         # a traceback is for mistakes in the code; these say what was expected, what came, and the way out
         if options.traceback or isinstance(error, IndexError) or type(error) is KeyError:
             raise

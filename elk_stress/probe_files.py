@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from elk_stress import registry
+from elk_stress.extras import need
 from elk_stress.files import replace_bytes
 from elk_stress.probe import FittedProbe, Probe, _Direction
 
@@ -121,9 +122,11 @@ def push_probe(
     Raises:
         ValueError: a probe that cannot be saved; before anything is sent.
         huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+        MissingExtra: the extra ``lm`` is not installed.
     """
     import tempfile
 
+    need("lm", "uploading a probe")
     from huggingface_hub import HfApi, constants
 
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +157,9 @@ def pull_probe(repo_id: str, *, revision: str | None = None, token: str | bool |
         FileNotFoundError: the repository holds no probe.
         ValueError, UnknownName: as :func:`load_probe`.
         huggingface_hub.errors.RepositoryNotFoundError: no such repository, or it is private.
+        MissingExtra: the extra ``lm`` is not installed.
     """
+    need("lm", "downloading a probe")
     from huggingface_hub import constants, snapshot_download
 
     folder = snapshot_download(

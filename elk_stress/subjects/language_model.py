@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from elk_stress.extras import need
 from elk_stress.subjects.activation_cache import ActivationCache
 from elk_stress.subjects.fast_linear import use_onednn
 from elk_stress.subjects.models import cache_folder, resolve
@@ -64,6 +65,7 @@ class LanguageModel:
         threads: int | None = None,
         cache: ActivationCache | Literal[True] | None = True,
     ) -> None:
+        need("lm", "a language model")
         configure_threads(threads)
         import torch
         import transformers

@@ -30,6 +30,8 @@ from typing import Any
 
 import numpy as np
 
+from elk_stress.extras import need
+
 __all__ = ["DEFAULT_MODEL", "ModelUnavailable", "ResolvedModel", "cache_folder", "resolve"]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -85,7 +87,9 @@ def resolve(model_id: str | Path | None = None, *, hub_timeout: float = 3.0) -> 
 
     Raises:
         ModelUnavailable: no source has it; lists what each one answered.
+        MissingExtra: the extra ``lm`` is not installed.
     """
+    need("lm", "a language model")
     name = str(model_id or DEFAULT_MODEL)
     if Path(name).expanduser().is_dir():
         return _from_folder(name, Path(name).expanduser())

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from elk_stress.extras import need
 from elk_stress.probe import FittedProbe
 from elk_stress.testbed import ContextSet, Items, SplitName
 from elk_stress.testbeds import contexts as neutral
@@ -92,6 +93,7 @@ class Statements:
         tokens: int | None = None,
         subject: LanguageModel | None = None,
     ) -> None:
+        need("lm", "the testbed statements")
         if size not in _SIZES:
             raise ValueError(f"size must be one of {', '.join(_SIZES)}, got {size!r}")
         if positive not in ("false", "true"):
