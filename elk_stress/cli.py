@@ -145,6 +145,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     where = run.add_argument_group("model and data")
     where.add_argument("--size", choices=("demo", "full"), help="how much data (default: demo)")
     where.add_argument("--model", metavar="ID_OR_PATH", help="Hugging Face model or local folder")
+    where.add_argument("--revision", metavar="NAME", help="of a Hugging Face model: a commit, branch or tag")
     where.add_argument("--data", type=Path, metavar="FILE.jsonl", help="fields text, label and optionally group, pair")
     where.add_argument("--relation", metavar="NAME", help="which facts to state")
     where.add_argument("--positive", choices=("false", "true"), help="which statements a monitor must catch")
@@ -459,7 +460,19 @@ def _check_arrays(options: argparse.Namespace) -> None:
         return
     if options.labels is None:
         raise _BadInput("--activations needs --labels: (n,), 1 = positive, else 0, as .npy or .safetensors")
-    model = ["testbed", "size", "model", "data", "relation", "positive", "site", "tokens", "dtype", "device"]
+    model = [
+        "testbed",
+        "size",
+        "model",
+        "revision",
+        "data",
+        "relation",
+        "positive",
+        "site",
+        "tokens",
+        "dtype",
+        "device",
+    ]
     model += ["reads", "moved", "epsilon"]
     refused = [f"--{name}" for name in model if getattr(options, name) is not None]
     if refused:
@@ -477,7 +490,7 @@ def _testbed(options: argparse.Namespace) -> Any:
     takes = registry.options("testbeds", options.testbed)
     given = {
         name: getattr(options, name)
-        for name in ("size", "model", "data", "relation", "positive", "site", "tokens", "dtype", "device")
+        for name in ("size", "model", "revision", "data", "relation", "positive", "site", "tokens", "dtype", "device")
         if getattr(options, name) is not None
     }
     refused = [name for name in given if name not in takes]

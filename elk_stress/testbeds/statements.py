@@ -72,6 +72,7 @@ class Statements:
             ``tokens``, activations flattened to ``tokens * width``). Moves of several tokens at once are not carried
             through the model, so behaviour is not constrained then.
         subject: a model already in memory, instead of ``model``.
+        revision: of a model on the hub, a commit, branch or tag.
     """
 
     name = "statements"
@@ -92,6 +93,7 @@ class Statements:
         threads: int | None = None,
         tokens: int | None = None,
         subject: LanguageModel | None = None,
+        revision: str | None = None,
     ) -> None:
         need("lm", "the testbed statements")
         if size not in _SIZES:
@@ -114,7 +116,12 @@ class Statements:
         self.tokens = tokens
         self._options = {"size": size, "relation": relation, "positive": positive, "seed": seed, "data": data}
         self._options |= {} if tokens is None else {"tokens": tokens}
-        self._model_options: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads}
+        self._model_options: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "threads": threads,
+            "revision": revision,
+        }
         self._model = model
         self._subject = subject
         self._wanted_site = site
