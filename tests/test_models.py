@@ -27,7 +27,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture(autouse=True)
 def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here reads or writes the real caches, and nothing asks the real hub."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     monkeypatch.setenv("ELK_STRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -75,7 +75,7 @@ def test_folder_loads_as_a_language_model(folder: Path) -> None:
 @pytest.fixture
 def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A hub that serves ``owner/tiny``; the real client talks to it over HTTP."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     files["README.md"] = b"not needed, not fetched"
@@ -122,7 +122,9 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     template = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (constants, file_download):
+        # huggingface-hub below 1 keeps a copy there
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     yield state
     server.shutdown()
     server.server_close()
