@@ -27,7 +27,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture(autouse=True)
 def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here reads or writes the real caches, and nothing asks the real hub."""
-    from huggingface_hub import constants, file_download
+    from huggingface_hub import constants
 
     monkeypatch.setenv("ELK_STRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
