@@ -60,7 +60,8 @@ class Statements:
     Args:
         size: ``"demo"`` or ``"full"``.
         relation: which facts (:data:`elk_stress.testbeds.facts.RELATIONS`).
-        positive: what the monitor must catch: ``"false"`` statements, or ``"true"`` ones. For ``data``, labels decide.
+        positive: what the monitor must catch: ``"false"`` statements, or ``"true"`` ones. For ``data``, labels decide:
+            where they are two names, this is the one that is caught.
         model: local folder or Hugging Face id; SmolLM2-135M-Instruct by default.
         site: ``"auto"``, ``"embeddings"`` or ``"layers.N"``.
         n_items, n_contexts: override the size's number of items, and of contexts (A and B together; at least 6).
@@ -81,7 +82,7 @@ class Statements:
         self,
         size: Literal["demo", "full"] = "demo",
         relation: str = "city_country",
-        positive: Literal["false", "true"] = "false",
+        positive: str = "false",
         model: str | Path | None = None,
         site: str = "auto",
         n_items: int | None = None,
@@ -98,7 +99,7 @@ class Statements:
         need("lm", "the testbed statements")
         if size not in _SIZES:
             raise ValueError(f"size must be one of {', '.join(_SIZES)}, got {size!r}")
-        if positive not in ("false", "true"):
+        if data is None and positive not in ("false", "true"):
             raise ValueError(f"positive must be 'false' or 'true', got {positive!r}")
         items, most, self._layer_step, self._rank = _SIZES[size]
         total = most if n_contexts is None else n_contexts
@@ -130,7 +131,7 @@ class Statements:
         self._seeds = np.random.SeedSequence(seed).spawn(3)
         self._site_items: Items | None = None
         if data is not None:
-            self._splits = load_jsonl(data, self._seeds[0])
+            self._splits = load_jsonl(data, self._seeds[0], positive)
         else:
             self._splits, self._site_items = _generate(
                 facts.relation(relation), n_items or items, 1 if positive == "true" else 0, self._seeds[0]

@@ -1,12 +1,13 @@
 """A user's own statements: a jsonl file with ``text`` and ``label``, optionally ``group`` and ``pair``.
 
-``label`` is 1 for what a monitor must catch, 0 otherwise. Lines of one ``group`` (default: the line's ``pair``, else
-the line itself) never cross splits. Two lines of one ``pair`` are a contrast pair, the affirmed form first.
+``label`` is 1 (or true) for what a monitor must catch, 0 (or false) otherwise. ``text`` is read as it is, byte for byte
+(:mod:`elk_stress.testbeds.json_lines`): the newline that a chat template ends with is a token. Lines of one ``group``
+(default: the line's ``pair``, else the line itself) never cross splits. Two lines of one ``pair`` are a contrast pair,
+the affirmed form first.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from elk_stress.testbed import Items, SplitName
+from elk_stress.testbeds.json_lines import read_items
 
 __all__ = ["load_jsonl"]
 
@@ -23,21 +25,20 @@ _SHARES: dict[SplitName, float] = {"train": 0.3, "calibration": 0.4, "test": 0.3
 _LEAST_PER_CLASS = 10
 
 
-def load_jsonl(path: str | Path, seed: np.random.SeedSequence) -> dict[SplitName, Items]:
+def load_jsonl(path: str | Path, seed: np.random.SeedSequence, positive: str | None = None) -> dict[SplitName, Items]:
     """Train, calibration and test items of a jsonl file; groups are dealt to splits at random, classes evenly.
+
+    Args:
+        path: the file.
+        seed: of the deal.
+        positive: where labels are two names, the one that is 1.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a malformed line (with its number), one class only, too few items or groups.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no data file at {path}; expected jsonl with the fields text and label")
-    rows = [
-        row
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if (row := _parse(path, number, line))
-    ]
+    rows = read_items(path, positive)
     counts = [sum(row["label"] == label for row in rows) for label in (0, 1)]
     if min(counts) == 0:
         only = "no items" if not rows else f"only items with label {1 if counts[1] else 0}"
@@ -56,35 +57,6 @@ def load_jsonl(path: str | Path, seed: np.random.SeedSequence) -> dict[SplitName
                 "uneven to deal to three splits; use more, smaller groups"
             )
     return splits
-
-
-def _parse(path: Path, number: int, line: str) -> dict[str, Any] | None:
-    if not line.strip():
-        return None
-    where = f"{path}, line {number}"
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); expected one object a line"
-        ) from None
-    if not isinstance(record, dict):
-        raise ValueError(f'{where}: expected an object like {{"text": "...", "label": 0}}, got {type(record).__name__}')
-    text, label = record.get("text"), record.get("label")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: the field text must be a string that is not empty, got {text!r}")
-    if label not in (0, 1):
-        raise ValueError(f"{where}: the field label must be 0 or 1 (1 = what a monitor must catch), got {label!r}")
-    pair = record.get("pair")
-    group = record.get("group", pair)
-    return {
-        "id": f"line {number}",
-        "text": text.strip(),
-        "label": int(label),
-        "pair": None if pair is None else str(pair),
-        # a prefix, so that a line's own group is nobody else's name
-        "group": f"line {number}" if group is None else f"group {group}",
-    }
 
 
 def _deal(rows: list[dict[str, Any]], rng: np.random.Generator) -> dict[str, SplitName]:
