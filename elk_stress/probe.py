@@ -16,6 +16,7 @@ import numpy as np
 
 from elk_stress import registry
 from elk_stress.arrays import like, namespace
+from elk_stress.printable import check_name
 
 if TYPE_CHECKING:
     from elk_stress.priors import EllipticalPrior
@@ -139,6 +140,9 @@ class FittedProbe:
     dim: int | None = None
 
     def __post_init__(self) -> None:
+        check_name(self.probe.name, "the name of a probe")
+        if self.site != "":
+            check_name(self.site, f"the site of probe {self.probe.name!r}")
         laid = {n: np.asarray(v, order="C") if isinstance(v, np.ndarray) else v for n, v in self.parameters.items()}
         object.__setattr__(self, "parameters", laid)
         if self.dim is None and "weight" in self.parameters:

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
-__all__ = ["Group", "UnknownName", "describe", "load", "names", "options", "unknown"]
+__all__ = ["Group", "UnknownName", "describe", "find", "load", "names", "options", "unknown"]
 
 Group = Literal["probes", "attacks", "testbeds"]
 
@@ -32,16 +32,25 @@ def load(group: Group, name: str, **options: Any) -> Any:
         UnknownName: nothing is called so; lists the known names and the closest one.
         TypeError: an option that it does not take; lists those that it does.
     """
-    entries = _entries(group)
-    if name not in entries:
-        raise unknown(group, name)
-    made = entries[name].load()
+    made = find(group, name)
     try:
         inspect.signature(made).bind(**options)
     except TypeError as error:
         takes = ", ".join(inspect.signature(made).parameters) or "no options"
         raise TypeError(f"{group[:-1]} {name!r}: {error}; it takes: {takes}") from None
     return made(**options)
+
+
+def find(group: Group, name: str) -> Any:
+    """The class (or function) registered as ``name``.
+
+    Raises:
+        UnknownName: nothing is called so; lists the known names and the closest one.
+    """
+    entries = _entries(group)
+    if name not in entries:
+        raise unknown(group, name)
+    return entries[name].load()
 
 
 def describe(group: Group) -> dict[str, str]:

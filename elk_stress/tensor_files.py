@@ -5,8 +5,8 @@ offsets counted from the header's end. Its header is whatever its author wrote. 
 tensor's bytes are its shape times its type, tensors lie within the file, touch and do not overlap, and together with
 the header they are all of it. Nothing is allocated by what a header says before that is known to be there.
 
-JSON is read strictly: valid UTF-8, no key twice, no NaN, infinity or number beyond a float64, nested as deep as Python
-can read and no deeper; everything else is a ``ValueError``.
+JSON is read strictly: valid UTF-8, no key twice, no NaN, infinity or number beyond a float64, and nested no deeper than
+whatever is done with it later can follow; everything else is a ``ValueError``.
 
 File format: https://github.com/huggingface/safetensors
 """
@@ -31,6 +31,7 @@ _DTYPES |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "
 _FOREIGN = {"BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 _MOST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
+_DEEPEST = 64
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,15 @@ def parse_json(content: str | bytes, what: object) -> Any:
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
+        found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
+        level = [found]
+        for _ in range(_DEEPEST):
+            level = [
+                v for c in level if isinstance(c, (dict, list)) for v in (c.values() if isinstance(c, dict) else c)
+            ]
+        if level:
+            raise RecursionError
+        return found
     except RecursionError:
         raise ValueError(f"{what} is not JSON that can be read: it is nested too deeply") from None
     except UnicodeDecodeError as error:

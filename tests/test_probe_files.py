@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import http.server
 import json
 import pickle
+import re
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,13 +18,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from safetensors.numpy import save
 
 from elk_stress import registry
 from elk_stress.probe import FittedProbe, Traits, as_fitted, direction
 from elk_stress.probe_files import model_card
 from elk_stress.registry import UnknownName
 from elk_stress.testing import planted_classes
-from elk_stress.tokens import flatten
+from elk_stress.testing.case import Case
+from elk_stress.tokens import Flat, flatten
 from elk_stress.wrapping.layers import Layers
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -201,6 +209,273 @@ def test_somebodys_function_is_not_saved(tmp_path: Path) -> None:
     probe = wrap(lambda rows: rows.sum(axis=-1), dim=16)
     with pytest.raises(ValueError, match=r"cannot be (saved|stored)"):
         probe.save(tmp_path / "no.safetensors")
+
+
+# -- files of anybody --------------------------------------------------------------------------------------------------
+
+
+def record_of(probe: FittedProbe) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Any] = json.loads((probe.save(folder) / "probe.json").read_text())
+        return found
+
+
+def written(path: Path, record: Any, numbers: Mapping[str, np.ndarray]) -> Path:
+    """A file of one's own making, as whoever means ill writes it."""
+    text = record if isinstance(record, str) else json.dumps(record)
+    path.write_bytes(save(dict(numbers), metadata={"elk_stress": text}))
+    return path
+
+
+OLD = ("format", "digest", "parameters")
+LDA = {"weight": np.arange(16.0), "bias": np.array(0.5)}
+
+
+def lda_record(**changes: Any) -> dict[str, Any]:
+    """What version 0 wrote: neither format nor digest."""
+    kept = {"name": "lda", "recipe": {"shrinkage": None}, "package": "elk_stress", "site": "layers.3"}
+    return {**kept, "notes": {}, "dim": 16, **changes}
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    loaded = FittedProbe.load(written(tmp_path / "p.safetensors", lda_record(), LDA))
+    np.testing.assert_array_equal(loaded.score(ROWS), ROWS @ LDA["weight"] + 0.5)
+    unknown = lda_record(dim=None, anything="else")
+    assert FittedProbe.load(written(tmp_path / "p.safetensors", unknown, LDA)).dim == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"format": 2}, r"format 2 by a newer elk_stress; this one reads up to 1: upgrade"),
+        ({"format": "1"}, "its format is a whole number"),
+        ({"format": True}, "its format is a whole number"),
+        ({"name": ["lda"]}, "its name and package are texts"),
+        ({"recipe": []}, "its recipe a table"),
+        ({"recipe": {"shrinkage": "all"}}, r"field 'shrinkage' of probe 'lda' is float \| None, got 'all'"),
+        ({"recipe": {"shrinkage": True}}, "field 'shrinkage'"),
+        ({"recipe": {"group": "probes"}}, "another version of elk_stress"),
+        ({"recipe": {"name": "mlp"}}, "another version of elk_stress"),
+        ({"name": "mahalanobis", "recipe": {"shrinkage": -1}}, "shrinkage is a share"),
+        ({"name": "mlp", "recipe": {"width": 1.5}}, "field 'width' of probe 'mlp' is int, got '1.5'"),
+        ({"name": "mlp", "recipe": {"decays": [1, "x"]}}, "field 'decays'"),
+        ({"name": "mlp", "recipe": {"decays": []}}, "p.safetensors: "),
+        ({"name": "logistic_tails", "recipe": {"tail": "none"}}, "field 'tail'"),
+        ({"name": "ensemble", "recipe": {"base": ["mlp"]}}, "field 'base'"),
+        ({"name": "ensemble", "recipe": {"base": "ensemble"}}, "one activation per item"),
+        ({"name": "flat", "recipe": {"recipe": {"probe": {"name": "lda", "recipe": {}}}, "tokens": "4"}}, "'tokens'"),
+        (
+            {"name": "flat", "recipe": {"recipe": {"probe": {"name": "mlp", "recipe": {}}}, "tokens": 0}},
+            "does not hold",
+        ),
+        ({"name": "flat", "recipe": {"recipe": "lda", "tokens": 4}}, "field 'recipe'"),
+        ({"name": "layers", "recipe": {"layers": ["affine"]}}, "parameter 'weight_0' is missing"),
+        ({"name": "layers", "recipe": {"layers": [["affine"]]}}, "field 'layers'"),
+        ({"name": "direction", "recipe": {"called": "a\x1b[31m"}}, "visible characters"),
+        ({"name": "direction", "recipe": {"called": "x" * 101}}, "got 101 characters"),
+        ({"name": "direction", "recipe": {"called": 3}}, "field 'called'"),
+        ({"name": "mlp", "recipe": {}}, "parameter 'centre' is missing"),
+        ({"site": "a\nb"}, "the site of probe 'lda' is one line"),
+        ({"site": None}, "its site is a text"),
+        ({"notes": [1]}, "its notes a table"),
+        ({"dim": 17}, "in shapes that score activations"),
+        ({"dim": 0}, "its width is a number of features"),
+        ({"dim": True}, "its width is a number of features"),
+        ({"dim": 10**12}, "its width is a number of features"),
+        ({"dim": "16"}, "its width is a number of features"),
+        ({"parameters": ["weight"]}, "the record says that its parameters are"),
+        ({"digest": "0" * 64}, "changed after it was saved: its digest does not hold.* take the digest out"),
+        ({"digest": ""}, "digest does not hold"),
+        ({"digest": None}, "digest does not hold"),
+    ],
+)
+def test_records_that_lie_are_refused(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told) as caught:
+        FittedProbe.load(written(tmp_path / "p.safetensors", lda_record(**changes), LDA))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"notes": NaN}', "NaN is no number"),
+        ('{"dim": 1e999}', "too large"),
+        ('{"dim": ' + "9" * 5000 + "}", "is not JSON"),
+        ('{"name": "lda", "name": "mlp"}', "a key is there twice"),
+        ("3", "holds a int"),
+    ],
+)
+def test_records_that_are_no_json_are_refused(text: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        FittedProbe.load(written(tmp_path / "p.safetensors", text, LDA))
+    folder = logistic().save(tmp_path / "folder")
+    (folder / "probe.json").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        FittedProbe.load(folder)
+
+
+def test_a_recipe_within_recipes_without_end_is_refused(tmp_path: Path) -> None:
+    level = '{"name": "flat", "recipe": {"tokens": 1, "recipe": {"probe": '
+    for depth in (30, 320, 100_000):
+        text = level * depth + '{"name": "lda", "recipe": {}}' + "}}}" * depth
+        with pytest.raises(ValueError, match="nested too deeply"):
+            FittedProbe.load(written(tmp_path / "p.safetensors", text, LDA))
+    notes = json.dumps(lda_record()).replace('"notes": {}', '"notes": {"a": ' + "[" * 99 + "]" * 99 + "}")
+    with pytest.raises(ValueError, match="nested too deeply"):
+        FittedProbe.load(written(tmp_path / "p.safetensors", notes, LDA))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        (
+            {"weight": np.full(16, np.nan), "bias": np.array(0.0)},
+            r"16 of 16 numbers of parameter 'weight' are not finite",
+        ),
+        ({"weight": np.ones(16), "bias": np.array(np.inf)}, "1 of 1 numbers of parameter 'bias'"),
+        ({"weight": np.ones(16, np.complex64), "bias": np.array(0.0)}, "holds complex64; expected real numbers"),
+        ({"weight": np.ones((2, 16)), "bias": np.array(0.0)}, "does not hold the parameters of 'lda' in shapes"),
+        ({"weight": np.ones((16, 2)), "bias": np.array(0.0)}, r"scores of shape \(3, 2\)"),
+        ({"weight": np.ones(16), "bias": np.ones(2)}, "in shapes that score activations"),
+        ({"weight": np.ones(16)}, "parameter 'bias' is missing"),
+        ({"weight": np.full(16, 1e308), "bias": np.array(0.0)}, "not finite"),
+        ({**LDA, "extra": np.ones(3)}, "holds parameters that 'lda' does not have: extra"),
+        ({}, "in shapes that score activations"),
+    ],
+)
+def test_parameters_that_do_not_fit_the_recipe_are_refused(
+    numbers: dict[str, np.ndarray], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        FittedProbe.load(written(tmp_path / "p.safetensors", lda_record(), numbers))
+
+
+def test_a_record_beside_other_numbers_is_refused(tmp_path: Path) -> None:
+    one, other = logistic(l2=0.3).save(tmp_path / "one"), logistic(l2=3.0).save(tmp_path / "other")
+    (one / "probe.json").write_bytes((other / "probe.json").read_bytes())
+    with pytest.raises(ValueError, match="its digest does not hold"):
+        FittedProbe.load(one)
+    # by hand, and said so
+    record = json.loads((other / "probe.json").read_text())
+    record["notes"]["mine"] = True
+    (other / "probe.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="its digest does not hold"):
+        FittedProbe.load(other)
+    del record["digest"]
+    (other / "probe.json").write_text(json.dumps(record))
+    assert FittedProbe.load(other).notes["mine"] is True
+
+
+def test_a_folder_holds_files_and_they_may_be_links(tmp_path: Path) -> None:
+    folder = logistic().save(tmp_path / "probe")
+    # as the hub's own cache lies
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in folder.iterdir():
+        (linked / file.name).symlink_to(file)
+    assert FittedProbe.load(linked).name == "logistic"
+    (linked / "probe.json").unlink()
+    (linked / "probe.json").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no probe\.json"):
+        FittedProbe.load(linked)
+    (folder / "probe.json").write_bytes(b"\xff{}")
+    with pytest.raises(ValueError, match=r"byte 0 is no UTF-8"):
+        FittedProbe.load(folder)
+
+
+def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path) -> None:
+    layers = network()
+    with pytest.raises(ValueError, match=r"1 of 1 numbers of parameter 'bias_2' are not finite"):
+        replace(layers, parameters={**layers.parameters, "bias_2": np.array([np.nan])}).save(tmp_path / "no")
+    with pytest.raises(ValueError, match="is inf, which a file cannot hold"):
+        FittedProbe(Odd(float("inf")), {}).save(tmp_path / "no")
+    with pytest.raises(ValueError, match=r"field 'tokens' of probe 'layers' is int, got '2\.0'"):
+        FittedProbe(Flat(layers.probe, 2.0), layers.parameters).save(tmp_path / "no")  # type: ignore[arg-type]
+    assert not (tmp_path / "no").exists()
+    # a note may be not known
+    probe = direction(np.ones(3), notes={"loss": float("nan"), "all": [1.0, {"of": np.inf}]})
+    assert FittedProbe.load(probe.save(tmp_path / "p")).notes == {"loss": None, "all": [1.0, {"of": None}]}
+
+
+# fitted within moments, one of every kind of parameters and options
+QUICK = ("lda", "mlp", "mahalanobis", "nearest_neighbours", "orthogonal_ensemble", "logistic_tails", "context_average")
+
+
+@functools.cache
+def quick(name: str) -> FittedProbe:
+    return Case(registry.load("probes", name), 0).fitted if name in QUICK else PROBES[name]()
+
+
+@pytest.mark.parametrize("digest", [True, False])
+@pytest.mark.parametrize("name", [*QUICK, "layers", "a recipe within one"])
+def test_damage_is_refused_or_changes_nothing(
+    name: str, digest: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Bytes changed, cut and joined: with a digest the same scores or none; without, finite numbers in their shapes."""
+    probe, path = quick(name), tmp_path_factory.mktemp("damaged") / "p.safetensors"
+    probe.save(path)
+    if not digest:
+        old = {key: value for key, value in record_of(probe).items() if key not in OLD}
+        written(path, old, probe.parameters)
+    whole = path.read_bytes()
+    rows = np.random.default_rng(np.random.SeedSequence(3)).standard_normal((4, 4, int(probe.dim or 16)))
+    rows = rows if probe.traits.tokens else rows[0]
+    good, seen = probe.score(rows), {"refused": 0, "same": 0, "other": 0}
+    header = 8 + int.from_bytes(whole[:8], "little")
+    places = st.one_of(st.integers(0, header - 1), st.integers(0, len(whole) - 1))
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        flips=st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=3),
+        cut=st.one_of(st.none(), st.tuples(places, places)),
+    )
+    def damage(flips: list[tuple[int, int]], cut: tuple[int, int] | None) -> None:
+        content = bytearray(whole)
+        for at, value in flips:
+            content[at] = value
+        path.write_bytes(content if cut is None else content[: cut[0]] + content[cut[1] :])
+        try:
+            loaded = FittedProbe.load(path)
+        except (ValueError, UnknownName):
+            seen["refused"] += 1
+            return
+        assert all(np.isfinite(value).all() for value in loaded.parameters.values())
+        same = loaded.dim == probe.dim and np.array_equal(loaded.score(rows), good)
+        assert same or not digest
+        seen["same" if same else "other"] += 1
+
+    damage()
+    assert seen["refused"] > 10
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_every_bit_of_a_weight_is_in_the_digest(name: str, tmp_path: Path) -> None:
+    probe = quick(name)
+    path = probe.save(tmp_path / "p.safetensors")
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    rng = np.random.default_rng(np.random.SeedSequence(4))
+    for at in rng.integers(start, len(whole), 20):
+        content = bytearray(whole)
+        content[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"not finite|digest does not hold|in shapes that score"):
+            FittedProbe.load(path)
+
+
+def test_a_card_is_text_and_no_markup() -> None:
+    """Held against a Markdown parser."""
+    hostile = "</script><script>alert(1)</script> | [x](http://evil.example) ``` `"
+    probe = direction(np.ones(2), name=hostile, site=hostile, notes={hostile: f"{hostile}\n```\n# {hostile}\x1b[31m"})
+    card = model_card(probe, "owner/probe")
+    shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(card.split("---\n", 2)[2])
+    ours = {"h1", "p", "table", "thead", "tbody", "tr", "th", "td", "code", "pre"}
+    assert set(re.findall(r"<([a-z0-9]+)", shown)) == ours
+    assert "<script" not in card
+    assert "\x1b" not in card
+    block = card.split("```json\n")[1].rsplit("\n```", 1)[0]
+    assert json.loads(block)["notes"][hostile].endswith("\x1b[31m")
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------
