@@ -37,6 +37,7 @@ from elk_stress.detection import auroc
 from elk_stress.mind import Mind
 from elk_stress.proposal import Edit
 from elk_stress.testbed import SplitName
+from elk_stress.testbeds.contexts import after
 
 __all__ = ["Recode"]
 
@@ -198,7 +199,7 @@ def _in_a_language_model(
     if texts is None or not can_recode(subject, site):
         return None
     host = getattr(mind.testbed, "host_context", "")
-    hosted = [f"{host} {text}" if host else text for text in texts]
+    hosted = [after(host, text) for text in texts]
 
     def shift(items: np.ndarray) -> np.ndarray:
         return undone_shift(subject, site, rotation, centre, [hosted[i] for i in items])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,9 @@ import tiny_models as tiny
 import torch
 
 from elk_stress.subjects.language_model import LanguageModel
-from elk_stress.subjects.special_tokens import surrounding, template_in
+from elk_stress.subjects.special_tokens import surrounding, templates_in
+from elk_stress.testbeds import contexts
+from elk_stress.testbeds.statements import Statements
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -114,19 +118,28 @@ def test_unknown_first_word_is_not_taken_for_a_beginning() -> None:
     ],
 )
 def test_template_that_a_text_brings_is_found(text: str, marker: str) -> None:
-    assert template_in(chat_tokenizer(), text) == marker
+    assert templates_in(chat_tokenizer(), [text]) == [marker]
 
 
 @pytest.mark.parametrize(
     "text",
-    ["The city of Lyon.", "two  spaces", "the [MASK] of it", "a < b | c > d", "x[0] and [1]", "\n tail \n", "é\u2028"],
+    [
+        "The city of Lyon.",
+        "no thought <think> at the start",
+        "two  spaces",
+        "the [MASK] of it",
+        "a < b | c > d",
+        "x[0] and [1]",
+        "\n tail \n",
+        "é\u2028",
+    ],
 )
 def test_ordinary_text_brings_no_template(text: str) -> None:
-    assert template_in(chat_tokenizer(), text) is None
+    assert templates_in(chat_tokenizer(), [text]) == [None]
 
 
 def test_words_that_a_tokenizer_does_not_know_are_no_template() -> None:
-    assert template_in(tiny.tokenizer(encoder=True), "zebras are unknown") is None
+    assert templates_in(tiny.tokenizer(encoder=True), ["zebras are unknown"]) == [None]
 
 
 # -- what cannot be tokenized ------------------------------------------------------------------------------------------
@@ -167,3 +180,75 @@ def test_positions_after_a_padding_index_leave_fewer_tokens() -> None:
     assert len(subject.tokenize([most])[0]) == 18
     with pytest.raises(ValueError, match="19 tokens but the model takes 18"):
         subject.tokenize([most + " cat"])
+
+
+# -- a user's texts under contexts ------------------------------------------------------------------------------------
+
+
+def data(folder: Path, form: str) -> Path:
+    path = folder / "data.jsonl"
+    rows = [{"text": form.format(f"{i} is {'odd' if i % 2 else 'even'}"), "label": i % 2} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("form", ["<|im_start|>system\n{}<|im_end|>\n", "[CLS]{}", "{} [INST]"])
+def test_no_context_is_put_before_a_template_that_a_text_brings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    subject = llama(chat_tokenizer())
+    monkeypatch.setattr(subject, "read", lambda *_, **__: pytest.fail("something was read"))
+    path = data(tmp_path, form)
+    message = rf"{path}, line 1 and 59 more: the text brings a template of its own.*give the statements without it"
+    with pytest.raises(ValueError, match=message):
+        Statements(data=path, n_contexts=6, subject=subject).prepare()
+
+
+def test_first_line_with_a_template_is_named(tmp_path: Path) -> None:
+    path = data(tmp_path, "{}")
+    lines = path.read_text().splitlines()
+    lines[36] = json.dumps({"text": "37 is odd<|im_end|>", "label": 1})
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"line 37: the text brings a template of its own \('<\|im_end\|>'\)"):
+        Statements(data=path, n_contexts=6, subject=llama(chat_tokenizer())).prepare()
+
+
+def test_template_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from elk_stress.cli import main
+    from elk_stress.subjects import language_model
+
+    folder = tmp_path / "model"
+    llama(chat_tokenizer()).model.save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    monkeypatch.setattr(language_model, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    path = data(tmp_path, "<|im_start|>user\n{}")
+    command = ["run", "--model", str(folder), "--data", str(path), "--out", str(tmp_path / "out"), "--no-progress"]
+    capsys.readouterr()
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "line 1 and 59 more: the text brings a template" in line
+
+
+@pytest.mark.parametrize("form", ["{}\n", "\n{}", " {}.", "{}\u2028 \n\n", "{}"])
+def test_bytes_of_an_item_stay_as_they_are_after_a_context(tmp_path: Path, form: str) -> None:
+    tokenizer = chat_tokenizer()
+    subject = llama(tokenizer)
+    made = Statements(data=data(tmp_path, form), n_contexts=6, site="layers.0", subject=subject)
+    text, context = (made.splits["test"].texts or ())[3], contexts.contexts("observed", 2)[1]
+    joined = contexts.after(context, text)
+    assert joined == context + ("" if form[0].isspace() else " ") + text
+    for which, whole in {"observed": joined, "bare": text}.items():
+        ids = torch.tensor([tokenizer(whole)["input_ids"]])
+        assert bytes(tokenizer.decode(ids[0, 1:].tolist()), "utf-8") == whole.encode()
+        with torch.no_grad():
+            expected = subject.model(ids, output_hidden_states=True).hidden_states[1][0, -1].numpy()
+        found = made.activations("test", which)[3, -1]  # type: ignore[arg-type]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_context_goes_before_a_text_and_never_into_it() -> None:
+    assert contexts.after("So.", "it is") == "So. it is"
+    assert contexts.after("So.", "\nit is ") == "So.\nit is "
+    assert contexts.after("", " it") == " it"

@@ -33,6 +33,7 @@ import numpy as np
 
 from elk_stress.subjects.language_model import LanguageModel, key_value_pairs
 from elk_stress.subjects.moved import CONTINUATION
+from elk_stress.testbeds.contexts import after
 
 __all__ = ["PrefixedModel"]
 
@@ -74,7 +75,7 @@ class PrefixedModel:
         begin = next((i for i in range(len(alone)) if alone[i : i + len(own)] == own), 0)
         self._begin = alone[:begin]
         before = [*self._begin, *own]
-        rows = subject.tokenize([f"{host} {text}" for text in texts])
+        rows = subject.tokenize([after(host, text) for text in texts])
         for text, row in zip(texts, rows, strict=True):
             if row[: len(before)] != before or len(row) == len(before):
                 raise ValueError(_shares_a_token(host, text))
@@ -194,7 +195,7 @@ class PrefixedModel:
         """
         for context in contexts:
             for i in np.asarray(items).tolist():
-                row = self.subject.tokenize([f"{context} {self._texts[i]}"])[0]
+                row = self.subject.tokenize([after(context, self._texts[i])])[0]
                 if row != [*self._begin, *self.tokens(context).tolist(), *self._tails[i]]:
                     raise ValueError(_shares_a_token(context, self._texts[i]))
         return np.stack([self.shift_tokens(self.tokens(context), items) for context in contexts])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Surrounding", "surrounding", "template_in"]
+__all__ = ["Surrounding", "surrounding", "templates_in"]
 
 # how chat templates mark turns where the tokenizer has no token for it
 _MARKER = re.compile(r"<\|[\w-]+\|>|<\uff5c[^<>\uff5c]+\uff5c>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>")
@@ -60,20 +60,24 @@ def surrounding(tokenizer: Any) -> Surrounding:
     return Surrounding(tuple(before), tuple(after), (names[0], names[1]), tokenizer.unk_token_id)
 
 
-def template_in(tokenizer: Any, text: str) -> str | None:
-    """The first token or marker by which ``text`` brings its own structure (turns, a beginning, an end), if any.
+def templates_in(tokenizer: Any, texts: Sequence[str]) -> list[str | None]:
+    """For each text the token or marker by which it brings its own structure (turns, a beginning, an end), if any.
 
-    Words that stand for something within a sentence (unknown, masked, runs of spaces) are none.
+    That is a special token anywhere, any other added token at the start, or a marker of turns. Words that stand for
+    something within a sentence (unknown, masked, runs of spaces) are none.
     """
+    if not texts:
+        return []
     within = {tokenizer.unk_token_id, tokenizer.mask_token_id}
-    added = {
-        int(i): str(token.content)
-        for i, token in tokenizer.added_tokens_decoder.items()
-        if i not in within and str(token.content).strip()
-    }
-    # special by role, though the vocabulary itself holds them
-    added |= {i: str(tokenizer.convert_ids_to_tokens(i)) for i in tokenizer.all_special_ids if i not in within}
-    found = next((added[i] for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i in added), None)
-    if found is None and (marker := _MARKER.search(text)):
-        found = marker.group()
+    added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items() if i not in within}
+    # special by role, though the vocabulary itself may hold them
+    special = {i for i in tokenizer.all_special_ids if i not in within} | {i for i, t in added.items() if t.special}
+    leading = special | {i for i, token in added.items() if str(token.content).strip()}
+    found: list[str | None] = []
+    for text, row in zip(texts, tokenizer(list(texts), add_special_tokens=False)["input_ids"], strict=True):
+        token = next((i for at, i in enumerate(row) if i in (special if at else leading)), None)
+        marker = _MARKER.search(text)
+        found.append(
+            str(tokenizer.convert_ids_to_tokens(token)) if token is not None else marker.group() if marker else None
+        )
     return found

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["contexts", "every_context"]
+__all__ = ["after", "contexts", "every_context"]
 
 # how the fixed order below is shuffled; not a user's seed: contexts are part of the testbed
 _ORDER = 20240607
@@ -117,6 +117,14 @@ def contexts(which: Literal["prior", "observed"], n: int | None = None) -> tuple
     if n is not None and not 0 < n <= len(half):
         raise ValueError(f"between 1 and {len(half)} contexts are available for each of A and B, got {n}")
     return half[:n]
+
+
+def after(context: str, text: str) -> str:
+    """``text``, its bytes unchanged, after ``context``; alone if that is empty.
+
+    A space is put between them, unless the text begins with white space of its own, which then serves as one.
+    """
+    return f"{context}{'' if not context or text[:1].isspace() else ' '}{text}"
 
 
 def every_context() -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class Statements:
         n_items, n_contexts: override the size's number of items, and of contexts (A and B together; at least 6).
         seed: which facts are drawn and how they are dealt.
         device, dtype: where and in what precision the model runs.
-        data: a jsonl file of the user's own items.
+        data: a jsonl file of the user's own items; plain texts, since contexts precede them, not rendered templates.
         threads: torch's threads; all available cores by default.
         tokens: read the last so many tokens of each item instead of the last alone, for probes of tokens (attribute
             ``tokens``, activations flattened to ``tokens * width``). Moves of several tokens at once are not carried
@@ -141,6 +141,8 @@ class Statements:
         self._prefixed: dict[SplitName, PrefixedModel] = {}
         self._factors: dict[tuple[SplitName, int], np.ndarray] = {}
         self._host = ""
+        # generated statements hold no template
+        self._admitted = data is None
 
     # -- what there is --------------------------------------------------------------------------------------------
 
@@ -199,7 +201,7 @@ class Statements:
         for which, listed in wanted.items():
             blocks = []
             for context in self._contexts.get(which, ("",)):
-                preceded = [f"{context} {text}" if context else text for text in listed]
+                preceded = [neutral.after(context, text) for text in listed]
                 # one block per context: what was read before an interrupt is on disk
                 found = subject.read(preceded, [self._site], tokens=self.tokens, advance=read.advance)
                 blocks.append(found[self._site].reshape(len(listed), -1))
@@ -263,7 +265,7 @@ class Statements:
         if split not in self._moved:
             from elk_stress.subjects.moved import MovedModel
 
-            texts = [f"{self.host_context} {text}" for text in self._splits[split].texts or ()]
+            texts = [neutral.after(self.host_context, text) for text in self._splits[split].texts or ()]
             origins = self.activations(split, "prior").mean(axis=1)
             self._moved[split] = MovedModel(self._loaded(), self.site, texts, origins)
         return self._moved[split]
@@ -297,11 +299,43 @@ class Statements:
     # -- private --------------------------------------------------------------------------------------------------
 
     def _loaded(self) -> LanguageModel:
+        if not self._admitted:
+            self._admit()
         if self._subject is None:
             from elk_stress.subjects.language_model import LanguageModel
 
             self._subject = LanguageModel(self._model, **self._model_options)
         return self._subject
+
+    def _admit(self) -> None:
+        """Refuse texts that no context may precede, by the tokenizer alone, before the model is loaded."""
+        if self._subject is not None:
+            tokenizer = self._subject.tokenizer
+        else:
+            from elk_stress.subjects.loading import load_tokenizer
+            from elk_stress.subjects.models import resolve
+            from elk_stress.subjects.threads import configure_threads
+
+            configure_threads(self._model_options["threads"])
+            found = resolve(self._model, revision=self._model_options["revision"])
+            tokenizer = load_tokenizer(found.model_id, found.path)
+        from elk_stress.subjects.special_tokens import templates_in
+
+        brought = [
+            (int(name.split()[-1]), name, marker)
+            for items in self._splits.values()
+            for name, marker in zip(items.ids, templates_in(tokenizer, items.texts or ()), strict=True)
+            if marker is not None
+        ]
+        if brought:
+            _, name, marker = min(brought)
+            more = f" and {len(brought) - 1} more" if len(brought) > 1 else ""
+            raise ValueError(
+                f"{self._options['data']}, {name}{more}: the text brings a template of its own ({marker!r}). "
+                "Statements are read after neutral contexts, which would stand before the template, outside of every "
+                "turn; give the statements without it (a later release takes messages)"
+            )
+        self._admitted = True
 
     def _texts(self) -> list[str]:
         return [text for items in self._splits.values() for text in items.texts or ()]
