@@ -150,6 +150,7 @@ def test_anything_that_matters_changes_the_key(tmp_path: Path, change: str) -> N
         other.read(TEXTS[:-1] if change == "texts" else TEXTS, ["layers.2" if change == "site" else "layers.1"])
 
 
+@pytest.mark.filterwarnings("ignore::elk_stress.subjects.activation_cache.DamagedCache")
 def test_damaged_and_partial_files_count_as_absent(tmp_path: Path) -> None:
     expected = cached(tmp_path).read(TEXTS, ["layers.1"])["layers.1"]
     (file,) = tmp_path.glob("*.npy")
