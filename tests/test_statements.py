@@ -250,7 +250,7 @@ def write(path: Path, rows: list[object]) -> Path:
 
 def rows(n: int = 60) -> list[object]:
     words = ["cat", "dog", "tea", "rain", "sun"]
-    return [{"text": f"the {words[i % 5]} is {'red' if i % 2 else 'blue'} .", "label": i % 2} for i in range(n)]
+    return [{"text": f"the {words[i % 5]} {i} is {'red' if i % 2 else 'blue'} .", "label": i % 2} for i in range(n)]
 
 
 def load(path: Path) -> dict[str, object]:

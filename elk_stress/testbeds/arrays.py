@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from elk_stress.duplicates import conflicts, joined, names_items, row_keys
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
 from elk_stress.testbed import ContextSet, Items, SplitName
@@ -29,7 +30,8 @@ class Arrays:
         data: ``(n, d)``, or ``(n, contexts, d)`` when the same items were read under several neutral contexts, or
             ``(n, contexts, tokens, d)`` for probes of tokens.
         labels: ``(n,)`` in {0, 1}, 1 = positive.
-        groups: ``(n,)`` entities; split together. By default every item is its own.
+        groups: ``(n,)`` entities; split together. By default every item is its own. Items of equal activations are
+            always one entity (:mod:`elk_stress.duplicates`).
         shares: shares of the entities for training, calibration and test.
         observed_contexts: how many of the last contexts are held back to observe best-of-n.
         seed: of the split.
@@ -79,9 +81,31 @@ class Arrays:
         return default_threats(kept=False) if self.prior is None else (Threat(prior="isotropic"),)
 
     @cached_property
-    def _rows(self) -> dict[SplitName, np.ndarray]:
+    def _copies(self) -> np.ndarray:
+        """``(n,)`` numbers that are equal where activations are.
+
+        Raises:
+            ValueError: equal activations with both labels, unless they are of a few numbers that items share rightly.
+        """
+        keys = row_keys(self.data)
+        both = conflicts(keys, self.labels)
+        if both and names_items(self.data, keys):
+            told = "; ".join(f"items {low} (label 0) and {high} (label 1)" for low, high in both[:3])
+            raise ValueError(
+                f"{len(both)} rows come with both labels: {told}. Equal activations are one item, which has one label: "
+                "correct it or drop the item; if these items do differ, read them at a token or layer that shows it"
+            )
+        return keys
+
+    @cached_property
+    def _entities(self) -> np.ndarray:
+        """``(n,)`` the given groups, joined where rows are equal; an entity has the name of its first item."""
         groups = np.arange(len(self.labels)) if self.groups is None else np.asarray(self.groups)
-        _, index = np.unique(groups, return_inverse=True)
+        return np.asarray(groups[joined(groups, self._copies)])
+
+    @cached_property
+    def _rows(self) -> dict[SplitName, np.ndarray]:
+        _, index = np.unique(self._entities, return_inverse=True)
         # entities are dealt per label of their first item, so that every split holds both classes
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, 0xA55]))
         n_groups = int(index.max()) + 1
@@ -94,14 +118,16 @@ class Arrays:
             order = rng.permutation(len(members))
             split_of[members[order]] = np.searchsorted(edges, (np.arange(len(members)) + 0.5) / len(members))
         names: tuple[SplitName, ...] = ("train", "calibration", "test")
-        return {name: np.flatnonzero(split_of[index] == i) for i, name in enumerate(names)}
+        # copies stand together, as the rows of one item: probes that choose by held-out items read items off so
+        order = np.argsort(self._copies, kind="stable")
+        return {name: order[split_of[index[order]] == i] for i, name in enumerate(names)}
 
     @cached_property
     def splits(self) -> Mapping[SplitName, Items]:
         """Train, calibration and test items, dealt by entity."""
-        groups = np.arange(len(self.labels)) if self.groups is None else np.asarray(self.groups)
+        labels = np.asarray(self.labels).astype(int)
         return {
-            name: Items(tuple(str(i) for i in rows.tolist()), np.asarray(self.labels)[rows].astype(int), groups[rows])
+            name: Items(tuple(str(i) for i in rows.tolist()), labels[rows], self._entities[rows])
             for name, rows in self._rows.items()
         }
 

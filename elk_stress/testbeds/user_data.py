@@ -2,18 +2,21 @@
 
 ``label`` is 1 (or true) for what a monitor must catch, 0 (or false) otherwise. ``text`` is read as it is, byte for byte
 (:mod:`elk_stress.testbeds.json_lines`): the newline that a chat template ends with is a token. Lines of one ``group``
-(default: the line's ``pair``, else the line itself) never cross splits. Two lines of one ``pair`` are a contrast pair,
-the affirmed form first.
+(default: the line's ``pair``, else the line itself) never cross splits, nor do lines of one text, where
+case, white space and the way in which a character is encoded make no difference. Two lines of one ``pair`` are a
+contrast pair, the affirmed form first.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from elk_stress.duplicates import conflicts, joined
 from elk_stress.testbed import Items, SplitName
 from elk_stress.testbeds.json_lines import read_items
 
@@ -35,7 +38,8 @@ def load_jsonl(path: str | Path, seed: np.random.SeedSequence, positive: str | N
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a malformed line (with its number), one class only, too few items or groups.
+        ValueError: a malformed line (with its number), one class only, too few items or groups, one text with both
+            labels.
     """
     path = Path(path)
     rows = read_items(path, positive)
@@ -48,6 +52,7 @@ def load_jsonl(path: str | Path, seed: np.random.SeedSequence, positive: str | N
             f"{path} holds {counts[0]} items with label 0 and {counts[1]} with label 1; at least {_LEAST_PER_CLASS} of "
             "each are needed to fit, calibrate and test, and 1/fpr negatives in the calibration split (40% of items)"
         )
+    _join_equal_texts(path, rows)
     dealt = _deal(rows, np.random.default_rng(seed))
     splits = {split: _items([row for row in rows if dealt[row["group"]] == split]) for split in _SHARES}
     for split, items in splits.items():
@@ -57,6 +62,24 @@ def load_jsonl(path: str | Path, seed: np.random.SeedSequence, positive: str | N
                 "uneven to deal to three splits; use more, smaller groups"
             )
     return splits
+
+
+def _join_equal_texts(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Lines of one text get one group, that of the first of them, and all of their groups' lines with them."""
+    both = conflicts([row["text"].strip() for row in rows], np.array([row["label"] for row in rows]))
+    if both:
+        told = "; ".join(
+            f"{rows[low]['id']} (label 0) and {rows[high]['id']} (label 1), {rows[low]['text'][:60]!r}"
+            for low, high in both[:3]
+        )
+        raise ValueError(
+            f"{path} holds {len(both)} texts with both labels: {told}. A text has one label: correct it, drop the "
+            "lines, or put into the text what makes the difference"
+        )
+    same = [" ".join(unicodedata.normalize("NFKC", row["text"]).casefold().split()) for row in rows]
+    groups = [row["group"] for row in rows]
+    for row, first in zip(rows, joined(groups, same), strict=True):
+        row["group"] = groups[first]
 
 
 def _deal(rows: list[dict[str, Any]], rng: np.random.Generator) -> dict[str, SplitName]:
