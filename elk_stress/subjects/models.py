@@ -7,7 +7,10 @@ differ slightly from those of the hub's bfloat16 original: ``ResolvedModel.notes
 record it.
 
 Guarantee: nothing is ever half-used. Downloads and conversions happen in a temporary folder beside the target, are
-checked against a SHA-256 known in advance, and only then renamed into place; an interrupted one restarts.
+checked against a SHA-256 known in advance, and only then renamed into place; an interrupted one restarts, and what a
+killed one left is deleted by the next, which no live one is (a lock tells them apart). What is cached is held against
+its digests when it is used (:mod:`elk_stress.subjects.file_digests`): a damaged conversion is made anew, and of a
+damaged file in the hub's cache we say which it is.
 
 The conversion reads GGUF itself (``gguf`` dequantizes): transformers' own loader needs another dependency, refuses to
 save what it loaded, and takes several times longer.
@@ -15,16 +18,18 @@ save what it loaded, and takes several times longer.
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +37,8 @@ from typing import Any
 import numpy as np
 
 from elk_stress.extras import need
+from elk_stress.subjects.activation_cache import say_damaged
+from elk_stress.subjects.file_digests import damaged_blob, hash_files, sha256
 from elk_stress.subjects.loading import ModelUnavailable as ModelUnavailable
 from elk_stress.subjects.loading import check_folder, missing_weights
 
@@ -110,9 +117,10 @@ def resolve(
     if is_default:
         name = DEFAULT_MODEL
         # what the package index holds is no commit of the hub
-        if revision is None and (converted := _converted_folder()).is_dir():
-            return _from_converted(converted, "user cache")
-        answers.append("user cache: not converted yet" if revision is None else "user cache: has no revisions")
+        found = _from_user_cache() if revision is None else "user cache: has no revisions"
+        if isinstance(found, ResolvedModel):
+            return found
+        answers.append(found)
     if _looks_like_hub_id(name):
         for source in (_from_hub_cache, _from_hub):
             found = source(name, revision, hub_timeout)
@@ -140,22 +148,13 @@ def resolve(
 def _from_folder(name: str, path: Path) -> ResolvedModel:
     check_folder(name, path)
     if (path / _RECORD).is_file():
-        return _from_converted(path, "folder")
-    return ResolvedModel(name, path.resolve(), "folder", _hash_files(path), {})
-
-
-def _hash_files(path: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        if file.suffix in {".json", ".safetensors", ".model", ".txt"} and file.is_file():
-            digest.update(f"{file.name}\0".encode())
-            digest.update(bytes.fromhex(_sha256(file)))
-    return digest.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        if converted := _from_converted(path, "folder"):
+            return converted
+        raise ModelUnavailable(
+            f"the files of {path} are not those that were converted (its {_RECORD} has their digest). If you changed "
+            f"them, delete {_RECORD}; otherwise they are damaged: delete the folder, and convert or copy it again"
+        )
+    return ResolvedModel(name, path.resolve(), "folder", hash_files(path, besides=_RECORD), {})
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------
@@ -203,6 +202,11 @@ def _from_hub(name: str, revision: str | None, timeout: float) -> ResolvedModel 
 
 
 def _snapshot(name: str, revision: str | None, path: Path, source: str) -> ResolvedModel:
+    if damaged := damaged_blob(path):
+        raise ModelUnavailable(
+            f"{name} in the hub's cache is damaged: the content of {damaged} is not what its name, a digest, says. "
+            "Delete that file and run again to fetch it anew"
+        )
     check_folder(name, path)
     asked = {} if revision is None else {"asked_revision": revision}
     return ResolvedModel(name, path, source, f"{name}@{path.name}", {"revision": path.name, **asked})
@@ -240,13 +244,90 @@ def _converted_folder() -> Path:
     return cache_folder() / "models" / f"SmolLM2-135M-Instruct-{_WHEEL_SHA256[:12]}-v{_CONVERSION}"
 
 
-def _from_converted(path: Path, source: str) -> ResolvedModel:
-    record = json.loads((path / _RECORD).read_text())
-    return ResolvedModel(DEFAULT_MODEL, path, source, record["fingerprint"], record["notes"])
+def _from_user_cache() -> ResolvedModel | str:
+    path = _converted_folder()
+    if any(path.parent.glob(".partial-*")):
+        with _alone(wait=False) as held:
+            if held:
+                # nobody converts, so these are of processes that were killed
+                for left in path.parent.glob(".partial-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+    if not path.is_dir():
+        return "user cache: not converted yet"
+    if found := _from_converted(path, "user cache"):
+        return found
+    with _alone():
+        # another process may have found it out and made it anew
+        if path.is_dir() and (found := _from_converted(path, "user cache")):
+            return found
+        say_damaged(path, f"the cached model in {path} is damaged: it is deleted and made anew")
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise ModelUnavailable(
+                f"the cached model in {path} is damaged and cannot be deleted ({_first_line(error)}); delete that "
+                "folder"
+            ) from None
+    return "user cache: was damaged, and deleted"
+
+
+def _from_converted(path: Path, source: str) -> ResolvedModel | None:
+    """A converted model, or ``None`` if its files are not those that its record was written for."""
+    try:
+        record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+        fingerprint, notes = str(record["fingerprint"]), dict(record["notes"])
+        if fingerprint != hash_files(path, besides=_RECORD):
+            return None
+    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    except OSError as error:
+        # a disk that fails is damage; no permission or too many open files are not
+        if error.errno != errno.EIO:
+            raise
+        return None
+    return ResolvedModel(DEFAULT_MODEL, path, source, fingerprint, notes)
+
+
+@contextmanager
+def _alone(*, wait: bool = True) -> Iterator[bool]:
+    """Whether this process alone changes the folder of models; false where the system or the disk has no locks.
+
+    A lock ends with its process, however that ends.
+    """
+    with ExitStack() as stack:
+        held = False
+        try:
+            import fcntl
+
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((cache_folder() / "models.lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except (ImportError, OSError):
+            pass
+        yield held
 
 
 def _from_package_index() -> ResolvedModel:
     target = _converted_folder()
+    with _alone():
+        # another process may have made it while this one waited
+        if target.is_dir() and (found := _from_converted(target, "user cache")):
+            return found
+        try:
+            _convert(target)
+        except OSError as error:
+            raise _Unanswered(
+                f"{target.parent} cannot be written ({_first_line(error)}); free it, or name another folder by the "
+                "environment variable ELK_STRESS_CACHE"
+            ) from error
+    made = _from_converted(target, "package index")
+    if made is None:
+        raise _Unanswered(f"what was converted to {target} is not what was written; check the disk")
+    return made
+
+
+def _convert(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
         partial = Path(folder)
@@ -271,10 +352,9 @@ def _from_package_index() -> ResolvedModel:
         try:
             os.replace(converted, target)
         except OSError:
-            # another process converted it meanwhile: the same content
+            # where there are no locks, another process converted it meanwhile: the same content
             if not target.is_dir():
                 raise
-    return _from_converted(target, "package index")
 
 
 def _download_wheel(folder: Path) -> Path:
@@ -289,7 +369,7 @@ def _download_wheel(folder: Path) -> Path:
 
 
 def _check_sha256(file: Path, expected: str) -> None:
-    if (found := _sha256(file)) != expected:
+    if (found := sha256(file)) != expected:
         raise ModelUnavailable(
             f"{file.name} has SHA-256 {found} but {expected} was expected; it was deleted and nothing was used. "
             "Run again if the download was damaged; if it happens twice, the index serves another file: "
@@ -337,7 +417,7 @@ def convert_gguf(gguf_file: Path, folder: Path, notes: Mapping[str, Any]) -> Pat
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(metadata, "lm_head.weight" not in tensors), indent=2))
     _save_tokenizer(metadata, folder)
-    record = {"fingerprint": _hash_files(folder), "notes": dict(notes)}
+    record = {"fingerprint": hash_files(folder, besides=_RECORD), "notes": dict(notes)}
     (folder / _RECORD).write_text(json.dumps(record, indent=2))
     return folder
 
