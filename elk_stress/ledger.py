@@ -37,6 +37,8 @@ for the guarantees.
 from __future__ import annotations
 
 import math
+import operator
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +55,7 @@ from elk_stress.ledger_store import LedgerError as LedgerError
 from elk_stress.ledger_terms import Terms as Terms
 from elk_stress.ledger_terms import disagreement
 from elk_stress.ledger_terms import fingerprint as fingerprint
+from elk_stress.printable import check_name
 
 __all__ = [
     "Account",
@@ -153,11 +156,17 @@ class Ledger:
         self, path: str | Path, terms: Terms | None = None, *, timeout: float = 30.0, readonly: bool = False
     ) -> None:
         self.path = Path(path)
-        if terms is not None and not self.path.exists() and not readonly:
+        if terms is not None and not readonly and not os.path.lexists(self.path):
             ledger_store.Store.create(self.path, terms.to_record())
         self._store = ledger_store.Store(self.path, timeout=timeout, readonly=readonly)
-        self.terms = Terms.of_record(self._store.record())
         self._budgets: dict[Account, float | None] = {}
+        try:
+            self.terms = Terms.of_record(self._store.record)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            self.close()
+            raise LedgerDamaged(
+                f"the terms of the ledger {self.path} are none ({type(error).__name__}: {error}); restore a copy"
+            ) from None
         if terms is not None and terms != self.terms:
             self.close()
             raise ValueError(disagreement(self.path, self.terms, terms))
@@ -205,7 +214,10 @@ class Ledger:
 
         Args:
             candidates: N of anything; an array's rows.
-            score: ``(N,)`` scores, a function of one candidate, or a fitted probe for activations ``(N, d)``.
+            score: ``(N,)`` scores, a function of one candidate, or a fitted probe for activations ``(N, d)``. Before a
+                function or a probe sees a candidate the selection is charged: who was shown the scores of N can choose
+                among N, whatever becomes of the call. So the charge stays where a score raises, is NaN, or the process
+                dies.
             keep: how many.
             prefer: ``lowest``, the least like what a monitor must catch, or ``highest``. The charge is the same.
             lineage, parents, note, mix: see :meth:`spend`.
@@ -216,29 +228,47 @@ class Ledger:
 
         Raises:
             BudgetExceeded: more than remains, or nothing remains at all, when nothing more may be scored, though all be
-                kept; before anything was scored where that can be known, and in any case nothing was charged.
-            MixedCharge: the lineage has charges of another kind; nothing was scored.
-            ValueError: no candidates, an impossible ``keep``, scores that are no numbers, or another probe's.
+                kept; nothing was scored, and nothing charged.
+            MixedCharge: the lineage has charges of another kind; the same.
+            ValueError, TypeError: no candidates, an impossible ``keep``, given scores that are no numbers, another
+                probe's, or anything else that can be known before a candidate is seen: nothing was charged. Scores that
+                turn out to be none: the candidates were seen, and the charge stays, as the message says.
         """
-        n = len(candidates)
-        if not 1 <= keep <= n:
-            raise ValueError(f"keep is between 1 and the number of candidates, {n}; got {keep}")
+        rows = candidates if hasattr(candidates, "shape") else list(candidates)
+        n = len(rows)
+        whole = hasattr(keep, "__index__") and not isinstance(keep, (bool, np.bool_))
+        if not whole or not 1 <= operator.index(keep) <= n:
+            also = "" if whole else ", which is no whole number"
+            raise ValueError(f"keep is between 1 and the number of candidates, {n}; got {keep!r}{also}")
+        keep = operator.index(keep)
         if prefer not in ("lowest", "highest"):
             raise ValueError(f"prefer is 'lowest' or 'highest', got {prefer!r}")
-        bits = math.log2(n / keep)
         lineage, parents = _names(lineage, parents)
-        budget = self.budget(Account.SELECTION)
-        with self._store.reading() as view:
-            _check_parents(view, parents)
-            self._refuse_mixing(view, Account.SELECTION, lineage, parents, bits, None, mix)
-            spent = max(ledger_store.spent(view, Account.SELECTION, name) for name in (lineage, *parents))
-            self._refuse(Account.SELECTION, lineage, spent, bits, budget, scoring=True)
-        scores = self._scores(candidates, score)
-        detail = f"kept {keep} of {n}"
-        self._charge(Account.SELECTION, bits, None, lineage, parents, detail, note, mix, scoring=True)
+        _check_note(note)
+        seen = self._scorer(rows, score)
+        known = None if callable(seen) else _checked_scores(seen, n)
+        charge = self._charge(
+            Account.SELECTION,
+            math.log2(n / keep),
+            None,
+            lineage,
+            parents,
+            f"kept {keep} of {n}",
+            note,
+            mix,
+            scoring=True,
+        )
+        try:
+            scores = known if known is not None else _checked_scores(seen(), n)
+        except Exception as error:
+            error.add_note(
+                f"the candidates were shown to the score: charge {charge.id}, {charge.amount:g} bits of selection on "
+                f"lineage {lineage!r}, stays"
+            )
+            raise
         # in the order given: a list sorted by the probe would make its head a free best of N
         chosen = np.sort(np.argsort(scores if prefer == "lowest" else -scores, kind="stable")[:keep])
-        return candidates[chosen] if isinstance(candidates, np.ndarray) else [candidates[i] for i in chosen.tolist()]
+        return rows[chosen] if isinstance(rows, np.ndarray) else [rows[i] for i in chosen.tolist()]
 
     def spend(
         self,
@@ -273,15 +303,21 @@ class Ledger:
         kind = _account(account)
         if (amount is None) == (total is None):
             raise ValueError("give either an amount to add or the total that was measured")
-        given = float(amount if amount is not None else total)  # type: ignore[arg-type]
+        try:
+            given = float(amount if amount is not None else total)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            given = math.nan
         if not 0 <= given < math.inf:
-            raise ValueError(f"{kind}: an amount is a finite number of {kind.unit} from 0 on, got {given}")
+            asked = amount if amount is not None else total
+            raise ValueError(f"{kind}: an amount is a finite number of {kind.unit} from 0 on, got {str(asked)[:40]}")
         if kind is Account.QUERIES and not given.is_integer():
             raise ValueError(f"queries are counted in whole numbers, got {given}")
         lineage, parents = _names(lineage, parents)
+        _check_note(note)
         record = kind is Account.QUERIES and not mix
         parts = (ledger_store.RECORDED if record else "", "" if total is None else f"up to {given:g}")
-        return self._charge(kind, amount, total, lineage, parents, ", ".join(filter(None, parts)), note, mix)
+        added, total = (given, None) if total is None else (None, given)
+        return self._charge(kind, added, total, lineage, parents, ", ".join(filter(None, parts)), note, mix)
 
     def budget(self, account: Account | str) -> float | None:
         """What may be spent on a lineage in all; ``None`` for queries, which carry no guarantee; may be negative."""
@@ -293,7 +329,7 @@ class Ledger:
     def spent(self, account: Account | str, lineage: str = "main") -> float:
         """What has been spent."""
         with self._store.reading() as view:
-            return ledger_store.spent(view, _account(account), lineage)
+            return view.spent(_account(account), lineage)
 
     def remaining(self, account: Account | str, lineage: str = "main") -> float | None:
         """Budget less spent; ``None`` for queries, and NaN on a mixed lineage, of which nothing is guaranteed.
@@ -306,7 +342,7 @@ class Ledger:
             return None
         with self._store.reading() as view:
             used = _used(view, (lineage,))
-            return math.nan if _mixed(used) else budget - ledger_store.spent(view, kind, lineage)
+            return math.nan if _mixed(used) else budget - view.spent(kind, lineage)
 
     def balances(self) -> tuple[Balance, ...]:
         """Every account of every lineage, from one view of the file."""
@@ -378,7 +414,7 @@ class Ledger:
             _check_parents(book, parents)
             used = self._refuse_mixing(book, account, lineage, parents, amount, total, mix)
             _take_over(book, lineage, parents)
-            before = {kind: ledger_store.spent(book, kind, lineage) for kind in Account}
+            before = {kind: book.spent(kind, lineage) for kind in Account}
             asked = amount if amount is not None else max(0.0, (total or 0.0) - before[account])
             self._refuse(account, lineage, before[account], asked, budget, scoring=scoring)
             charge = ledger_store.append(book, account, lineage, asked, detail=detail, note=note)
@@ -388,7 +424,7 @@ class Ledger:
 
     def _refuse_mixing(
         self,
-        view: Any,
+        view: ledger_store.View,
         account: Account,
         lineage: str,
         parents: tuple[str, ...],
@@ -399,7 +435,7 @@ class Ledger:
         """Kinds on the lineage after the charge; refuses one that leaves it without a guarantee, if ``mix`` does not
         allow that. On a lineage that is mixed already nothing is left to lose."""
         used = _used(view, (lineage, *parents))
-        before = max(ledger_store.spent(view, account, name) for name in (lineage, *parents))
+        before = max(view.spent(account, name) for name in (lineage, *parents))
         asked = amount if amount is not None else max(0.0, (total or 0.0) - before)
         after = used | ({account} if (mix if account is Account.QUERIES else asked > 0) else set())
         if mix or not _mixed(after) or _mixed(_used(view, (lineage,))):
@@ -500,7 +536,8 @@ class Ledger:
         least = None if worst is None else left[worst]
         return Balance(account, lineage, count, spent, budget, budget - spent, lost, mixed, worst, least)
 
-    def _scores(self, candidates: Any, score: Any) -> np.ndarray:
+    def _scorer(self, rows: Any, score: Any) -> Any:
+        """Given scores, or a function without arguments that shows the candidates to whatever scores them."""
         if callable(getattr(score, "score", None)):
             mark = self.terms.fingerprint
             if mark.startswith("probe:") and hasattr(score, "parameters") and fingerprint(score) != mark:
@@ -508,20 +545,23 @@ class Ledger:
                     f"this ledger counts what is spent against {self.terms.probe}, and the score is another probe's "
                     f"({score.name}, or the same refitted); open a ledger for that one"
                 )
-            found = score.score(candidates if hasattr(candidates, "shape") else np.stack(candidates))
-        elif callable(score):
-            found = [float(score(candidate)) for candidate in candidates]
-        else:
-            found = score
-        scores = np.asarray(found.detach().cpu() if hasattr(found, "detach") else found, dtype=float)
-        if scores.shape != (len(candidates),):
-            raise ValueError(f"expected one score per candidate, shape ({len(candidates)},), got shape {scores.shape}")
-        if np.isnan(scores).any():
-            raise ValueError(
-                f"{int(np.isnan(scores).sum())} of {len(scores)} scores are NaN; leave these candidates out: one that "
-                "cannot be scored cannot be chosen"
-            )
-        return scores
+            activations, dim = rows if hasattr(rows, "shape") else np.stack(rows), getattr(score, "dim", None)
+            if dim is not None and activations.shape[-1] != dim:
+                raise ValueError(f"the probe reads {dim} features and the candidates have {activations.shape[-1]}")
+            return lambda: score.score(activations)
+        return (lambda: [float(score(row)) for row in rows]) if callable(score) else score
+
+
+def _checked_scores(found: Any, n: int) -> np.ndarray:
+    scores = np.asarray(found.detach().cpu() if hasattr(found, "detach") else found, dtype=float)
+    if scores.shape != (n,):
+        raise ValueError(f"expected one score per candidate, shape ({n},), got shape {scores.shape}")
+    if np.isnan(scores).any():
+        raise ValueError(
+            f"{int(np.isnan(scores).sum())} of {n} scores are NaN; leave these candidates out: one that cannot be "
+            "scored cannot be chosen"
+        )
+    return scores
 
 
 def _account(account: Account | str) -> Account:
@@ -535,13 +575,22 @@ def _names(lineage: str, parents: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     found = (parents,) if isinstance(parents, str) else tuple(parents)
     if not all(isinstance(name, str) and name.strip() for name in (lineage, *found)):
         raise ValueError(f"a lineage has a name, got {lineage!r} with parents {found!r}")
+    check_name(lineage, "the name of a lineage")
     if lineage in found:
         raise ValueError(f"lineage {lineage!r} cannot be its own parent; charges on one lineage add anyway")
     return lineage, found
 
 
-def _check_parents(view: Any, parents: tuple[str, ...]) -> None:
-    known = ledger_store.lineages(view) if parents else []
+def _check_note(note: object) -> None:
+    try:
+        assert isinstance(note, str)
+        note.encode()
+    except (AssertionError, UnicodeEncodeError):
+        raise ValueError(f"a note is a text, got {note!r}") from None
+
+
+def _check_parents(view: ledger_store.View, parents: tuple[str, ...]) -> None:
+    known = view.lineages() if parents else []
     for parent in parents:
         if parent not in known:
             raise ValueError(
@@ -550,11 +599,11 @@ def _check_parents(view: Any, parents: tuple[str, ...]) -> None:
             )
 
 
-def _used(view: Any, names: Sequence[str]) -> set[Account]:
+def _used(view: ledger_store.View, names: Sequence[str]) -> set[Account]:
     """Kinds by which moves of these lineages were changed; queries are one only where their answers shaped moves."""
     kinds = (kind for kind in Account if kind is not Account.QUERIES)
-    used = {kind for kind in kinds if any(ledger_store.spent(view, kind, name) > 0 for name in names)}
-    return used | ({Account.QUERIES} if any(ledger_store.designed(view, name) for name in names) else set())
+    used = {kind for kind in kinds if any(view.spent(kind, name) > 0 for name in names)}
+    return used | ({Account.QUERIES} if any(name in view.designed for name in names) else set())
 
 
 def _mixed(used: set[Account]) -> bool:
@@ -562,14 +611,14 @@ def _mixed(used: set[Account]) -> bool:
     return len(used) > 1 or Account.QUERIES in used
 
 
-def _take_over(book: Any, lineage: str, parents: tuple[str, ...]) -> None:
+def _take_over(book: ledger_store.View, lineage: str, parents: tuple[str, ...]) -> None:
     """Charge the lineage up to the most that any parent has spent; of queries also whether they shaped moves."""
     source = f"taken over from {', '.join(parents)}"
     for kind in Account if parents else ():
-        most = max(ledger_store.spent(book, kind, parent) for parent in parents)
-        more = most - ledger_store.spent(book, kind, lineage)
-        shaped = kind is Account.QUERIES and any(ledger_store.designed(book, parent) for parent in parents)
-        if more > 0 or (shaped and not ledger_store.designed(book, lineage)):
+        most = max(book.spent(kind, parent) for parent in parents)
+        more = most - book.spent(kind, lineage)
+        shaped = kind is Account.QUERIES and any(parent in book.designed for parent in parents)
+        if more > 0 or (shaped and lineage not in book.designed):
             record = kind is Account.QUERIES and not shaped
             detail = f"{ledger_store.RECORDED}, {source}" if record else source
             ledger_store.append(book, kind, lineage, max(more, 0.0), detail=detail)

@@ -27,7 +27,6 @@ linear probe, otherwise what its linearization says.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -38,6 +37,7 @@ import numpy as np
 
 from elk_stress.budget import Account, beta_of, checked, deflated
 from elk_stress.ledger_store import canonical, digest
+from elk_stress.tensor_files import parse_json
 
 if TYPE_CHECKING:
     from elk_stress.tails import Tail
@@ -102,6 +102,9 @@ class Terms:
     deflated_by: tuple[float | None, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
+        told = (self.probe, self.fingerprint, self.threat, *self.least_of)
+        if not all(isinstance(text, str) for text in told):
+            raise TypeError(f"probe, fingerprint, threat and tails of a ledger's terms are texts, got {told!r}")
         bits = np.sort(checked(self.bits_low, self.tolerated)[0])
         if bits.ndim != 1:
             raise ValueError(f"bits_low is one number per caught item, shape (n_items,), got shape {bits.shape}")
@@ -135,7 +138,17 @@ class Terms:
                 that are no lower ends (distances, upper bounds).
         """
         name = probe if probe is None or isinstance(probe, str) else str(probe.name)
-        record = _one_result(result, name)
+        try:
+            return cls._measured(_one_result(result, name), threat, name, probe, tolerated, warn_at)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the result is not as elk-stress run writes it ({type(error).__name__}: {error}); give its result.json"
+            ) from None
+
+    @classmethod
+    def _measured(
+        cls, record: Mapping[str, Any], threat: str, name: str | None, probe: Any, tolerated: float, warn_at: float
+    ) -> Terms:
         where = f"{record['probe']} on {record['testbed']} at {record['site']}"
         tails = _same_but_tail(record, threat)
         doubts = {tail: _doubt(record["threats"][other]) for tail, other in tails.items()}
@@ -166,8 +179,12 @@ class Terms:
 
     @classmethod
     def of_record(cls, record: str) -> Terms:
-        """Read back."""
-        read = json.loads(record)
+        """Read back.
+
+        Raises:
+            ValueError, LookupError, TypeError, AttributeError: the record is none.
+        """
+        read = parse_json(record, "the record")
         return cls(
             **{
                 **read,
@@ -208,8 +225,8 @@ def disagreement(path: Path, kept: Terms, given: Terms) -> str:
 def _one_result(result: Any, probe: str | None) -> Mapping[str, Any]:
     if isinstance(result, (str, Path)):
         try:
-            result = json.loads(Path(result).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            result = parse_json(Path(result).read_bytes(), "it")
+        except ValueError as error:
             raise ValueError(f"{result} is no JSON ({error}); expected a result.json of elk-stress run") from None
     record = result.to_json() if hasattr(result, "to_json") else result
     if not isinstance(record, Mapping) or not ("results" in record or "threats" in record):

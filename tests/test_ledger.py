@@ -22,7 +22,7 @@ from typing import Any
 import fabricated
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtri
 from scipy.stats import norm, t
@@ -281,6 +281,15 @@ def test_the_order_of_the_kept_says_nothing(path: Path, prefer: Any) -> None:
     [
         ({"candidates": "", "score": []}, "keep is between 1 and the number of candidates, 0"),
         ({"keep": 4}, "between 1 and the number of candidates, 3; got 4"),
+        ({"keep": 0}, "between 1 and the number of candidates, 3; got 0"),
+        ({"keep": 1.5}, r"got 1\.5, which is no whole number"),
+        ({"keep": 1.0}, r"got 1\.0, which is no whole number"),
+        ({"keep": True}, "got True, which is no whole number"),
+        ({"keep": "1"}, "got '1', which is no whole number"),
+        ({"note": 3}, "a note is a text, got 3"),
+        ({"note": "\ud800"}, "a note is a text"),
+        ({"lineage": "a\x1b[31m"}, "one line of 1 to 100 visible characters"),
+        ({"score": None}, "shape"),
         ({"prefer": "best"}, "'lowest' or 'highest'"),
         ({"score": [1, 2]}, r"shape \(3,\), got shape \(2,\)"),
         ({"score": [1, math.nan, 3]}, "1 of 3 scores are NaN"),
@@ -295,6 +304,41 @@ def test_select_refuses(book: Ledger, given: dict[str, Any], message: str) -> No
     assert book.charges() == []
 
 
+def test_a_score_that_was_shown_the_candidates_is_charged(book: Ledger) -> None:
+    seen: list[str] = []
+
+    def fails(candidate: str) -> float:
+        seen.append(candidate)
+        # it is on the books before the first look: whoever kills the process now has seen nothing for nothing
+        with Ledger(book.path, readonly=True) as other:
+            assert other.spent("selection") == 2
+        if candidate == "c":
+            raise ZeroDivisionError("by the score")
+        return 1.0
+
+    with pytest.raises(ZeroDivisionError, match="by the score") as failed:
+        book.select("abcdefgh", score=fails, keep=2)
+    assert seen == ["a", "b", "c"]
+    assert failed.value.__notes__ == [
+        "the candidates were shown to the score: charge 1, 2 bits of selection on lineage 'main', stays"
+    ]
+    for wrong in (lambda _: math.nan, lambda _: "x", lambda _: None):
+        with pytest.raises((ValueError, TypeError)):
+            book.select("ab", score=wrong)
+    assert book.spent("selection") == 5
+    # given scores were known before: nothing was seen for them
+    with pytest.raises(ValueError, match="could not convert"):
+        book.select("ab", score=["x", "y"])
+    with pytest.raises(ValueError, match="the probe reads 3 features and the candidates have 2"):
+        book.select(np.eye(2), score=direction(np.ones(3)))
+    with pytest.raises(TypeError):
+        book.select(3, score=float)  # type: ignore[arg-type]
+    assert book.spent("selection") == 5
+    # anything that can be gone through
+    assert book.select({"b", "a"}, score={"a": 1.0, "b": 0.0}.__getitem__, keep=np.int64(1)) == ["b"]  # type: ignore[arg-type]
+    book.verify()
+
+
 @pytest.mark.parametrize(
     ("account", "given", "message"),
     [
@@ -305,6 +349,9 @@ def test_select_refuses(book: Ledger, given: dict[str, Any], message: str) -> No
         ("mean_shift", {"amount": math.inf}, "a finite number of standard deviations of u"),
         ("kl", {"amount": math.nan}, "finite number of bits"),
         ("queries", {"amount": 0.5}, "whole numbers"),
+        ("kl", {"amount": 10**400}, "finite number of bits"),
+        ("kl", {"amount": "much"}, "finite number of bits from 0 on, got much"),
+        ("kl", {"amount": 0.1, "note": b""}, "a note is a text"),
         ("kl", {"amount": 0.1, "parents": "x"}, "no lineage is called 'x'"),
     ],
 )
@@ -861,6 +908,21 @@ def test_sql_cannot_change_the_past(path: Path, statement: str) -> None:
 @pytest.mark.parametrize(
     ("statement", "told"),
     [
+        ("UPDATE charges SET hash = '' WHERE id = 5", "charge 5 was altered"),
+        ("UPDATE charges SET hash = x'00' WHERE id = 5", "charge 5 was altered"),
+        ("UPDATE charges SET hash = '', note = x'00' WHERE id = 5", "charge 5 was altered"),
+        ("UPDATE charges SET hash = '', amount = 9e999, spent = 9e999 WHERE id = 5", "charge 5 was altered"),
+        ("UPDATE charges SET hash = '', spent = 9e999, amount = 1 WHERE id = 3", "charge 3 was altered"),
+        ("UPDATE charges SET account = 'other' WHERE id = 2", "charge 2 was altered"),
+        ("UPDATE charges SET previous = '' WHERE id = 1", "before number 1 is missing"),
+        ("UPDATE charges SET id = 9 WHERE id = 5", "before number 9 is missing"),
+        ("UPDATE charges SET id = -id WHERE id = 3", "before number -3 is missing"),
+        (
+            "UPDATE charges SET id = -id WHERE id IN (2, 3); UPDATE charges SET id = 5 + id WHERE id < 0",
+            "before number 2 is missing",
+        ),
+        ("UPDATE terms SET hash = ''", "terms of the ledger .* were altered"),
+        ("UPDATE terms SET record = x'00'", "terms of the ledger .* were altered"),
         ("UPDATE charges SET amount = 0.5 WHERE id = 3", "charge 3 was altered"),
         ("UPDATE charges SET note = 'x' WHERE id = 1", "charge 1 was altered"),
         ("UPDATE charges SET amount = 9e999, spent = 9e999 WHERE id = 4", "charge 4 was altered"),
@@ -878,12 +940,122 @@ def test_verify_finds_tampering(path: Path, statement: str, told: str) -> None:
     triggers = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
     for name, _ in triggers:
         connection.execute(f"DROP TRIGGER {name}")
-    connection.execute(statement)
+    for part in statement.split(";"):
+        connection.execute(part)
     for _, sql in triggers:
         connection.execute(sql)
     connection.close()
     with pytest.raises(LedgerDamaged, match=told), Ledger(path) as book:
         book.verify()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hash": ""}, "altered"),
+        ({"hash": "0" * 64}, "altered"),
+        ({"hash": None}, "NOT NULL"),
+        ({"amount": -1.0}, "CHECK"),
+        ({"amount": math.inf, "spent": math.inf, "hash": ""}, "altered"),
+        ({"amount": "x", "spent": "y", "hash": ""}, "altered"),
+        ({"account": "bits"}, "altered"),
+        ({"account": "queries", "amount": 0.5, "spent": 0.5}, "altered"),
+        ({"lineage": " "}, "altered"),
+        ({"lineage": b"main", "hash": ""}, "altered"),
+        ({"spent": 5.0, "amount": 0.0}, "altered"),
+    ],
+)
+def test_a_forged_row_holds_for_nothing(path: Path, change: dict[str, Any], told: str) -> None:
+    """In its place of the chain, past every trigger; where its hash is not forged as well, with the right one."""
+    filled(path)
+    with Ledger(path) as book:
+        last = book.charges()[-1]
+        row = {**vars(last), "id": 6, "previous": last.hash, "amount": 0.0, "spent": 5.0, **change}
+        if "hash" not in change:
+            row["hash"] = hashlib.sha256((last.hash + _canonical(row)).encode()).hexdigest()
+        connection = raw(path)
+        if told in ("NOT NULL", "CHECK"):
+            with pytest.raises(sqlite3.IntegrityError, match=told):
+                connection.execute(f"INSERT INTO charges VALUES ({','.join('?' * 10)})", tuple(row.values()))
+            connection.close()
+            return
+        connection.execute(f"INSERT INTO charges VALUES ({','.join('?' * 10)})", tuple(row.values()))
+        connection.close()
+        if change == {"spent": 5.0, "amount": 0.0}:
+            # the one that is right: whoever knows the format can write what this package would have
+            book.verify()
+            return
+        acts: list[Callable[[], Any]] = [book.verify, book.charges, book.balances]
+        acts += [lambda: book.spent("selection"), lambda: book.spend("selection", 0.5)]
+        acts += [lambda: Ledger(path), lambda: book.select("ab", score=[1, 2])]
+        for act in acts:
+            with pytest.raises(LedgerDamaged, match=told):
+                act()
+        # nothing was written to it
+        connection = raw(path)
+        assert connection.execute("SELECT count(*) FROM charges").fetchone() == (6,)
+        connection.close()
+
+
+def _canonical(row: dict[str, Any]) -> str:
+    names = ("id", "account", "lineage", "amount", "spent", "detail", "note", "time")
+    return json.dumps([row[name] for name in names], separators=(",", ":"))
+
+
+def test_opening_looks_at_both_ends_and_no_further(path: Path) -> None:
+    """Rows in between are held against the chain before they count; the number of those looked at does not grow."""
+    with Ledger(path, ROOMY) as book:
+        for _ in range(60):
+            book.spend("selection", 1)
+    steps = []
+    for _ in range(2):
+        connection = raw(path)
+        counted = [0]
+        connection.set_progress_handler(lambda counted=counted: counted.__setitem__(0, counted[0] + 1), 1)
+        ledger_store._checked_ends(path, connection)
+        steps.append(counted[0])
+        connection.close()
+        with Ledger(path) as book:
+            for _ in range(300):
+                book.spend("selection", 0)
+    assert steps[0] == steps[1] > 10
+
+
+def test_a_ledger_that_is_rewritten_while_it_is_open(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.ledger"
+    filled(path)
+    with Ledger(other, TERMS) as book:
+        book.spend("selection", 2)
+    with Ledger(path) as book:
+        assert book.spent("selection") == 5
+        source, target = raw(other), raw(path)
+        source.backup(target)
+        source.close()
+        target.close()
+        with pytest.raises(LedgerDamaged, match="rewritten while it was open"):
+            book.spend("selection", 1)
+        with pytest.raises(LedgerDamaged, match="rewritten while it was open"):
+            book.remaining("selection")
+
+
+def test_an_older_ledger_with_its_index_is_whole(path: Path) -> None:
+    filled(path)
+    connection = raw(path)
+    connection.execute(ledger_store._LATEST[1])
+    connection.close()
+    with Ledger(path) as book:
+        book.spend("selection", 1)
+        book.verify()
+        assert book.spent("selection") == 6
+
+
+def test_sums_that_are_no_number_are_refused(path: Path) -> None:
+    with Ledger(path, Terms("oracle", "v1", ITEM, (math.inf,) * 3)) as oracle:
+        oracle.spend("selection", 1e308)
+        with pytest.raises(ValueError, match="no finite number; nothing was charged"):
+            oracle.spend("selection", 1e308)
+        oracle.verify()
+        assert oracle.spent("selection") == 1e308
 
 
 def test_verify_misses_no_trigger_and_no_cut_end(path: Path) -> None:
@@ -919,7 +1091,7 @@ def test_verify_adds_the_sums_up_itself(path: Path) -> None:
         last = book.charges()[-1]
         # a row with the right hash, and a sum that forgets what was spent before
         row = {**vars(last), "id": 6, "spent": 1.0, "previous": last.hash}
-        row["hash"] = ledger_store._link(last.hash, ledger_store.Charge(**row))
+        row["hash"] = ledger_store._link(ledger_store.Charge(**row))
         connection = raw(path)
         connection.execute(f"INSERT INTO charges VALUES ({','.join('?' * len(row))})", tuple(row.values()))
         connection.close()
@@ -958,6 +1130,109 @@ def test_a_page_that_went_bad(path: Path) -> None:
         path.write_bytes(broken)
         with pytest.raises(LedgerDamaged), Ledger(path) as book:
             book.verify()
+
+
+def test_terms_that_are_none_are_damage(path: Path) -> None:
+    """With the right hash, as whoever knows the format can write them."""
+    good = json.loads(TERMS.to_record())
+    for record in (
+        "[" * 100_000,
+        "{}",
+        "[]",
+        "3",
+        "{",
+        json.dumps({**good, "bits_low": "x"}),
+        json.dumps({**good, "bits_low": []}),
+        json.dumps({**good, "bits_low": [math.nan]}),
+        json.dumps({**good, "tolerated": 3}),
+        json.dumps({**good, "tolerated": None}),
+        json.dumps({**good, "more": 1}),
+        json.dumps({**good, "probe": 3}),
+        json.dumps({**good, "threat": ["x"]}),
+        json.dumps({**good, "least_of": 3}),
+    ):
+        path.unlink(missing_ok=True)
+        ledger_store.Store.create(path, record)
+        with pytest.raises(LedgerDamaged, match=r"the terms of the ledger .* are none .*restore a copy"):
+            Ledger(path)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DROP TABLE charges",
+        "DROP TABLE terms",
+        "ALTER TABLE charges RENAME COLUMN note TO remark",
+        "ALTER TABLE charges ADD COLUMN more",
+        "CREATE TRIGGER more AFTER INSERT ON charges BEGIN SELECT 1; END",
+        "CREATE VIEW more AS SELECT 1",
+    ],
+)
+def test_a_schema_that_is_another_is_damage(path: Path, statement: str) -> None:
+    filled(path)
+    connection = raw(path)
+    connection.execute(statement)
+    connection.close()
+    with pytest.raises(LedgerDamaged, match="restore a copy"), Ledger(path) as book:
+        book.verify()
+
+
+def test_what_is_no_file_or_cannot_be_one(tmp_path: Path) -> None:
+    for terms in (None, TERMS):
+        with pytest.raises(LedgerError, match="is a folder and no ledger; name a file in it"):
+            Ledger(tmp_path, terms)
+        for name in ("x" * 300, "a\0b", "none/x"):
+            with pytest.raises(LedgerError):
+                Ledger(tmp_path / name, terms)
+        (tmp_path / "dangling").unlink(missing_ok=True)
+        (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+        with pytest.raises(LedgerError, match="there is no ledger"):
+            Ledger(tmp_path / "dangling", terms)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling"]
+
+
+def test_damaged_bytes_are_found_or_change_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Bytes changed, the file cut, leftovers beside it: the truth, or a LedgerError, and nothing else."""
+    folder = tmp_path_factory.mktemp("damaged")
+    path = folder / "good.ledger"
+    with Ledger(path, TERMS) as book:
+        for number in range(12):
+            book.spend("selection", 0.25, lineage=f"line {number % 3}", note="n" * 40 * number)
+        truth = (book.verify(), book.balances(), book.charges(), book.terms)
+    whole = path.read_bytes()
+    seen = {"damaged": 0, "true": 0}
+    places = st.one_of(st.integers(0, len(whole) - 1), st.integers(0, 200), st.integers(4096, len(whole) - 1))
+
+    @settings(max_examples=250, deadline=None)
+    @given(
+        flips=st.lists(st.tuples(places, st.integers(0, 255)), max_size=3),
+        keep=st.one_of(st.none(), st.integers(0, len(whole) - 1)),
+        beside=st.sampled_from(["", "-wal", "-shm", "-journal"]),
+        junk=st.binary(max_size=60),
+    )
+    def damage(flips: list[tuple[int, int]], keep: int | None, beside: str, junk: bytes) -> None:
+        content = bytearray(whole)
+        for at, value in flips:
+            content[at] = value
+        for file in folder.glob("bad.ledger*"):
+            file.unlink()
+        bad = folder / "bad.ledger"
+        bad.write_bytes(content[:keep])
+        if beside:
+            bad.with_name(bad.name + beside).write_bytes(junk)
+        try:
+            with Ledger(bad, timeout=0.2) as book:
+                status = (book.balances(), book.charges(), book.terms, book.spent("selection", "line 1"))
+                assert status == (*truth[1:], 1.0)
+                assert book.spend("selection", 0.25, lineage="line 1").spent == 1.25
+            with Ledger(bad, timeout=0.2) as book:
+                book.verify(truth[0])
+            seen["true"] += 1
+        except LedgerError:
+            seen["damaged"] += 1
+
+    damage()
+    assert min(seen.values()) > 20
 
 
 def test_a_locked_ledger_says_so(path: Path) -> None:
@@ -1442,3 +1717,31 @@ def test_command_line_refuses_in_one_line(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert re.search(told, err), err
     assert not path.exists() or Ledger(path).charges() == []
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda r: r["results"][0].pop("threats"),
+        lambda r: r["results"][0].update(threats=3),
+        lambda r: r["results"][0]["threats"].update({ITEM: []}),
+        lambda r: r["results"][0]["threats"][ITEM].pop("detection"),
+        lambda r: r["results"][0]["threats"][ITEM]["items"].pop("ids"),
+        lambda r: r["results"][0]["threats"][ITEM]["items"]["bits"][0].update(low="many"),
+        lambda r: r["results"][0]["threats"][ITEM]["items"]["bits"].pop(),
+        lambda r: r["results"].__setitem__(0, "x"),
+        lambda r: r.update(results="x"),
+        lambda r: r["results"][0].update(site={"a": "b"}, seed=[1]),
+    ],
+)
+def test_results_that_are_not_as_written_are_one_line(
+    command: Run, path: Path, measured: list[object], spoil: Callable[[Any], object]
+) -> None:
+    file = Path(str(measured[1]))
+    record = json.loads(file.read_text())
+    spoil(record)
+    file.write_text(json.dumps(record))
+    code, out, err = command("show", path, *measured)
+    assert (code, out, err.count("\n")) == (2, "", 1) or code == 0
+    assert "Traceback" not in err
+    assert path.exists() == (code == 0)
