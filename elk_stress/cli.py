@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from elk_stress.presets import PRESETS
+from elk_stress.printable import printable
 
 if TYPE_CHECKING:
     from elk_stress.run import RunResult
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands = {"run": _run, "train": _train, "ledger": run_ledger}
         return commands.get(options.command, _list)(options)
     except _BadInput as error:
-        print(f"elk-stress: {error}", file=sys.stderr)
+        _say(error)
         return USAGE
     except BrokenPipeError:
         # the reader of our output has left (`| head`); nothing is wrong
@@ -278,8 +279,8 @@ def _train(options: argparse.Namespace) -> int:
         console = Console()
         pressure.show(console if console.is_terminal else Console(width=140), result)
     for name, reason in result.failures.items():
-        print(f"elk-stress: {name} failed: {reason}", file=sys.stderr)
-    print(f"written to {out}", file=sys.stderr if options.json else sys.stdout)
+        _say(f"{name} failed: {reason}")
+    print(printable(f"written to {out}"), file=sys.stderr if options.json else sys.stdout)
     if code == DONE and not result.results:
         return FAILED
     return FLAGGED if code == DONE and options.strict and result.red else code
@@ -376,12 +377,12 @@ def _show(result: RunResult, out: Path, options: argparse.Namespace) -> None:
             console = Console(width=120)
         tables.show(console, result.results, skipped=result.not_applicable)
     for name, reason in result.failures.items():
-        print(f"elk-stress: probe {name} failed: {reason}", file=sys.stderr)
+        _say(f"probe {name} failed: {reason}")
     if result.status == "interrupted":
         done = ", ".join(r.probe for r in result.results) or "none"
-        print(f"elk-stress: interrupted; finished probes: {done}", file=sys.stderr)
+        _say(f"interrupted; finished probes: {done}")
     if result.results or result.failures:
-        print(f"written to {out}", file=sys.stderr if options.json else sys.stdout)
+        print(printable(f"written to {out}"), file=sys.stderr if options.json else sys.stdout)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -393,7 +394,7 @@ def _list(options: argparse.Namespace) -> int:
         return DONE
     width = max((len(name) for name in found), default=0)
     for name, what in found.items():
-        print(f"{name:<{width}}  {what}")
+        print(printable(f"{name:<{width}}  {what}"))
     return DONE
 
 
@@ -525,7 +526,8 @@ def _progress(options: argparse.Namespace) -> Any:
     )
 
     return Progress(
-        TextColumn("{task.description}"),
+        # what is stressed is called as somebody else likes
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -537,9 +539,11 @@ def _progress(options: argparse.Namespace) -> Any:
 def _tell(progress: Any, line: str) -> None:
     """A line to stderr, above the progress bars if there are any."""
     if progress is None:
-        print(f"elk-stress: {line}", file=sys.stderr)
+        _say(line)
     else:
-        progress.console.print(f"elk-stress: {line}", markup=False, highlight=False, soft_wrap=True)
+        progress.console.print(
+            printable(f"elk-stress: {line}"), markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -556,9 +560,12 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _say(message: object) -> None:
+    print(printable(f"elk-stress: {message}"), file=sys.stderr)
+
+
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def _number(text: str, what: str) -> float:

@@ -15,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elk_stress.printable import printable
+
 if TYPE_CHECKING:
     from elk_stress.ledger import Balance, Ledger, Terms
 
@@ -129,7 +131,9 @@ def _show(options: argparse.Namespace) -> int:
         f"Spent against {terms.probe} under {terms.threat}: {len(terms.bits_low)} caught items, "
         f"at most {100 * terms.tolerated:.3g}% of the catches may be lost"
     )
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=Text(title), title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=Text(printable(title)), title_justify="left"
+    )
     for heading in (
         "lineage",
         "account",
@@ -144,11 +148,11 @@ def _show(options: argparse.Namespace) -> int:
         right = heading not in ("lineage", "account", "guarantee")
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for row in balances:
-        table.add_row(*(Text(cell) for cell in _cells(row)))
+        table.add_row(*(Text(printable(cell)) for cell in _cells(row)))
     console.print(table)
     for line in _conditions(terms):
-        console.print(Text(line))
-    console.print(Text(_limit(terms, budget)))
+        console.print(Text(printable(line)))
+    console.print(Text(printable(_limit(terms, budget))))
     console.print(
         "Accounts are never summed: each guarantee is about moves from the prior that were changed in one way."
     )
@@ -193,10 +197,8 @@ def _spend(options: argparse.Namespace) -> int:
         print(json.dumps(_plain({**asdict(charge), "remaining": left}), allow_nan=False))
     else:
         rest = "no guarantee" if left is None else f"{_number(max(left, 0.0))} remain"
-        print(
-            f"charge {charge.id}: {_number(charge.amount)} to {charge.account} on {charge.lineage}; "
-            f"{_number(charge.spent)} spent, {rest}"
-        )
+        said = f"charge {charge.id}: {_number(charge.amount)} to {charge.account} on {charge.lineage}; "
+        print(printable(f"{said}{_number(charge.spent)} spent, {rest}"))
     return DONE
 
 
@@ -305,5 +307,5 @@ def _plain(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _say(message: object, code: int) -> int:
-    print(f"elk-stress: {' '.join(str(message).split())}", file=sys.stderr)
+    print(printable(f"elk-stress: {' '.join(str(message).split())}"), file=sys.stderr)
     return code

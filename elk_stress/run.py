@@ -13,10 +13,12 @@ result in everything but ``seconds``.
 from __future__ import annotations
 
 import importlib
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,7 +145,7 @@ def run(
     folder = check_folder(Path(out))
     started = time.monotonic()
     if tell is None:
-        tell = progress.console.print if progress is not None else lambda line: None
+        tell = partial(progress.console.print, markup=False, emoji=False) if progress is not None else lambda line: None
     memory = Memory(folder / PIECES, fresh=fresh, tell=tell)
     engine = importlib.import_module("elk_stress.engine")
     # here and not left to the scene: contrast pairs, for one, are known only afterwards
@@ -225,8 +227,9 @@ def _by_name(results: Sequence[StressResult]) -> dict[str, StressResult]:
     """Results by probe; a second probe of the same name is numbered."""
     named: dict[str, StressResult] = {}
     for result in results:
-        again = sum(r.probe == result.probe for r in named.values())
-        named[f"{result.probe} {again + 1}" if again else result.probe] = result
+        # another one may be called so itself
+        names = itertools.chain([result.probe], (f"{result.probe} {again}" for again in itertools.count(2)))
+        named[next(name for name in names if name not in named)] = result
     return named
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_engine import FakeTestbed, install, light
+from test_printable import rendered
 
 from elk_stress import cli, registry
+from elk_stress.printable import printable
 from elk_stress.probe import direction
 
 Calls = list[dict[str, Any]]
@@ -318,6 +321,57 @@ def test_a_saved_probe_is_stressed_on_arrays_without_a_model(
     (name,) = record["results"][0]["threats"]
     assert name.startswith("item/isotropic")
     assert {f.name for f in (tmp_path / "o").iterdir()} >= {"result.json", "report.md", "survival.png", "pieces"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["[red]loud[/red][link=http://evil.example]x[/link]", "<script>x</script>|`", "../../../up/$x_{$", "x" * 100],
+)
+def test_a_saved_probe_is_called_as_it_likes_and_shown_as_text(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "a" / "b" / "c"
+    work.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    files = write_arrays(work)
+    notes = {"how": "\x1b]8;;http://evil.example\x1b\\ <img src=x> \x1b[31m"}
+    direction(np.ones(4), -4.0, name=name, site=name, notes=notes).save("p.safetensors")
+    assert cli.main(["run", "--probe", "p.safetensors", *files, *FAST]) == 0
+    said = capsys.readouterr()
+    assert all(line.isprintable() for line in (said.out + said.err).split("\n"))
+    assert name[:30] in said.out
+    written = (work / "o" / "report.md").read_text(encoding="utf-8")
+    found = rendered(written)
+    assert not {"script", "a"} & set(found.tags)
+    assert found.tags.count("img") == len(list((work / "o").glob("*.png")))
+    spelled = re.sub(r"[`|<>]", lambda c: f"\\x{ord(c[0]):02x}", name)
+    assert printable(spelled) in found.text
+    assert "\x1b" not in (work / "o" / "result.json").read_text()
+    # nothing beside the folder that was asked for
+    assert {p.name for p in work.iterdir()} == {"a.safetensors", "y.npy", "g.npy", "p.safetensors", "o"}
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_messages_carry_no_escapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = write_arrays(tmp_path)
+    evil = "p\x1b[31m\u202e.safetensors"
+    Path(evil).write_bytes(b"nothing")
+    for arguments in (
+        ["run", "--probe", evil, *files, *FAST],
+        ["run", "--probe", "none\x1b]0;x\x07", *files, *FAST],
+        ["run", "--probes", "\x1b[2J", *files, *FAST],
+        ["\x9b31m"],
+        ["ledger", "show", "\x1b[31m"],
+        ["ledger", "verify", evil],
+    ):
+        assert cli.main(arguments) in (1, 2)
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.count("\n") == 1
+        assert said.err[:-1].isprintable()
 
 
 def test_bits_can_be_had_without_any_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

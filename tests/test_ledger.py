@@ -50,6 +50,7 @@ from elk_stress.ledger import (
     Terms,
     fingerprint,
 )
+from elk_stress.printable import printable
 from elk_stress.priors import StudentT
 from elk_stress.probe import direction
 
@@ -1510,7 +1511,7 @@ def dies(path: Path, steps: int, stage: str) -> list[str]:
 def test_kill_9_within_a_charge(path: Path, stage: str) -> None:
     # at each of the statements of a charge, and at seeded instructions of SQLite's virtual machine
     rng = np.random.default_rng(np.random.SeedSequence(3))
-    steps = range(13) if stage == "statement" else np.sort(rng.integers(0, 220, 8))
+    steps = range(13) if stage == "statement" else np.sort(rng.integers(0, 150, 8))
     killed, before = 0, 0
     for at in steps:
         said = dies(path, int(at), stage)
@@ -1678,6 +1679,34 @@ def test_show_says_by_what_charges_are_refused(command: Run, tmp_path: Path) -> 
         del row["tails"], row["scale"]
     assert f"{said} no other tail was measured." in shown("c", kept, threat=f"{ITEM}/kept")
     assert f"{said} no other tail was measured." in shown("d", None)
+
+
+@pytest.mark.parametrize(
+    "text", ["\x1b[31m\x9b2J\u202e\n| a", "[red]x[/red][link=http://evil.example]y[/link]", "<b>`"]
+)
+def test_names_and_notes_are_shown_as_text(command: Run, path: Path, measured: list[object], text: str) -> None:
+    file = Path(str(measured[1]))
+    record = json.loads(file.read_text())
+    record["results"][0].update(probe=text, testbed=text, site=text)
+    file.write_text(json.dumps(record))
+    named = [*measured[:3], text, *measured[4:]]
+    said = [command("show", path, *named)]
+    lineage = printable(text)
+    said += [command("spend", path, "selection", 4, "--note", text, "--lineage", lineage), command("show", path)]
+    said += [
+        command("spend", path, "selection", 40, "--lineage", lineage),
+        command("spend", path, "kl", 1, "--parents", text),
+    ]
+    said += [command("show", path, "--json"), command("verify", path), command("show", path, *measured)]
+    # a parent that is there has charges of another kind, one that is not is named as unknown
+    assert [code for code, _, _ in said] == [0, 0, 0, 1, 1 if lineage == text else 2, 0, 0, 2]
+    for _, out, err in said:
+        assert all(line.isprintable() for line in (out + err).split("\n"))
+    assert "".join(lineage.split()) in "".join(said[2][1].split())
+    if lineage != text:
+        code, _, err = command("spend", path, "selection", 1, "--lineage", text)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "visible characters" in err
 
 
 def test_help_says_what_mixing_and_queries_are(capsys: pytest.CaptureFixture[str]) -> None:

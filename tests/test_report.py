@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import fabricated
 import numpy as np
 import pytest
 from rich.console import Console
+from test_printable import HOSTILE, rendered
 
 from elk_stress.bits import Bits, Kind
 from elk_stress.comparison import Comparison
 from elk_stress.flags import CATALOGUE, flag
+from elk_stress.printable import printable
 from elk_stress.report import plots, tables, words
 from elk_stress.report.folder import UnusableFolder, check_folder, write_folder
 from elk_stress.report.markdown import report
@@ -482,3 +485,65 @@ def test_overview_shows_every_probe_and_what_is_certified(tmp_path: Path) -> Non
     assert "certified" not in [t.get_text() for t in overview.bits([plain]).legends[0].get_texts()]
     plots.save(figure, tmp_path / "bits.png")
     assert (tmp_path / "bits.png").stat().st_size > 20_000
+
+
+# -- texts of anybody --------------------------------------------------------------------------------------------------
+
+
+def a_run_of(text: str) -> RunResult:
+    """A run in which whatever somebody else may name is called ``text``."""
+    called = {"probe": text, "testbed": text, "site": text}
+    results = []
+    for k, result in enumerate(fabricated.six()[:3]):
+        threats = {
+            name: replace(
+                t,
+                flags=(*t.flags, flag("brittle", f"{text} of {text}")),
+                attacks=tuple(replace(a, attack=text, access=text) for a in t.attacks),
+            )
+            for name, t in result.threats.items()
+        }
+        audit = None if result.audit is None else replace(result.audit, strongest=text)
+        # several of one name, as two files may have
+        results.append(
+            replace(result, **called if k else {**called, "probe": f"{text} 2"}, threats=threats, audit=audit)
+        )
+    first = "item/natural/gaussian"
+    pair = Comparison(text, f"{text} 2", first, 6.3, (3.1, 9.5), 7.2, (4.4, 9.9), 0.0004, 0.0008, text)
+    controls = {text: f"does not apply: {text}", "rock": results[0].controls["rock"]}
+    return RunResult(
+        text, tuple(results), (pair,), controls, {text: f"needs {text}"}, {f"{text}": f"ValueError: {text}"}, (),
+        {text: text, "more": {"a": [text]}}, {"command": {"probe": [text]}}, {text: text}, 7, 12.0, "ok",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [t for t in HOSTILE if t])
+def test_a_report_has_the_same_structure_whatever_its_parts_are_called(text: str) -> None:
+    """Held against a Markdown parser: the tags of a run of that name are those of a harmless one."""
+    written = report(a_run_of(text))
+    assert rendered(written).tags == rendered(report(a_run_of("name"))).tags
+    assert all(line.isprintable() for line in written.split("\n"))
+    assert "<script" not in written
+
+
+@pytest.mark.parametrize("width", [100, 160])
+@pytest.mark.parametrize("text", [t for t in HOSTILE if t])
+def test_a_terminal_shows_names_and_obeys_none(text: str, width: int) -> None:
+    file = io.StringIO()
+    console = Console(width=width, file=file, force_terminal=True, color_system="truecolor")
+    run = a_run_of(text)
+    tables.show(console, run.results, skipped=run.not_applicable)
+    shown = file.getvalue()
+    # what rich itself writes are styles
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert all(line.isprintable() for line in plain.split("\n"))
+    seen = "".join(plain.split())
+    assert "".join(printable(text).split())[:15] in seen
+
+
+@pytest.mark.parametrize("text", [HOSTILE[0], HOSTILE[4], HOSTILE[14], HOSTILE[15], "真偽" * 30])
+def test_figures_are_drawn_whatever_their_parts_are_called(text: str, tmp_path: Path) -> None:
+    files = write_folder(a_run_of(text), tmp_path)
+    assert sorted(path.name for path in files) == sorted(path.name for path in tmp_path.iterdir())
+    assert {path.parent for path in files} == {tmp_path}
+    assert json.loads((tmp_path / "result.json").read_text())["testbed"] == text

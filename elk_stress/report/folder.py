@@ -82,5 +82,5 @@ def write_folder(run: RunResult, folder: Path) -> list[Path]:
     from elk_stress.report.markdown import report
 
     text = report(run, [path.name for path in written])
-    replace_file(folder / "report.md", lambda part: part.write_text(text))
+    replace_file(folder / "report.md", lambda part: part.write_text(text, encoding="utf-8"))
     return [*written, folder / "report.md"]

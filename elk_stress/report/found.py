@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from elk_stress.bits import Bits, Kind
 from elk_stress.comparison import Comparison
+from elk_stress.printable import code, markdown
 from elk_stress.report import words
 from elk_stress.report.sections import COMPARED, probability
 from elk_stress.result import StressResult
@@ -22,15 +23,15 @@ def found(run: RunResult) -> list[str]:
     first = next(iter(run.results[0].threats.values()))
     lines = [
         *_leaders(run),
-        f"Threat `{first.threat.name}`: {words.sentence(first.threat)}. Probes stand in the order of the run, which is "
-        "no ranking.",
+        f"Threat {code(first.threat.name)}: {words.sentence(first.threat)}. Probes stand in the order of the run, "
+        "which is no ranking.",
         "",
     ]
     for result in run.results:
         lines.append(f"- {_sentence(result)}")
     compared = [row for row in run.comparisons if row.threat == first.threat.name]
     decided = [row for row in compared if row.better is not None]
-    lines += ["", f"Compared in pairs, under `{first.threat.name}` ({COMPARED}):", ""]
+    lines += ["", f"Compared in pairs, under {code(first.threat.name)} ({COMPARED}):", ""]
     if decided:
         lines += [f"- {_difference(row)}." for row in decided]
         if rest := len(compared) - len(decided):
@@ -56,13 +57,13 @@ def _leaders(run: RunResult) -> list[str]:
         beaten = {row.b if row.better == row.a else row.a for row in rows if row.better}
         standing = [name for name in dict.fromkeys(n for row in rows for n in (row.a, row.b)) if name not in beaten]
         said = f"With behaviour {'kept' if threat.threat.kept else 'free'}"
-        quoted = [f"`{name}`" for name in standing]
+        quoted = [code(name) for name in standing]
         names = " and ".join([*filter(None, [", ".join(quoted[:-1])]), quoted[-1]])
         wins = {name: sum(row.better == name for row in rows) for name in standing}
         if len(standing) == 1 and wins[standing[0]] == len(beaten):
             lines += [f"**{said}, {names} survives more bits than every other probe.**", ""]
         else:
-            one = f"`{min(beaten)}` is behind"
+            one = f"{code(min(beaten))} is behind"
             others = "the others each survive fewer than some other probe" if len(beaten) > 1 else one
             lines += [f"**{said}, no probe is shown to survive more bits than {names}; {others}.**", ""]
     return lines
@@ -71,7 +72,7 @@ def _leaders(run: RunResult) -> list[str]:
 def _sentence(result: StressResult) -> str:
     seen, (name, threat) = result.detection, next(iter(result.threats.items()))
     head = (
-        f"`{result.probe}`: clean AUROC {seen.auroc:.2f}, catches {seen.recall:.0%} of positives "
+        f"{code(result.probe)}: clean AUROC {seen.auroc:.2f}, catches {seen.recall:.0%} of positives "
         f"({seen.n_caught} of {seen.n_positives}) at {seen.fpr:.0%} false positives"
     )
     if seen.n_caught == 0:
@@ -79,7 +80,7 @@ def _sentence(result: StressResult) -> str:
     bits = threat.headline
     lost = "half of its catches are lost" if threat.threat.scope == "item" else "half of its advantage is lost"
     if threat.status != "ok" and bits.value <= 0:
-        return f"{head}; not measured under `{name}`: {threat.status}."
+        return f"{head}; not measured under {code(name)}: {markdown(threat.status)}."
     if bits.kind is Kind.CENSORED:
         text = f"more than half still stand at **{bits.value:.1f} bits**, where the search ended"
     elif bits.kind is Kind.DISTANCE:
@@ -99,7 +100,7 @@ def _sentence(result: StressResult) -> str:
         (t, t.broken_by()) for t in ((threat,) if kept is threat else (threat, kept)) if t is not None and t.broken_by()
     ]
     if tried:
-        named = [f"{'kept' if t.threat.kept else 'free'}: {by}" for t, by in tried]
+        named = [f"{'kept' if t.threat.kept else 'free'}: {markdown(by)}" for t, by in tried]
         text += f". Attacks, least access first, {'; '.join(named)}"
     if result.audit is not None:
         verdict = result.audit.verdict
@@ -113,7 +114,7 @@ def _difference(row: Comparison) -> str:
     sign, worse = (-1, row.a) if turned else (1, row.b)
     kept = words.interval(_turn(row.kept_interval, turned))
     return (
-        f"`{row.better}` keeps {sign * row.kept:.1f} {kept} more bits per positive than `{worse}` (adjusted p "
+        f"{code(row.better)} keeps {sign * row.kept:.1f} {kept} more bits per positive than {code(worse)} (adjusted p "
         f"{probability(row.holm)}); its headline is {sign * row.headline:+.1f} "
         f"{words.interval(_turn(row.headline_interval, turned))} bits away"
     )
@@ -144,15 +145,15 @@ def belief(run: RunResult) -> list[str]:
         "- Intervals are 95%, over entities, contexts and calibration negatives together; thresholds hold under the "
         "prior and not only at the bare item."
     )
-    names = ", ".join(f"`{n}`" for n in dict.fromkeys(f.name for f in red))
+    names = ", ".join(code(n) for n in dict.fromkeys(f.name for f in red))
     lines.append(f"- Red flags raised: {len(red)} ({names}); see below." if red else "- No red flag was raised.")
     return lines
 
 
 def _control_words(name: str, row: Mapping[str, Bits] | str) -> str:
     if isinstance(row, str):
-        return f"`{name}`: {row}"
-    return f"`{name}` {next((words.bits_text(b) for b in row.values()), '-')}"
+        return f"{code(name)}: {markdown(row)}"
+    return f"{code(name)} {next((words.bits_text(b) for b in row.values()), '-')}"
 
 
 def _check(results: Sequence[StressResult]) -> str:

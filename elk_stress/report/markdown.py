@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from elk_stress.printable import code, markdown, printable
 from elk_stress.report import found, overview, sections
 from elk_stress.result import plain
 
@@ -25,8 +26,8 @@ def report(
 ) -> str:
     """The whole report as Markdown; ``figures`` are the files beside it that were written."""
     results = run.results
-    site = f" at `{results[0].site}`" if results else ""
-    lines = [f"# Bits of optimization that each probe survives: `{run.testbed}`{site}", "", _status(run), ""]
+    site = f" at {code(results[0].site)}" if results else ""
+    lines = [f"# Bits of optimization that each probe survives: {code(run.testbed)}{site}", "", _status(run), ""]
     if results:
         bits = sections.figure(figures, "bits.png", "bits of every probe")
         survival = sections.figure(figures, "survival.png", "recall(b)")
@@ -54,7 +55,7 @@ def report(
     if run.not_applicable or run.failures:
         lines += ["## Not run", "", *_not_run(run), ""]
     lines += ["## Configuration", "", *_configuration(run), ""]
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in "\n".join(lines).split("\n"))
 
 
 def _status(run: RunResult) -> str:
@@ -66,12 +67,16 @@ def _status(run: RunResult) -> str:
 
 
 def _not_run(run: RunResult) -> list[str]:
-    lines = [f"- {reason}: {', '.join(f'`{name}`' for name in names)}" for reason, names in run.not_applicable.items()]
-    return lines + [f"- `{name}` **failed**: {reason}" for name, reason in run.failures.items()]
+    lines = [f"- {markdown(why)}: {', '.join(map(code, names))}" for why, names in run.not_applicable.items()]
+    return lines + [f"- {code(name)} **failed**: {markdown(why)}" for name, why in run.failures.items()]
 
 
 def _configuration(run: RunResult) -> list[str]:
-    rows = [[f"{part}: {key}", _words_of(value)] for part, record in _parts(run) for key, value in record.items()]
+    rows = [
+        [f"{part}: {markdown(key)}", markdown(_words_of(value))]
+        for part, record in _parts(run)
+        for key, value in record.items()
+    ]
     return sections.table(["setting", "value"], [["seed", str(run.seed)], *rows])
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from elk_stress.bits import Bits, Kind
+from elk_stress.printable import code, label
 from elk_stress.report import words
 from elk_stress.report.plots import blank, title_and_legend
 from elk_stress.report.sections import table
@@ -52,11 +53,14 @@ def bits(results: Sequence[StressResult]) -> Figure:
         scope, prior, tail = words.heading(free)
         axis.set_title(f"{scope}, {prior}\n{tail}", fontsize=9.5)
         axis.set_xlabel("bits", fontsize=9)
-    axes[0].set_yticks(range(len(results)), [f"{r.probe} ({r.detection.auroc:.2f})" for r in results], fontsize=8.5)
+    axes[0].set_yticks(
+        range(len(results)), [f"{label(r.probe)} ({r.detection.auroc:.2f})" for r in results], fontsize=8.5
+    )
     axes[0].invert_yaxis()
     title_and_legend(
         figure,
-        f"Bits of optimization that each probe survives (clean AUROC): {results[0].testbed} at {results[0].site}",
+        f"Bits of optimization that each probe survives (clean AUROC): {label(results[0].testbed)} at "
+        f"{label(results[0].site)}",
         _legend(results),
     )
     for axis in axes:
@@ -73,13 +77,13 @@ def certificates(results: Sequence[StressResult]) -> list[str]:
     for result in results:
         cells = [_certified(result, name) for name in names]
         if any(cell is not None for cell in cells):
-            body.append([f"`{result.probe}`", *("-" if c is None else f">= {words.number(c.value)}" for c in cells)])
+            body.append([code(result.probe), *("-" if c is None else f">= {words.number(c.value)}" for c in cells)])
     return [
         "Half-life that no attack can undercut, known or not, from how steep the score is (isoperimetric inequality; "
         "all caught items together at 95%), *given* threshold, origins and the estimated prior: it says nothing of how "
         "well these are known, which the interval of the headline does. A linear probe's is its closed form.",
         "",
-        *table(["probe", *(f"`{name}`" for name in names)], body),
+        *table(["probe", *(code(name) for name in names)], body),
     ]
 
 

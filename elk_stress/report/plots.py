@@ -18,6 +18,7 @@ its object interface with the Agg canvas: no global state, no display.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from elk_stress.printable import label
 from elk_stress.report import words
 from elk_stress.result import BestOfNCurves, Curve, StressResult, ThreatResult
 from elk_stress.threat import Threat
@@ -62,13 +64,13 @@ def survival(results: Sequence[StressResult]) -> Figure:
                 axis.set_title(_title(free), fontsize=9.5)
             if i == len(kept) - 1:
                 axis.set_xlabel("bits of optimization b")
-        label = "behaviour kept" if is_kept else "behaviour free"
-        axes[i][0].set_ylabel(f"{label}\nrecall(b)" if len(kept) > 1 else "recall(b)")
+        said = "behaviour kept" if is_kept else "behaviour free"
+        axes[i][0].set_ylabel(f"{said}\nrecall(b)" if len(kept) > 1 else "recall(b)")
         axes[i][0].yaxis.set_major_formatter(PercentFormatter(1.0))
     fpr = results[0].detection.fpr
     title_and_legend(
         figure,
-        f"What each probe still catches after b bits: {results[0].testbed} at {results[0].site}, "
+        f"What each probe still catches after b bits: {label(results[0].testbed)} at {label(results[0].site)}, "
         f"{fpr:.0%} false positives",
         [_handle(r.probe, k) for k, r in enumerate(results)] + _explained(results),
     )
@@ -95,11 +97,11 @@ def best_of_n(results: Sequence[StressResult]) -> Figure | None:
             else:
                 _best_of_n_panel(axis, found, COLOURS[k % len(COLOURS)])
             if i == 0:
-                axis.set_title(result.probe, fontsize=10)
+                axis.set_title(label(result.probe), fontsize=10)
             if i == len(kept) - 1:
                 axis.set_xlabel("bits spent, log2 n")
-        label = "behaviour kept" if is_kept else "behaviour free"
-        axes[i][0].set_ylabel(f"{label}\ncatches broken")
+        said = "behaviour kept" if is_kept else "behaviour free"
+        axes[i][0].set_ylabel(f"{said}\ncatches broken")
         axes[i][0].yaxis.set_major_formatter(PercentFormatter(1.0))
         axes[i][0].set_ylim(-0.03 * top, 1.03 * top)
     tails = list(dict.fromkeys(tail for _, r in having for curves in r.best_of_n for tail in curves.predicted))
@@ -155,14 +157,19 @@ def incidental(results: Sequence[StressResult]) -> Figure | None:
     handles: list[Any] = [_handle(result.probe, k) for k, result, *_ in having]
     handles.append(Line2D([], [], color="0.3", marker="o", ls="none", label="behaviour free"))
     handles.append(Line2D([], [], color="0.3", marker="o", mfc="white", ls="none", label="behaviour kept"))
-    title_and_legend(figure, f"Bits and what they rest on: {results[0].testbed} at {results[0].site}", handles)
+    title_and_legend(
+        figure, f"Bits and what they rest on: {label(results[0].testbed)} at {label(results[0].site)}", handles
+    )
     return figure
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG without dates or versions inside, so that the same figure is the same file."""
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # a name in letters that the font lacks, shown as boxes
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
 def _survival_panel(axis: Any, shown: Sequence[ThreatResult | None]) -> None:
@@ -272,7 +279,7 @@ def _tail_line(tail: str) -> Any:
 def _handle(name: str, k: int) -> Line2D:
     return Line2D(
         [], [], color=COLOURS[k % len(COLOURS)], ls=LINES[k % len(LINES)], marker=_MARKERS[k % len(_MARKERS)],
-        ms=4.5, lw=1.7, label=name,
+        ms=4.5, lw=1.7, label=label(name),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from elk_stress.bits import Bits, Kind
 from elk_stress.flags import CATALOGUE
+from elk_stress.printable import code, label, markdown, printable
 from elk_stress.report.sections import table
 from elk_stress.training.comparison import per_point
 from elk_stress.training.results import PressureResult
@@ -64,23 +65,30 @@ def show(console: Console, run: TrainingRun) -> None:
     """Print the main table, comparisons and flags."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     if run.results:
         first = run.results[0]
         title = f"Training pressure: {run.testbed} at {first.site}, {first.attack}; threat {first.threat}"
-        made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        made = Table(
+            title=Text(printable(title)),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
         for head in COLUMNS:
             made.add_column(head.replace(" ", "\n", 1), no_wrap=True)
         for result in run.results:
-            made.add_row(*row(result))
+            made.add_row(*(Text(printable(cell)) for cell in row(result)))
         console.print(made)
         console.print(_LEGEND, style="dim")
         for comparison in run.comparisons:
-            console.print(f"  {comparison}")
+            console.print(Text(f"  {printable(comparison)}"))
         for result in run.results:
             for flag in result.flags:
                 kind = "red flag" if flag.red else "note"
-                console.print(f"  {kind}: {result.name}: {flag}; {flag.entry.what_to_do}")
+                console.print(Text(f"  {kind}: {printable(f'{result.name}: {flag}; {flag.entry.what_to_do}')}"))
 
 
 _LEGEND = (
@@ -95,17 +103,22 @@ _LEGEND = (
 
 def report(run: TrainingRun) -> str:
     """The whole report as Markdown."""
-    site = f" at `{run.results[0].site}`" if run.results else ""
-    lines = [f"# Training pressure: `{run.testbed}`{site}", "", _status(run), ""]
+    site = f" at {code(run.results[0].site)}" if run.results else ""
+    lines = [f"# Training pressure: {code(run.testbed)}{site}", "", _status(run), ""]
     if run.results:
         parts = {
-            "Probes under pressure": [*table(COLUMNS, [row(r) for r in run.results]), "", _LEGEND],
+            "Probes under pressure": [
+                *table(COLUMNS, [[markdown(row(r)[0]), *row(r)[1:]] for r in run.results]),
+                "",
+                _LEGEND,
+            ],
             "Pressure curves": ["![AUROC against bits spent](pressure.png)", "", *_curves(run.results)],
             "What was left along the curve": _audits(run.results),
             "Benign control": _benign(run.results),
             "Over-optimization": _forms(run.results),
             "B against the prior's scale": _scales(run.results),
-            "Paired comparisons": [f"- {c}" for c in run.comparisons] or ["Fewer than two probes: nothing to compare."],
+            "Paired comparisons": [f"- {markdown(c)}" for c in run.comparisons]
+            or ["Fewer than two probes: nothing to compare."],
             "What the attack itself examined": _extra(run.results),
             "Flags": _flags(run.results),
         }
@@ -113,9 +126,14 @@ def report(run: TrainingRun) -> str:
             if part:
                 lines += [f"## {title}", "", *part, ""]
     if run.failures:
-        lines += ["## Not run", "", *(f"- `{name}` **failed**: {why}" for name, why in run.failures.items()), ""]
+        lines += [
+            "## Not run",
+            "",
+            *(f"- {code(name)} **failed**: {markdown(why)}" for name, why in run.failures.items()),
+            "",
+        ]
     lines += ["## Configuration", "", *_configuration(run), ""]
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in "\n".join(lines).split("\n"))
 
 
 def figure(results: Sequence[PressureResult]) -> Figure:
@@ -144,14 +162,15 @@ def figure(results: Sequence[PressureResult]) -> Figure:
         axis.axhline(float(result.tau.mean()), color="0.8", lw=0.8)
         axis.set_xscale("log")
         axis.set_ylim(-0.02, 1.02)
-        axis.set_title(f"{result.probe} ({result.mode})", fontsize=9.5)
+        axis.set_title(f"{label(result.probe)} ({result.mode})", fontsize=9.5)
         axis.set_xlabel("bits spent")
     for line in axes:
         line[0].set_ylabel("AUROC")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8, frameon=False)
     made.suptitle(
-        f"{results[0].testbed}: {results[0].attack}; behaviour kept; dotted: bits needed; grey: half advantage",
+        f"{label(results[0].testbed)}: {label(results[0].attack)}; behaviour kept; dotted: bits needed; "
+        "grey: half advantage",
         fontsize=9.5,
     )
     return made
@@ -177,7 +196,7 @@ def _least(x: np.ndarray) -> float:
 def _status(run: TrainingRun) -> str:
     what = f"{len(run.results)} rows in {run.seconds:.0f} s, seed {run.seed}."
     if run.results:
-        what += f" Threat: `{run.results[0].threat}`."
+        what += f" Threat: {code(run.results[0].threat)}."
     return what if run.status == "ok" else f"**This run is {run.status}**: {what}"
 
 
@@ -192,8 +211,10 @@ def _curves(results: Sequence[PressureResult]) -> list[str]:
             each = result.curves[name]
             at = np.interp(curve.x[chosen], each.x, each.value)
             low, high = (np.interp(curve.x[chosen], each.x, side) for side in (each.low, each.high))
-            body.append([name, *(f"{v:.2f} [{a:.2f}, {b:.2f}]" for v, a, b in zip(at, low, high, strict=True))])
-        head = [f"`{result.name}`: bits", *(f"{b:.0f}" for b in curve.x[chosen])]
+            body.append(
+                [markdown(name), *(f"{v:.2f} [{a:.2f}, {b:.2f}]" for v, a, b in zip(at, low, high, strict=True))]
+            )
+        head = [f"{code(result.name)}: bits", *(f"{b:.0f}" for b in curve.x[chosen])]
         lines += [*table(head, body), ""]
     return lines
 
@@ -204,14 +225,14 @@ def _audits(results: Sequence[PressureResult]) -> list[str]:
         for point in result.audits:
             gains = ", ".join(f"{stage} {gain:.2f}" for stage, gain in point.gains.items())
             verdicts = ", ".join(f"{name} {n}" for name, n in point.verdicts.items())
-            body.append([result.name, f"{point.bits:.0f}", point.verdict, verdicts, gains])
+            body.append([markdown(result.name), f"{point.bits:.0f}", point.verdict, verdicts, gains])
     return table(["row", "bits", "verdict", "models", "gain over a constant, nats"], body)
 
 
 def _benign(results: Sequence[PressureResult]) -> list[str]:
     body = [
         [
-            r.name,
+            markdown(r.name),
             _number(float(r.clean.mean())),
             _number(float(np.nanmean(r.benign.auroc))),
             f"{np.nanmean(r.benign.spent):.0f}",
@@ -227,8 +248,8 @@ def _benign(results: Sequence[PressureResult]) -> list[str]:
 def _forms(results: Sequence[PressureResult]) -> list[str]:
     body = [
         [
-            r.name,
-            form.drop,
+            markdown(r.name),
+            markdown(form.drop),
             f"{form.r2['best_of_n']:.2f}",
             f"{form.r2['reinforcement']:.2f}",
             f"{form.wins} of {form.n_models}",
@@ -257,7 +278,7 @@ def _scales(results: Sequence[PressureResult]) -> list[str]:
         return []
     curves = {name: r.bits.scale for name, r in seen.items() if r.bits is not None}
     scales = list(next(iter(curves.values())))
-    body = [[name, *(_number(curve[s], 0) for s in scales)] for name, curve in curves.items()]
+    body = [[markdown(name), *(_number(curve[s], 0) for s in scales)] for name, curve in curves.items()]
     return table(["probe", *(f"{s} x scale" for s in scales)], body)
 
 
@@ -267,7 +288,12 @@ def _extra(results: Sequence[PressureResult]) -> list[str]:
         rows = result.extra.get("rows") if isinstance(result.extra, dict) else None
         if rows:
             head = list(rows[0])
-            lines += [f"`{result.name}`", "", *table(head, [[_cell(r[h]) for h in head] for r in rows]), ""]
+            lines += [
+                code(result.name),
+                "",
+                *table(head, [[markdown(_cell(r[h])) for h in head] for r in rows]),
+                "",
+            ]
     return lines
 
 
@@ -276,13 +302,15 @@ def _cell(value: Any) -> str:
 
 
 def _flags(results: Sequence[PressureResult]) -> list[str]:
-    body = [[r.name, f.name, f.detail, CATALOGUE[f.name].what_to_do] for r in results for f in r.flags]
+    body = [
+        [markdown(r.name), f.name, markdown(f.detail), CATALOGUE[f.name].what_to_do] for r in results for f in r.flags
+    ]
     return table(["row", "flag", "seen", "what to do"], body) if body else ["No flag was raised."]
 
 
 def _configuration(run: TrainingRun) -> list[str]:
     settings = {**run.config, **{k: v for k, v in run.description.items() if k != "calibration"}}
-    return table(["setting", "value"], [[k, str(v)[:200]] for k, v in settings.items()])
+    return table(["setting", "value"], [[markdown(k), markdown(str(v)[:200])] for k, v in settings.items()])
 
 
 def _per_point(result: PressureResult) -> str:

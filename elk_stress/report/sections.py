@@ -9,6 +9,7 @@ from typing import Any
 from elk_stress.bits import GUARANTEES, Bits
 from elk_stress.comparison import Comparison
 from elk_stress.flags import CATALOGUE, Flag
+from elk_stress.printable import code, markdown
 from elk_stress.report import words
 from elk_stress.result import AttackResult, StressResult, ThreatResult
 
@@ -45,7 +46,7 @@ def main_table(results: Sequence[StressResult]) -> list[str]:
     for row in words.rows(results):
         seen, audit = row.result.detection, row.result.audit
         own = (
-            [f"`{row.result.probe}`", f"{seen.auroc:.2f}", f"{seen.recall:.2f}", audit.verdict if audit else "-"]
+            [code(row.result.probe), f"{seen.auroc:.2f}", f"{seen.recall:.2f}", audit.verdict if audit else "-"]
             if row.first
             else [""] * 4
         )
@@ -81,7 +82,7 @@ def detection(results: Sequence[StressResult]) -> list[str]:
     for result in results:
         d = result.detection
         body.append([
-            f"`{result.probe}`",
+            code(result.probe),
             f"{d.auroc:.3f} {words.interval(d.auroc_interval, digits=3)}",
             f"{d.recall:.2f} {words.interval(d.recall_interval, digits=2)}",
             f"{d.fpr:.3f}",
@@ -100,11 +101,14 @@ def controls(measured: Mapping[str, Mapping[str, Bits] | str]) -> list[str]:
         return ["None apply to this testbed."]
     threats = list(dict.fromkeys(t for row in measured.values() if not isinstance(row, str) for t in row))
     body = [
-        [f"`{name}`", *([row] + [""] * (len(threats) - 1) if isinstance(row, str) else _bits_of(row, threats))]
+        [
+            code(name),
+            *([markdown(row)] + [""] * (len(threats) - 1) if isinstance(row, str) else _bits_of(row, threats)),
+        ]
         for name, row in measured.items()
     ]
     return [
-        *table(["control", *(f"`{t}`" for t in threats)], body),
+        *table(["control", *(code(t) for t in threats)], body),
         "",
         "`rock` is a constant, `random_direction` knows nothing; `oracle` reads what behaviour depends on and must "
         "survive, `paper` is a planted incidental probe and must break cheaply (where the testbed knows them).",
@@ -120,15 +124,15 @@ def audit(results: Sequence[StressResult]) -> list[str]:
     for result in results:
         audit = result.audit
         if audit is None:
-            body.append([f"`{result.probe}`", "not run", "", "", ""])
+            body.append([code(result.probe), "not run", "", "", ""])
             continue
         notes[f"*{audit.verdict}*: {words.VERDICTS.get(audit.verdict, '')}."] = None
         clean = f"{audit.clean.gain:+.3f}"
         for i, s in enumerate(audit.stages):
-            stage = f"{s.stage} ({audit.strongest})" if s.stage == "strongest" else s.stage
+            stage = f"{s.stage} ({markdown(audit.strongest)})" if s.stage == "strongest" else s.stage
             cells = [stage, f"{s.log_loss:.3f}", f"{s.gain:+.3f} {words.interval((s.low, s.high), digits=3)}"]
             body.append(
-                [f"`{result.probe}` (clean {clean})" if i == 0 else "", *cells, audit.verdict if i == 0 else ""]
+                [f"{code(result.probe)} (clean {clean})" if i == 0 else "", *cells, audit.verdict if i == 0 else ""]
             )
     return [
         "Log-loss in nats per item on attacked test items, and its gain over a constant. The verdict is the first "
@@ -150,7 +154,7 @@ def incidental(results: Sequence[StressResult]) -> list[str]:
         given = "-" if kept is None or kept.b_given_kept is None else words.bits_text(kept.b_given_kept)
         body.append(
             [
-                f"`{result.probe}`",
+                code(result.probe),
                 f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]",
                 f"{share.rank} of {share.dim}",
                 "-" if free is None else words.bits_text(free.headline),
@@ -201,14 +205,14 @@ def attacks(results: Sequence[StressResult]) -> list[str]:
     for result in results:
         body = [_attack_row(t, a) for t in result.threats.values() for a in t.attacks]
         if body:
-            lines += ["", f"### `{result.probe}`", "", *table(head, body)]
+            lines += ["", f"### {code(result.probe)}", "", *table(head, body)]
     return lines
 
 
 def _attack_row(threat: ThreatResult, a: AttackResult) -> list[str]:
-    name = [f"`{threat.threat.name}`", a.attack, a.access]
+    name = [code(threat.threat.name), markdown(a.attack), markdown(a.access)]
     if a.status != "ok":
-        return [*name, f"not run: {a.status}", *[""] * 11]
+        return [*name, f"not run: {markdown(a.status)}", *[""] * 11]
     share = f"{a.success:.0%} [{a.success_interval[0]:.0%}, {a.success_interval[1]:.0%}]"
     if threat.threat.scope == "universal":
         share = "broke it" if a.success >= 0.5 else "held"
@@ -236,19 +240,18 @@ def _attack_row(threat: ThreatResult, a: AttackResult) -> list[str]:
 def tails(results: Sequence[StressResult]) -> list[str]:
     """Fitted tails by direction group; the same for every probe but along its own direction."""
     seen: dict[tuple[str, ...], list[str]] = {}
-    best = dict.fromkeys(str(r.tails["best_elliptical"]) for r in results if "best_elliptical" in r.tails)
+    best = dict.fromkeys(markdown(r.tails["best_elliptical"]) for r in results if "best_elliptical" in r.tails)
     for result in results:
         groups = result.tails.get("groups", {})
         for group, fit in groups.items():
-            figures = (str(fit.get("winner", "-")), *(_figure_of(fit.get(key)) for key in _TAIL_FIGURES))
-            seen.setdefault((group, *figures), []).append(result.probe)
+            figures = (markdown(fit.get("winner", "-")), *(_figure_of(fit.get(key)) for key in _TAIL_FIGURES))
+            seen.setdefault((markdown(group), *figures), []).append(result.probe)
     if not seen:
-        notes = dict.fromkeys(str(r.tails["note"]) for r in results if "note" in r.tails)
+        notes = dict.fromkeys(markdown(r.tails["note"]) for r in results if "note" in r.tails)
         return [f"No tail was fitted{': ' + '; '.join(notes) if notes else ''}."]
     everyone = len(results)
     body = [
-        ["all" if len(probes) == everyone else ", ".join(f"`{p}`" for p in probes), *row]
-        for row, probes in seen.items()
+        ["all" if len(probes) == everyone else ", ".join(code(p) for p in probes), *row] for row, probes in seen.items()
     ]
     return [
         "Fitted by likelihood along groups of directions. `best` in a threat's name is the heavy tail that fits best "
@@ -277,7 +280,7 @@ def sensitivity(results: Sequence[StressResult]) -> list[str]:
             kept = "-" if t.b_kept is None else words.bits_text(t.b_kept)
             given = "-" if t.b_given_kept is None else words.bits_text(t.b_given_kept)
             if any(cell != "-" for cell in (*cells, extra, kept, given)):
-                body.append([f"`{result.probe}`", f"`{name}`", *cells, kept, given, extra])
+                body.append([code(result.probe), code(name), *cells, kept, given, extra])
     head = [
         "probe",
         "threat",
@@ -325,7 +328,7 @@ def best_of_n(results: Sequence[StressResult]) -> list[str]:
                 seen = f"{o.value[i]:.0%} [{o.low[i]:.0%}, {o.high[i]:.0%}]"
                 p = f"{max(curves.p_values.values()):.2f}" if curves.p_values else "-"
                 kind = "kept" if curves.kept else "free"
-                body.append([f"`{result.probe}`", kind, f"{n:.0f}", "; ".join(predicted), seen, p])
+                body.append([code(result.probe), kind, f"{n:.0f}", "; ".join(predicted), seen, p])
     if not body:
         return ["Not observed: it takes a testbed with real contexts."]
     lines = [
@@ -335,7 +338,7 @@ def best_of_n(results: Sequence[StressResult]) -> list[str]:
         "",
     ]
     tails = [
-        f"`{result.probe}` {curves.left_tail.a:.2f} [{curves.left_tail.interval[0]:.2f}, "
+        f"{code(result.probe)} {curves.left_tail.a:.2f} [{curves.left_tail.interval[0]:.2f}, "
         f"{curves.left_tail.interval[1]:.2f}]"
         for result in results
         for curves in result.best_of_n
@@ -350,14 +353,14 @@ def comparisons(rows: Sequence[Comparison]) -> list[str]:
         return ["None: fewer than two probes share a threat."]
     body = [
         [
-            f"`{row.a}`",
-            f"`{row.b}`",
-            f"`{row.threat}`",
+            code(row.a),
+            code(row.b),
+            code(row.threat),
             f"{row.headline:+.1f} {words.interval(row.headline_interval)}",
             f"{row.kept:+.1f} {words.interval(row.kept_interval)}",
             probability(row.p),
             probability(row.holm),
-            f"`{row.better}`" if row.better else "undecided",
+            code(row.better) if row.better else "undecided",
         ]
         for row in rows
     ]
@@ -383,7 +386,7 @@ def flags(results: Sequence[StressResult]) -> list[str]:
             f"**{name}** ({words.FLAG_CODES.get(name, '')}, {colour}). Raised if {entry.raised_if}. "
             f"What to do: {entry.what_to_do}.",
             "",
-            *(f"- {where}{f': {f.detail}' if f.detail else ''}" for where, f in raised[name]),
+            *(f"- {markdown(where)}{f': {markdown(f.detail)}' if f.detail else ''}" for where, f in raised[name]),
             "",
         ]
     return lines[:-1]

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from elk_stress.bits import Kind
 from elk_stress.flags import CATALOGUE, Flag
+from elk_stress.printable import printable
 from elk_stress.report import words
 from elk_stress.result import AttackResult, StressResult, ThreatResult
 
@@ -42,7 +43,7 @@ def show(
                 console.print(table)
         console.print(flag_legend(f for result in results for _, f in result.all_flags))
     for reason, names in (skipped or {}).items():
-        console.print(Text(f"not run, since {reason}: {', '.join(names)}"))
+        console.print(Text(printable(f"not run, since {reason}: {', '.join(names)}")))
 
 
 def probe_table(results: Sequence[StressResult], *, width: int = 120) -> RenderableType:
@@ -50,7 +51,8 @@ def probe_table(results: Sequence[StressResult], *, width: int = 120) -> Rendera
     threats = words.columns(results)
     first = results[0]
     compact = width < _WIDE
-    title = Text(f"Bits of optimization that each probe survives: {first.testbed} at {first.site}", style="bold")
+    said = f"Bits of optimization that each probe survives: {first.testbed} at {first.site}"
+    title = Text(printable(said), style="bold")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if compact else 1, 0, 0), pad_edge=False)
     table.add_column("probe\n audit", no_wrap=True)
     table.add_column("clean\nAUROC", justify="right", no_wrap=True)
@@ -81,7 +83,11 @@ def attack_table(result: StressResult) -> RenderableType | None:
     if not tried:
         return None
     labels = [label for label in ("free", "kept") if any(t.threat.kept == (label == "kept") for t in tried)]
-    parts: list[RenderableType] = [Text(""), Text(f"Attacks on {result.probe}", style="bold"), _attack_header(labels)]
+    parts: list[RenderableType] = [
+        Text(""),
+        Text(printable(f"Attacks on {result.probe}"), style="bold"),
+        _attack_header(labels),
+    ]
     for free in words.columns([replace(result, threats={t.threat.name: t for t in tried})]):
         pair = dict(zip(("free", "kept"), words.free_and_kept(result, free), strict=True))
         chosen = [pair[label] for label in labels]
@@ -90,7 +96,7 @@ def attack_table(result: StressResult) -> RenderableType | None:
         parts.append(Text(f" {', '.join(words.heading(free))}. {quantity}: {named}", style="italic"))
         table = _attack_columns(labels, header=False)
         for name in dict.fromkeys(row.attack for t in chosen if t for row in t.attacks if row.status == "ok"):
-            table.add_row(f"  {name}", *_attack_cells([_find(t, name) for t in chosen], free.scope))
+            table.add_row(Text(f"  {printable(name)}"), *_attack_cells([_find(t, name) for t in chosen], free.scope))
         parts.append(table)
     return Group(*parts)
 
@@ -113,10 +119,10 @@ def flag_legend(flags: Iterable[Flag]) -> RenderableType:
 
 def _name(row: words.Row) -> Text:
     audit = row.result.audit
-    verdict = Text(f"  {audit.verdict}" if audit is not None else "", style="italic")
+    verdict = Text(printable(f"  {audit.verdict}") if audit is not None else "", style="italic")
     if not row.first:
         return verdict if row.second else Text("")
-    name = Text(row.result.probe, style="bold")
+    name = Text(printable(row.result.probe), style="bold")
     # a probe with one row only has its verdict below its name in the same cell
     return Text("\n").join([name, verdict]) if row.last else name
 
@@ -180,7 +186,7 @@ def _width(measure: str, labels: Sequence[str]) -> int:
     return (6 if measure == _MEASURES[-1] else 5) if len(labels) > 1 else len(measure)
 
 
-def _attack_cells(pair: Sequence[AttackResult | None], scope: str) -> list[str]:
+def _attack_cells(pair: Sequence[AttackResult | None], scope: str) -> list[str | Text]:
     ran = [row if row is not None and row.status == "ok" else None for row in pair]
 
     def success(row: AttackResult) -> str:
@@ -197,7 +203,7 @@ def _attack_cells(pair: Sequence[AttackResult | None], scope: str) -> list[str]:
     )
     cells = ["-" if row is None else measure(row) for measure in measures for row in ran]
     return [
-        next(row.access for row in ran if row is not None),
+        Text(printable(next(row.access for row in ran if row is not None))),
         *cells,
         " ".join(words.codes(f for row in pair if row is not None for f in row.flags)),
     ]
