@@ -25,58 +25,197 @@ def tokenizer(encoder: bool = False) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def causal(kind: str = "llama", seed: int = 0) -> Any:
+_SHAPE = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+_GROUPED = {**_SHAPE, "num_key_value_heads": 2}
+# weights of state-space models, small enough for a word's trace to fade over a text
+_SCAN = {"hidden_size": 24, "num_hidden_layers": 4, "state_size": 8, "initializer_range": 0.3}
+_LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _GROUPED),
+    "mistral, window 4": ("mistral", {**_GROUPED, "head_dim": 6, "sliding_window": 4}),
+    "qwen2": ("qwen2", _GROUPED),
+    "qwen3": ("qwen3", {**_GROUPED, "head_dim": 8}),
+    "phi": ("phi", {**_GROUPED, "num_attention_heads": 3, "num_key_value_heads": 3}),
+    "phi3": ("phi3", {**_GROUPED, "pad_token_id": 0}),
+    # its logits are capped by a tanh, so its head is not linear
+    "gemma2": ("gemma2", {**_GROUPED, "head_dim": 8, "final_logit_softcapping": 2.0, "sliding_window": 64}),
+    "gemma3 (text), window 4": ("gemma3_text", {**_GROUPED, "head_dim": 8, "sliding_window": 4}),
+    "gpt2": ("gpt2", {"n_embd": 24, "n_layer": 4, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}),
+    "gpt_neo": (
+        "gpt_neo",
+        {**_SHAPE, "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 4},
+    ),
+    "gptj": (
+        "gptj",
+        {"n_embd": 24, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 6, "initializer_range": 0.3},
+    ),
+    "gpt_neox": ("gpt_neox", _SHAPE),
+    "opt": ("opt", {**_SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 24, "init_std": 0.3}),
+    "bloom (ALiBi)": ("bloom", {"hidden_size": 24, "n_layer": 4, "n_head": 4, "initializer_range": 0.3}),
+    "falcon (ALiBi)": ("falcon", {**_SHAPE, "alibi": True}),
+    "falcon (rotary)": ("falcon", {**_SHAPE, "alibi": False}),
+    "mpt (ALiBi)": ("mpt", {"d_model": 24, "n_layers": 4, "n_heads": 4, "max_seq_len": 64, "initializer_range": 0.3}),
+    "cohere": ("cohere", _GROUPED),
+    "olmo2": ("olmo2", _GROUPED),
+    "stablelm": ("stablelm", _GROUPED),
+    "starcoder2": ("starcoder2", _GROUPED),
+    "granite": ("granite", {**_GROUPED, "logits_scaling": 4.0}),
+    "mixtral": ("mixtral", {**_GROUPED, "num_local_experts": 4}),
+    "mamba": ("mamba", _SCAN),
+    "mamba2": ("mamba2", {**_SCAN, "num_heads": 6, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 8}),
+    "falcon_mamba": ("falcon_mamba", _SCAN),
+    "bamba (hybrid)": (
+        "bamba",
+        {
+            **_GROUPED,
+            "attn_layer_indices": [1, 3],
+            "mamba_n_heads": 6,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 8,
+        },
+    ),
+    "jamba (hybrid)": (
+        "jamba",
+        {
+            **_GROUPED,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "qwen3_next (hybrid)": (
+        "qwen3_next",
+        {
+            **_GROUPED,
+            **_LINEAR,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "recurrent_gemma (hybrid)": ("recurrent_gemma", {**_GROUPED, "lru_width": 24, "attention_window_size": 64}),
+    "gemma3n (text)": (
+        "gemma3n_text",
+        {
+            **_GROUPED,
+            "head_dim": 8,
+            "vocab_size_per_layer_input": 40,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 1,
+            "laurel_rank": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "activation_sparsity_pattern": None,
+            "sliding_window": 8,
+        },
+    ),
+    "xlnet": ("xlnet", {"d_model": 24, "n_layer": 4, "n_head": 4, "d_inner": 48, "initializer_range": 0.3}),
+    "bert as decoder": ("bert", {**_SHAPE, "is_decoder": True}),
+}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", _SHAPE),
+    "roberta": ("roberta", {**_SHAPE, "pad_token_id": 1}),
+    "xlm-roberta": ("xlm-roberta", {**_SHAPE, "pad_token_id": 1}),
+    "camembert": ("camembert", {**_SHAPE, "pad_token_id": 1}),
+    "electra": ("electra", {**_SHAPE, "embedding_size": 16}),
+    "mpnet": ("mpnet", {**_SHAPE, "pad_token_id": 1}),
+    "esm": ("esm", {**_SHAPE, "pad_token_id": 0, "position_embedding_type": "rotary"}),
+    "deberta-v2": (
+        "deberta-v2",
+        {**_SHAPE, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]},
+    ),
+    "distilbert": (
+        "distilbert",
+        {
+            "dim": 24,
+            "hidden_dim": 48,
+            "n_layers": 4,
+            "n_heads": 4,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.3,
+        },
+    ),
+    "convbert": ("convbert", {**_SHAPE, "embedding_size": 24, "conv_kernel_size": 3}),
+    "longformer": ("longformer", {**_SHAPE, "attention_window": 8, "pad_token_id": 1}),
+    "modernbert": (
+        "modernbert",
+        {
+            **_SHAPE,
+            "local_attention": 4,
+            "pad_token_id": 0,
+            "cls_token_id": 2,
+            "sep_token_id": 3,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "initializer_cutoff_factor": 2.0,
+        },
+    ),
+    "fnet": ("fnet", {**_SHAPE, "pad_token_id": 0}),
+    "albert": ("albert", {**_SHAPE, "embedding_size": 16}),
+    "t5 encoder": (
+        "t5",
+        {"d_model": 24, "d_kv": 6, "d_ff": 48, "num_layers": 4, "num_heads": 4, "initializer_factor": 1.0},
+    ),
+    "bart encoder": (
+        "bart",
+        {
+            "d_model": 24,
+            "encoder_layers": 4,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 64,
+            "init_std": 0.3,
+        },
+    ),
+}
+
+
+def config(family: str, **more: Any) -> Any:
+    import pytest
+    import transformers
+
+    kind, options = {**DECODERS, **ENCODERS}[family]
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers ({transformers.__version__}) has no {kind}")
+    return transformers.AutoConfig.for_model(kind, **{"vocab_size": len(WORDS) + 4, **options, **more})
+
+
+def built(family: str, seed: int = 0, **more: Any) -> Any:
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    vocabulary = len(WORDS) + 4
-    if kind == "llama":
-        config = transformers.LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-        )
-        return transformers.LlamaForCausalLM(config).eval()
-    if kind == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=vocabulary, n_embd=24, n_layer=4, n_head=4, n_positions=64, initializer_range=0.3
-        )
-        return transformers.GPT2LMHeadModel(config).eval()
-    # its logits are capped by a tanh, so its head is not linear
-    config = transformers.Gemma2Config(
-        vocab_size=vocabulary,
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        final_logit_softcapping=2.0,
-        sliding_window=64,
-    )
-    return transformers.Gemma2ForCausalLM(config).eval()
+    factory = transformers.AutoModelForCausalLM if family in DECODERS else transformers.AutoModel
+    model = factory.from_config(config(family, **more))
+    for name, parameter in model.named_parameters():
+        if "position" in name or "wpe" in name:
+            parameter.data.normal_(0, 0.5)
+    return model.eval()
+
+
+def causal(kind: str = "llama", seed: int = 0) -> Any:
+    return built(kind, seed)
 
 
 def bert(seed: int = 0) -> Any:
-    import torch
-    import transformers
-
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS) + 4,
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    return transformers.BertModel(config).eval()
+    return built("bert", seed, num_hidden_layers=3)

@@ -167,7 +167,7 @@ class AdaptedModel:
         """The same of token ids, ``(n, dim)`` float32, differentiable in the adapters; ends at the site."""
         import torch
 
-        ids, mask = self.reader.pad(rows, "right")
+        ids, mask = self.reader.pad(rows)
         captured: list[Any] = []
 
         def stop(module: Any, args: Any, output: Any) -> None:
@@ -177,15 +177,15 @@ class AdaptedModel:
         handle = self.reader.blocks[self.depth].register_forward_hook(stop)
         try:
             with suppress(_Reached):
-                self.reader.base(ids, mask, _positions(mask), None)
+                self.reader.base(ids, mask, None)
         finally:
             handle.remove()
         return captured[0][torch.arange(len(rows), device=ids.device), mask.sum(1) - 1].float()
 
     def last_hidden(self, rows: Sequence[Sequence[int]]) -> Any:
         """What enters the head, ``(tokens of all rows together, dim)``: rows one after another, no padding."""
-        ids, mask = self.reader.pad(rows, "right")
-        return self.reader.base(ids, mask, _positions(mask), None).last_hidden_state[mask.bool()]
+        ids, mask = self.reader.pad(rows)
+        return self.reader.base(ids, mask, None).last_hidden_state[mask.bool()]
 
     def log_p(self, hidden: Any) -> Any:
         """Next-token log-probabilities ``(tokens, vocabulary)`` float32."""
@@ -269,10 +269,6 @@ def _check_linear(blocks: Any, matrices: Sequence[str]) -> None:
             f"no linear layer of the blocks is called {', '.join(sorted(set(matrices) - linear)) or '(none given)'}; "
             f"they have {', '.join(sorted(linear)) or 'none'}: pass some of these as matrices"
         )
-
-
-def _positions(mask: Any) -> Any:
-    return mask.cumsum(1).sub(1).clamp(min=0)
 
 
 def _join(tensors: Iterator[Any]) -> np.ndarray:

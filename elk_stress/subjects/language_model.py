@@ -1,8 +1,16 @@
 """Any Hugging Face causal or encoder model as a subject: its activations, read at named sites.
 
 Sites: ``embeddings`` (what enters the first block) and ``layers.N`` (the residual stream after block N, N from 0; the
-final norm is not applied). The activation of a text is the one at its last real token, found by the attention mask, so
-padding on either side gives the same.
+final norm is not applied). The activation of a text is the one at its last real token.
+
+Nobody but the model counts positions: families offset them, reset them or have none. Shorter texts of a batch are
+padded on the right, behind which no position changes; where even that changes something (a convolution or a Fourier
+transform over all tokens), only texts of one length share a batch.
+
+What an architecture can do is not known by its name but tried, on a few tokens, as soon as the model is there
+(:meth:`LanguageModel.examine`): whether blocks hand on one stream that hooks can see, whether padding changes nothing,
+whether keys and values of a common beginning can be shared, and whether later tokens leave earlier ones alone. What
+cannot be read right is refused then; what cannot be shared is read by plain forward passes.
 
 What makes reading fast, in order of gain:
 
@@ -55,8 +63,16 @@ class LanguageModel:
     Attributes:
         dim: width of the residual stream.
         sites: names of all sites, in order.
-        causal: whether it is a causal model (only those can be moved).
+        causal: whether no token sees later ones (only such models can be moved).
+        silent: why there is no next-token distribution whose shift could be measured; empty where there is one.
+        padded: whether shorter texts of a batch may be padded.
+        shared: whether keys and values of a common beginning are computed once.
+        ways: how moves and prefixes go through the model, found when first needed (``cached`` or ``whole`` passes).
         facts: where the model came from, for ``result.json``.
+
+    Raises:
+        TypeError: an architecture that cannot be read right; names it, the cause and the way out.
+        ModelUnavailable: the folder is not loaded (:mod:`elk_stress.subjects.loading`).
     """
 
     def __init__(
@@ -78,14 +94,14 @@ class LanguageModel:
 
         configure_threads(threads)
         config = load_config(resolved.model_id, resolved.path)
-        architecture = (getattr(config, "architectures", None) or [""])[0]
-        causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
-        factory = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        causal = is_decoder(config)
         with _quiet(transformers):
             # `torch_dtype` was renamed to `dtype`; `.to` means the same in every version
-            model = load_model(resolved.model_id, resolved.path, factory).to(_dtype(torch, dtype))
+            model = load_model(resolved.model_id, resolved.path, _factory(config, causal))
             tokenizer = load_tokenizer(resolved.model_id, resolved.path)
-        self._adopt(model, tokenizer, resolved.fingerprint, dtype, device, causal, cache)
+        if config.is_encoder_decoder:
+            model = model.get_encoder()
+        self._adopt(model.to(_dtype(torch, dtype)), tokenizer, resolved.fingerprint, dtype, device, causal, cache)
         self.facts: Mapping[str, Any] = {
             # first, so that what a folder says of itself replaces nothing
             **resolved.notes,
@@ -95,6 +111,7 @@ class LanguageModel:
             "dtype": dtype,
             "device": device,
             **self._special(),
+            **self.limits(),
         }
 
     @classmethod
@@ -115,7 +132,7 @@ class LanguageModel:
         self = cls.__new__(cls)
         self._adopt(model.to(_dtype(torch, dtype)), tokenizer, fingerprint, dtype, device, causal, cache)
         self.facts = {"model": type(model).__name__, "source": "memory", "fingerprint": fingerprint, "dtype": dtype}
-        self.facts = {**self.facts, **self._special()}
+        self.facts = {**self.facts, **self._special(), **self.limits()}
         return self
 
     def _adopt(
@@ -129,19 +146,148 @@ class LanguageModel:
         cache: ActivationCache | Literal[True] | None,
     ) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
+        self.name = type(model).__name__
         self.onednn = use_onednn(self.model)
         self.tokenizer = tokenizer
         self._surrounding = surrounding(tokenizer)
-        self._most_tokens = _most_tokens(model)
         self.causal = causal
         self.device = device
         self.dtype = dtype
-        self.blocks = _blocks(model)
+        self.trunk = _trunk(model)
+        self.blocks = _blocks(self.trunk, self.name)
         self.dim = int(getattr(_text_config(model), "hidden_size", 0)) or model.get_input_embeddings().weight.shape[1]
         self.sites = ("embeddings", *(f"layers.{i}" for i in range(len(self.blocks))))
-        self._accepts = set(inspect.signature(self.model.base_model.forward).parameters)
+        self._accepts = set(inspect.signature(self.trunk.forward).parameters)
+        self._most_tokens = _most_tokens(self.trunk)
+        self.examine()
+        self.silent = self._why_silent()
+        self.ways: dict[str, Literal["cached", "whole"]] = {}
         self._identity = (fingerprint, dtype, device.split(":")[0], "onednn" if self.onednn else "torch")
         self._cache = ActivationCache(cache_folder() / "activations") if cache is True else cache
+
+    # -- what the architecture can do ---------------------------------------------------------------------------------
+
+    def examine(self) -> None:
+        """Find out by trying, on a few tokens, how this architecture is read right (see the head of this file).
+
+        Raises:
+            TypeError: it cannot be; names the architecture, the cause and the way out.
+        """
+        row = self.sample(min(12, self._most_tokens or 12))
+        short = row[: len(row) // 2 + 1]
+        every = len(self.blocks) - 1
+        self.padded, self.shared = True, False
+        try:
+            self._check_stream(row)
+            long, alone = (self._states([each])[0] for each in (row, short))
+        except (TypeError, ValueError):
+            raise
+        except Exception as error:
+            raise unreadable(self.name, f"its forward pass on text alone fails ({error})") from error
+        cut = len(short)
+        # some encoders fill up to whole windows, so states may be longer than the text
+        long, alone = long[:, : len(row)], alone[:, :cut]
+        self.causal = self.causal and self.agrees(long[:, :cut], alone)
+        self.padded = self.agrees(self._states([row, short])[1][:, :cut], alone)
+        if not self.causal:
+            return
+        shared = cut - 2
+        # whatever an architecture raises here: keys and values are not what (or all that) it keeps
+        with suppress(Exception):
+            past = self._keys_and_values(row[:shared], every)
+            if past is not None:
+                found = self._states([row[shared:], short[shared:]], past)
+                both = (found[0], long[:, shared:]), (found[1][:, :2], alone[:, shared:])
+                self.shared = all(self.agrees(*pair) for pair in both)
+
+    def sample(self, count: int) -> list[int]:
+        """``count`` ordinary token ids, spread over the vocabulary."""
+        config, table = _text_config(self.model), self.model.get_input_embeddings()
+        size = min(len(self.tokenizer), table.weight.shape[0])
+        avoided = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        for told in (config, self.model.config):
+            named = {key: value for key, value in told.to_dict().items() if key.endswith(("token_id", "token_index"))}
+            avoided |= {value for value in named.values() if isinstance(value, int)}
+        spread = [size * i // (8 * count) for i in range(8 * count)]
+        ids = [i for i in dict.fromkeys(spread) if i not in avoided] or [0]
+        return [ids[len(ids) * i // count] for i in range(count)]
+
+    def agrees(self, found: Any, expected: Any) -> bool:
+        """Whether two tensors ``(..., width)`` are equal up to this precision's rounding, row by row."""
+        if found.shape != expected.shape:
+            return False
+        found, expected = found.float(), expected.float()
+        error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-9)
+        # rounding grows with depth; a wrong position, mask or cache changes tenths
+        return bool((error <= {"float32": 1e-3, "float16": 2e-2}.get(self.dtype, 1e-1)).all())
+
+    def _states(self, rows: list[list[int]], past: Any = None) -> list[Any]:
+        """Per row, states of all its tokens ``(blocks, tokens, dim)`` (with padding) in one batch."""
+        import torch
+
+        ids, mask, cache = self._batch(rows, past)
+        captured = self.run_to(len(self.blocks) - 1, self.sites[1:], ids, mask, cache)
+        stacked = torch.stack([captured[site] for site in self.sites[1:]], dim=1)
+        return list(stacked)
+
+    def _check_stream(self, row: list[int]) -> None:
+        """Every block must take what the one before it gives, ``(batch, tokens, dim)``: then hooks see the stream."""
+        import torch
+
+        enters: dict[int, Any] = {}
+        leaves: dict[int, Any] = {}
+
+        def before(depth: int) -> Callable[..., None]:
+            def hook(module: Any, args: Any, kwargs: Any) -> None:
+                enters[depth] = args[0] if args else kwargs.get("hidden_states")
+
+            return hook
+
+        def after(depth: int) -> Callable[..., None]:
+            def hook(module: Any, args: Any, output: Any) -> None:
+                leaves[depth] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = []
+        for depth, block in enumerate(self.blocks):
+            handles.append(block.register_forward_pre_hook(before(depth), with_kwargs=True))
+            handles.append(block.register_forward_hook(after(depth)))
+        ids, mask = self.pad([row])
+        try:
+            with torch.no_grad():
+                self.base(ids, mask, None)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for depth in range(len(self.blocks)):
+            state = leaves.get(depth)
+            if not isinstance(state, torch.Tensor):
+                raise unreadable(self.name, f"block {depth} does not take part in its forward pass on text alone")
+            if state.ndim != 3 or len(state) != 1 or state.shape[1] < len(row) or state.shape[2] != self.dim:
+                raise unreadable(
+                    self.name,
+                    f"the state after block {depth} has shape {tuple(state.shape)}, not (texts, tokens, {self.dim})",
+                )
+            following = enters.get(depth + 1, state)
+            if not (isinstance(following, torch.Tensor) and torch.equal(state, following)):
+                raise unreadable(self.name, f"block {depth + 1} does not take what block {depth} gives")
+
+    def _why_silent(self) -> str:
+        if not self.causal:
+            return f"{self.name} is an encoder: it predicts no next token"
+        return "" if self.model.get_output_embeddings() is not None else f"{self.name} has no output head"
+
+    def limits(self) -> dict[str, str]:
+        """What is slower or absent here, for people to read."""
+        found = {}
+        if self.silent:
+            found["behaviour"] = self.silent
+        if self.causal and not self.shared:
+            found["reading"] = "texts are read whole: keys and values of a common beginning cannot be shared (slower)"
+        if not self.padded:
+            found["padding"] = "only texts of one length share a batch: padding would change what is read (slower)"
+        return found
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -165,7 +311,6 @@ class LanguageModel:
         advance: Callable[[int], None] | None = None,
         tokens: int | None = None,
         share_prefix: bool = True,
-        padding_side: Literal["left", "right"] = "right",
     ) -> dict[str, np.ndarray]:
         """Activations ``(n_texts, dim)`` float32 at the last real token of each text, per site; cached as one block.
 
@@ -177,10 +322,9 @@ class LanguageModel:
             advance: called with the number of texts finished, for progress bars.
             share_prefix: run the common prefix once (causal models only).
             tokens: how many tokens to read, from the last one back; by default the last alone.
-            padding_side: where shorter texts of a batch are padded; the result is the same.
 
         Raises:
-            ValueError: no such site, or a text of fewer tokens than are to be read.
+            ValueError: no such site, or a text of fewer tokens than are to be read or of more than the model takes.
         """
         deepest = max(self.depth(site) for site in sites)
         shape = (len(texts), self.dim) if tokens is None else (len(texts), tokens, self.dim)
@@ -206,13 +350,13 @@ class LanguageModel:
                 "read fewer tokens, or longer texts"
             )
         # what is read must be in every text's own part
-        prefix = min(_common_prefix(rows), len(rows[shortest]) - (tokens or 1)) if share_prefix and self.causal else 0
+        prefix = min(_common_prefix(rows), len(rows[shortest]) - (tokens or 1)) if share_prefix and self.shared else 0
         prefix = prefix if prefix >= _LEAST_PREFIX and len(rows) > 1 else 0
         past = self._keys_and_values(rows[0][:prefix], deepest) if prefix else None
-        # where nothing can be kept, the beginning is read with every text
+        # nothing is kept before the first block
         tails = rows if past is None else [row[prefix:] for row in rows]
-        for batch in _batches([len(tail) for tail in tails]):
-            captured = self._read_batch([tails[i] for i in batch], wanted, deepest, past, padding_side, tokens)
+        for batch in batches([len(tail) for tail in tails], alike=not self.padded):
+            captured = self._read_batch([tails[i] for i in batch], wanted, deepest, past, tokens)
             for site in wanted:
                 out[site][batch] = captured[site]
             if advance is not None:
@@ -258,64 +402,69 @@ class LanguageModel:
         sites: Sequence[str],
         deepest: int,
         past: Any,
-        padding_side: str,
         tokens: int | None,
     ) -> dict[str, np.ndarray]:
         import torch
 
-        ids, mask = self.pad(rows, padding_side)
-        # argmax of a running count: the last position whose mask is 1, whatever the padding side
-        last = mask.cumsum(1).argmax(1)
-        position = mask.cumsum(1).sub(1).clamp(min=0)
-        cache = None
-        if past is not None:
-            shared = past[0][0].shape[2]
-            mask = torch.cat([mask.new_ones(len(rows), shared), mask], dim=1)
-            position = position + shared
-            cache = self.make_cache({i: (k, v) for i, (k, v) in enumerate(past)}, len(rows))
-        captured = self.run_to(deepest, sites, ids, mask, position, cache)
+        ids, mask, cache = self._batch(rows, past)
+        try:
+            captured = self.run_to(deepest, sites, ids, mask, cache)
+        except IndexError as error:
+            raise ValueError(
+                f"{self.name} fails on a text of {mask.shape[1]} tokens ({error}); it may take fewer: shorten the texts"
+            ) from error
         index = torch.arange(len(rows), device=ids.device)
+        last = torch.as_tensor([len(row) - 1 for row in rows], device=ids.device)
         if tokens is not None:
             index, last = index[:, None], last[:, None] + torch.arange(1 - tokens, 1, device=ids.device)
         return {site: hidden[index, last].float().cpu().numpy() for site, hidden in captured.items()}
 
-    def run_to(
-        self, deepest: int, sites: Sequence[str], ids: Any, mask: Any, position: Any, cache: Any
-    ) -> dict[str, Any]:
+    def _batch(self, rows: Sequence[Sequence[int]], past: Any) -> tuple[Any, Any, Any]:
+        """Ids, mask and cache of rows behind the keys and values ``past``, if any."""
+        import torch
+
+        ids, mask = self.pad(rows)
+        if past is None:
+            return ids, mask, None
+        mask = torch.cat([mask.new_ones(len(rows), past[0][0].shape[2]), mask], dim=1)
+        return ids, mask, self.make_cache({i: (k, v) for i, (k, v) in enumerate(past)}, len(rows))
+
+    def run_to(self, deepest: int, sites: Sequence[str], ids: Any, mask: Any, cache: Any) -> dict[str, Any]:
         """Hidden states ``(batch, tokens, dim)`` at ``sites``; the pass ends after block ``deepest``."""
         import torch
 
         captured: dict[str, Any] = {}
         with torch.no_grad(), self._listening(sites, captured, stop_after=deepest), suppress(_Finished):
-            self.base(ids, mask, position, cache)
+            self.base(ids, mask, cache)
         return captured
 
-    def base(self, ids: Any, mask: Any, position: Any, cache: Any) -> Any:
-        """The model without its head: last hidden states. Arguments that the architecture lacks are left out."""
-        options: dict[str, Any] = {"attention_mask": mask, "return_dict": True}
-        if "position_ids" in self._accepts:
-            options["position_ids"] = position
-        if cache is not None:
-            options.update(self.keeping(cache))
-        elif "use_cache" in self._accepts:
-            options["use_cache"] = False
-        return self.model.base_model(ids, **options)
+    def base(self, ids: Any, mask: Any, cache: Any) -> Any:
+        """The language model without its head: last hidden states. Positions are counted by the model itself.
+
+        Arguments that the architecture lacks are left out.
+        """
+        return self.trunk(ids, **self.options(mask, cache))
+
+    def options(self, mask: Any, cache: Any) -> dict[str, Any]:
+        """Keyword arguments of a pass: those of these that the architecture has."""
+        options: dict[str, Any] = {"attention_mask": mask, "return_dict": True, "use_cache": False}
+        options = {name: value for name, value in options.items() if name in {*self._accepts, "return_dict"}}
+        return options if cache is None else {**options, **self.keeping(cache)}
 
     def keeping(self, cache: Any) -> dict[str, Any]:
         """Arguments that hand a cache to the model, by the name that its signature has (``past_key_values`` of old)."""
         return {"cache" if "cache" in self._accepts else "past_key_values": cache, "use_cache": True}
 
-    def pad(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Any, Any]:
-        """Token ids and attention mask ``(batch, tokens)`` on the model's device."""
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+        """Token ids and attention mask ``(batch, tokens)`` on the model's device, padded on the right."""
         import torch
 
         width = max(len(row) for row in rows)
         ids = torch.full((len(rows), width), self._filler(), dtype=torch.long)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
         for i, row in enumerate(rows):
-            where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-            ids[i, where] = torch.as_tensor(row, dtype=torch.long)
-            mask[i, where] = 1
+            ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+            mask[i, : len(row)] = 1
         return ids.to(self.device), mask.to(self.device)
 
     def make_cache(self, pairs: Mapping[int, tuple[Any, Any]], batch: int) -> Any:
@@ -327,6 +476,19 @@ class LanguageModel:
             cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), block)
         return cache
 
+    @contextmanager
+    def logits_at(self, positions: Any) -> Iterator[None]:
+        """The head sees ``positions (batch, count)`` only, for its logits are what costs memory."""
+
+        def select(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0].gather(1, positions[..., None].expand(-1, -1, args[0].shape[-1])),)
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def _filler(self) -> int:
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if token is not None:
@@ -334,18 +496,14 @@ class LanguageModel:
         return 0
 
     def _keys_and_values(self, prefix: Sequence[int], deepest: int) -> list[tuple[Any, Any]] | None:
-        """Keys and values of the blocks up to ``deepest``, or ``None`` where the architecture keeps none."""
+        """Keys and values of the blocks up to ``deepest``; nothing is kept before the first."""
         if deepest < 0:
             return None
-        import torch
         from transformers import DynamicCache
 
-        ids, mask = self.pad([prefix], "right")
+        ids, mask = self.pad([prefix])
         cache = DynamicCache()
-        try:
-            self.run_to(deepest, [], ids, mask, torch.arange(len(prefix), device=ids.device)[None], cache)
-        except TypeError:
-            return None
+        self.run_to(deepest, [], ids, mask, cache)
         return key_value_pairs(cache)[: deepest + 1] or None
 
     @contextmanager
@@ -390,21 +548,81 @@ def key_value_pairs(cache: Any) -> list[tuple[Any, Any]]:
     return list(zip(cache.key_cache, cache.value_cache, strict=True))
 
 
-def _blocks(model: Any) -> Any:
+def unreadable(name: str, cause: str) -> TypeError:
+    """The refusal of an architecture, with the way out."""
+    return TypeError(
+        f"{name} cannot be read right: {cause}; read its activations elsewhere and give them as arrays (--activations)"
+    )
+
+
+def is_decoder(config: Any) -> bool:
+    """Whether a checkpoint's text configuration is that of a causal language model.
+
+    A family that can be either (BERT and its like) is what its ``is_decoder`` says; of a model with an encoder and a
+    decoder the encoder is read.
+    """
+    import transformers
+
+    text = _text_part(config)
+    if config.is_encoder_decoder or text.is_encoder_decoder:
+        return False
+    if type(text) in transformers.AutoModelForMaskedLM._model_mapping:
+        return bool(getattr(text, "is_decoder", False))
+    return any(type(each) in factory._model_mapping for factory in _decoders() for each in (config, text))
+
+
+def _decoders() -> list[Any]:
+    """Factories of models that write text; those that also look at pictures came under several names."""
+    import transformers
+
+    names = (
+        "AutoModelForCausalLM",
+        "AutoModelForImageTextToText",
+        "AutoModelForMultimodalLM",
+        "AutoModelForVision2Seq",
+    )
+    return [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+
+
+def _factory(config: Any, causal: bool) -> Any:
+    """What loads a checkpoint with the head that writes text, if it is causal, or without one."""
+    import transformers
+
+    if not causal:
+        text_encoders = transformers.AutoModelForTextEncoding
+        return text_encoders if type(config) in text_encoders._model_mapping else transformers.AutoModel
+    factories = _decoders()
+    mapped = transformers.AutoModel._model_mapping
+    if type(config) in mapped and mapped[type(config)].__name__ in (config.architectures or ()):
+        # saved without a head
+        return transformers.AutoModel
+    if _text_part(config) is not config:
+        # of a multimodal checkpoint the whole: its weights carry other names than its language part alone
+        factories = [*factories[1:], factories[0]]
+    return next((factory for factory in factories if type(config) in factory._model_mapping), transformers.AutoModel)
+
+
+def _trunk(model: Any) -> Any:
+    """The module that turns token ids into last hidden states: the language part of a multimodal model."""
+    return model.base_model if _text_config(model) is model.config else model.get_decoder()
+
+
+def _blocks(trunk: Any, name: str) -> Any:
     import torch
 
-    count = getattr(_text_config(model), "num_hidden_layers", None)
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    count = getattr(_text_config(trunk), "num_hidden_layers", None)
+    lists = [(path, m) for path, m in trunk.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     if not lists:
-        raise TypeError(
-            f"{type(model).__name__} holds no list of {count} blocks, so its sites cannot be named; "
-            "expected a transformer whose blocks are one torch.nn.ModuleList"
-        )
+        raise unreadable(name, f"it holds no list of {count} blocks, so its sites cannot be named")
     return min(lists, key=lambda pair: pair[0].count("."))[1]
 
 
+def _text_part(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def _text_config(model: Any) -> Any:
-    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return _text_part(model.config)
 
 
 def _most_tokens(model: Any) -> int | None:
@@ -441,11 +659,15 @@ def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return shared
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in batches of at most ``_BATCH_TOKENS`` padded tokens, longest first (memory peaks at once)."""
+def batches(lengths: Sequence[int], most: int | None = None, *, alike: bool = False) -> Iterator[list[int]]:
+    """Indices in batches of at most ``_BATCH_TOKENS`` padded tokens and ``most`` rows, longest first.
+
+    Memory peaks at once. With ``alike`` no batch mixes lengths, so that nothing is padded.
+    """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > _BATCH_TOKENS:
+        full = batch and ((len(batch) + 1) * lengths[batch[0]] > _BATCH_TOKENS or len(batch) == most)
+        if full or (batch and alike and lengths[i] != lengths[batch[0]]):
             yield batch
             batch = []
         batch.append(i)

@@ -10,6 +10,11 @@ teacher-forced on that continuation. What can be kept is kept: tokens before the
 their keys and values are cached; the continuation tokens' states *at* the site do not either (they attend to the moved
 token only in later blocks). So a move costs ``T`` tokens through the later blocks and the head, nothing else.
 
+That takes an architecture whose memory is keys and values, each block's own. Whether it is one is tried on a few
+tokens (:func:`way_to_move`): where the quick way does not give what whole forward passes give (state-space models,
+hybrids), or fails, moves go by whole forward passes over ``L + T`` tokens. Batches never mix lengths: nothing is
+padded, and the model counts positions as it always does.
+
 Where the head is linear (logits ``W h``), with ``d = W (h(m) - h(0))`` a change of the logits,
 
 .. math:: KL = \log \sum_v p_v e^{d_v} - \sum_v p_v d_v
@@ -28,16 +33,16 @@ backward pass give one row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from elk_stress.subjects.fast_linear import product
-from elk_stress.subjects.language_model import LanguageModel, key_value_pairs
+from elk_stress.subjects.language_model import LanguageModel, batches, key_value_pairs, unreadable
 
-__all__ = ["CONTINUATION", "MovedModel"]
+__all__ = ["CONTINUATION", "MovedModel", "way_to_move"]
 
 # tokens of the fixed continuation; behaviour is read at one position more
 CONTINUATION = 8
@@ -53,16 +58,18 @@ _ITEMS = 16
 class _Host:
     """One item, ready to be moved.
 
-    ``past``: keys and values ``(heads, tokens, width)`` before the last token, for the blocks after the site.
-    ``ids (T,)``: the last token and the continuation. ``states (T - 1, d)``: the continuation's states at the site.
+    ``row``: its tokens before the last one. ``ids (T,)``: the last token and the continuation. By the quick way also
+    ``past``: keys and values ``(heads, tokens, width)`` of ``row``, for the blocks after the site, and
+    ``states (T - 1, d)``: the continuation's states at the site.
     ``log_p (T, V)``: log-probabilities at the origin. With a linear head: ``final (T, d)``: last hidden states at the
     origin, and ``mean (T, d)``: the expected row of the head under ``p``.
     """
 
-    past: list[tuple[Any, Any]]
+    row: list[int]
     ids: Any
     origin: Any
-    states: Any
+    past: list[tuple[Any, Any]] | None = None
+    states: Any = None
     log_p: Any = None
     final: Any = None
     mean: Any = None
@@ -76,16 +83,30 @@ class MovedModel:
         site: where the activation is replaced.
         texts: the items.
         origins: ``(n, dim)``: what each item's activation is replaced by at move zero.
+        way: ``cached`` or ``whole`` passes; by default what :func:`way_to_move` finds.
+
+    Raises:
+        TypeError: a model without next-token distributions, or one that cannot be moved right.
     """
 
-    def __init__(self, subject: LanguageModel, site: str, texts: Sequence[str], origins: np.ndarray) -> None:
-        if not subject.causal:
-            raise TypeError("behaviour after a move is defined for causal models only; this one has no next token")
+    def __init__(
+        self,
+        subject: LanguageModel,
+        site: str,
+        texts: Sequence[str],
+        origins: np.ndarray,
+        *,
+        way: Literal["cached", "whole"] | None = None,
+    ) -> None:
         if origins.shape != (len(texts), subject.dim):
             raise ValueError(f"expected origins of shape ({len(texts)}, {subject.dim}), got {origins.shape}")
+        self._start(subject, site, subject.tokenize(texts), origins, way or way_to_move(subject))
+
+    def _start(self, subject: LanguageModel, site: str, rows: list[list[int]], origins: np.ndarray, way: str) -> None:
         self.subject = subject
         self.depth = subject.depth(site)
-        self._rows = subject.tokenize(texts)
+        self._whole = way == "whole"
+        self._rows = rows
         self._origins = np.asarray(origins, dtype=np.float32)
         self._hosts: dict[int, _Host] = {}
         self._weight: Any = None
@@ -94,10 +115,8 @@ class MovedModel:
     def prepare(self, items: Sequence[int], advance: Callable[[int], None] | None = None) -> None:
         """Keys, values, continuation and reference of ``items``, where not there yet (they are kept)."""
         missing = [i for i in dict.fromkeys(map(int, items)) if i not in self._hosts]
-        missing.sort(key=lambda i: (len(self._rows[i]), i))
-        for start in range(0, len(missing), _ITEMS):
-            batch = missing[start : start + _ITEMS]
-            self._prepare(batch)
+        for batch in batches([len(self._rows[i]) for i in missing], _ITEMS, alike=True):
+            self._prepare([missing[b] for b in batch])
             if advance is not None:
                 advance(len(batch))
 
@@ -109,10 +128,10 @@ class MovedModel:
         p, n, _ = moves.shape
         flat = [(int(item), moves[i, j]) for i, item in enumerate(items) for j in range(n)]
         out = np.empty(len(flat))
-        # neighbours in length share a batch, so that little padding is computed
-        order = sorted(range(len(flat)), key=lambda i: (len(self._rows[flat[i][0]]), flat[i][0], i))
-        for start in range(0, len(order), _ROWS):
-            chosen = order[start : start + _ROWS]
+        # rows of one item are neighbours
+        order = sorted(range(len(flat)), key=lambda i: (flat[i][0], i))
+        for batch in batches([len(self._rows[flat[i][0]]) for i in order], _ROWS, alike=True):
+            chosen = [order[b] for b in batch]
             hosts = [self._hosts[flat[i][0]] for i in chosen]
             delta = torch.as_tensor(
                 np.stack([flat[i][1] for i in chosen]), dtype=torch.float32, device=self.subject.device
@@ -151,44 +170,54 @@ class MovedModel:
     # -- the model ------------------------------------------------------------------------------------------------
 
     def _prepare(self, batch: Sequence[int]) -> None:
-        """Run the prefixes once, then the origin and its greedy continuation token by token."""
-        import torch
-        from transformers import DynamicCache
+        """Run what comes before the last tokens once, then the origin and its greedy continuation token by token.
 
-        subject = self.subject
+        The items have one length.
+        """
+        import torch
+
         rows = [self._rows[i] for i in batch]
-        if min(map(len, rows)) < 2:
+        if len(rows[0]) < 2:
             raise ValueError("a moved item needs at least two tokens; put a context before it")
         with torch.no_grad():
-            # padded on the left, so that the last tokens of all items are one column
-            ids, mask = subject.pad([row[:-1] for row in rows], "left")
-            cache = DynamicCache()
-            subject.base(ids, mask, mask.cumsum(1).sub(1).clamp(min=0), cache)
-            before = [(k.clone(), v.clone()) for k, v in key_value_pairs(cache)[self.depth + 1 :]]
-            token = torch.as_tensor([[row[-1]] for row in rows], device=subject.device)
-            origins = torch.as_tensor(self._origins[list(batch)], device=subject.device)
-            tokens, states = [token], []
-            position = mask.sum(1, keepdim=True)
-            for step in range(CONTINUATION + 1):
-                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-                replacement = origins[:, None] if step == 0 else None
-                hidden, logits = self._step(tokens[-1], mask, position + step, cache, replacement)
-                if step > 0:
-                    states.append(hidden)
-                if step < CONTINUATION:
-                    tokens.append(logits[:, -1:].argmax(-1))
-            all_ids, all_states = torch.cat(tokens, dim=1), torch.cat(states, dim=1)
-            hosts = []
-            for b, row in enumerate(rows):
-                past = [
-                    (k[b, :, k.shape[2] - len(row) + 1 :].clone(), v[b, :, v.shape[2] - len(row) + 1 :].clone())
-                    for k, v in before
-                ]
-                hosts.append(_Host(past, all_ids[b], origins[b], all_states[b]))
+            origins = torch.as_tensor(self._origins[list(batch)], device=self.subject.device)
+            hosts = (self._hosts_by_whole_passes if self._whole else self._hosts_by_cache)(rows, origins)
             # by the same path as moved outputs, so that rounding is the same
             final, log_p, mean = self._reference(hosts)
         for b, (i, host) in enumerate(zip(batch, hosts, strict=True)):
             self._hosts[i] = replace(host, log_p=log_p[b].clone(), final=final[b].clone(), mean=mean[b].clone())
+
+    def _hosts_by_cache(self, rows: Sequence[list[int]], origins: Any) -> list[_Host]:
+        import torch
+        from transformers import DynamicCache
+
+        subject = self.subject
+        ids, mask = subject.pad([row[:-1] for row in rows])
+        cache = DynamicCache()
+        subject.base(ids, mask, cache)
+        before = [(k.clone(), v.clone()) for k, v in key_value_pairs(cache)[self.depth + 1 :]]
+        tokens, states = [torch.as_tensor([[row[-1]] for row in rows], device=subject.device)], []
+        for step in range(CONTINUATION + 1):
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            hidden, logits = self._step(tokens[-1], mask, cache, origins[:, None] if step == 0 else None)
+            if step > 0:
+                states.append(hidden)
+            if step < CONTINUATION:
+                tokens.append(logits[:, -1:].argmax(-1))
+        all_ids, all_states = torch.cat(tokens, dim=1), torch.cat(states, dim=1)
+        return [
+            _Host(row[:-1], all_ids[b], origins[b], [(k[b], v[b]) for k, v in before], all_states[b])
+            for b, row in enumerate(rows)
+        ]
+
+    def _hosts_by_whole_passes(self, rows: Sequence[list[int]], origins: Any) -> list[_Host]:
+        import torch
+
+        ids, _ = self.subject.pad(rows)
+        for _ in range(CONTINUATION):
+            _, logits = self._pass(ids, len(rows[0]) - 1, origins, count=1, head=True)
+            ids = torch.cat([ids, logits.argmax(-1)], dim=1)
+        return [_Host(row[:-1], ids[b, len(row) - 1 :], origins[b]) for b, row in enumerate(rows)]
 
     def _reference(self, hosts: Sequence[_Host]) -> tuple[Any, Any, Any]:
         """Last hidden states, log-probabilities and expected head rows at the origin."""
@@ -238,7 +267,7 @@ class MovedModel:
         slope = self._weight[words] - torch.stack([host.mean for host in hosts])
         return (final * slope).sum()
 
-    def _step(self, token: Any, mask: Any, position: Any, cache: Any, replacement: Any) -> tuple[Any, Any]:
+    def _step(self, token: Any, mask: Any, cache: Any, replacement: Any) -> tuple[Any, Any]:
         """One token through the whole model: its state at the site (replaced, if asked) and the logits."""
         seen: list[Any] = []
         subject = self.subject
@@ -248,50 +277,62 @@ class MovedModel:
             return seen[-1]
 
         with self._rewriting(at_site):
-            logits = subject.model(token, attention_mask=mask, position_ids=position, **subject.keeping(cache)).logits
+            logits = subject.model(token, **subject.options(mask, cache)).logits
         return seen[0], logits
 
     def _run(self, hosts: Sequence[_Host], moves: Any, head: bool) -> tuple[Any, Any]:
-        """Last hidden states ``(rows, T, d)``, and logits if asked, of one move per host; differentiable in moves."""
+        """Last hidden states ``(rows, T, d)``, and logits if asked, of one move per host; differentiable in moves.
+
+        The hosts have one length.
+        """
         import torch
 
-        subject = self.subject
-        lengths = [host.past[0][0].shape[1] if host.past else 1 for host in hosts]
-        width = max(lengths)
+        origins = torch.stack([host.origin for host in hosts])
+        ids = torch.stack([host.ids for host in hosts])
+        past = [host.past for host in hosts if host.past is not None]
+        if not past:
+            before = torch.as_tensor([host.row for host in hosts], device=ids.device)
+            return self._pass(torch.cat([before, ids], dim=1), before.shape[1], origins + moves, ids.shape[1], head)
+        width = len(hosts[0].row)
         pairs = {}
-        for index in range(len(hosts[0].past)):
-            keys, values = (torch.stack([_left_padded(host.past[index][kv], width) for host in hosts]) for kv in (0, 1))
+        for index in range(len(past[0])):
+            keys, values = (torch.stack([each[index][kv] for each in past]) for kv in (0, 1))
             pairs[self.depth + 1 + index] = (keys, values)
         if self.depth >= 0:
             # blocks before the site are skipped; the first one's cache only says how long the past is
             empty = moves.new_zeros(len(hosts), 1, width, 1)
             pairs[0] = (empty, empty)
-        cache = subject.make_cache(pairs, len(hosts))
-        length = torch.as_tensor(lengths, device=moves.device)[:, None]
-        steps = torch.arange(CONTINUATION + 1, device=moves.device)
-        mask = (torch.arange(width, device=moves.device) >= width - length).long()
-        mask = torch.cat([mask, mask.new_ones(len(hosts), CONTINUATION + 1)], dim=1)
-        origins = torch.stack([host.origin for host in hosts])
+        cache = self.subject.make_cache(pairs, len(hosts))
+        mask = torch.ones(len(hosts), width + ids.shape[1], dtype=torch.long, device=ids.device)
         states = torch.stack([host.states for host in hosts])
         hidden = torch.cat([(origins + moves)[:, None].to(states.dtype), states], dim=1)
-        options = {
-            "attention_mask": mask,
-            "position_ids": length + steps,
-            "return_dict": True,
-            **subject.keeping(cache),
-        }
-        ids = torch.stack([host.ids for host in hosts])
         with self._rewriting(lambda _: hidden), self._skipping():
-            if not head:
-                return subject.model.base_model(ids, **options).last_hidden_state, None
-            # what enters the head is the last hidden state; hidden_states would keep those of every block
-            last: list[Any] = []
-            handle = subject.model.base_model.register_forward_hook(lambda m, a, out: last.append(out[0]))
-            try:
-                logits = subject.model(ids, **options).logits
-            finally:
-                handle.remove()
-            return last[0], logits
+            return self._outputs(ids, mask, cache, head)
+
+    def _pass(self, ids: Any, at: int, states: Any, count: int, head: bool) -> tuple[Any, Any]:
+        """The same of the last ``count`` tokens by a whole pass in which position ``at`` has ``states (rows, d)``."""
+        import torch
+
+        def swapped(hidden: Any) -> Any:
+            return torch.cat([hidden[:, :at], states[:, None].to(hidden.dtype), hidden[:, at + 1 :]], dim=1)
+
+        last = torch.arange(ids.shape[1] - count, ids.shape[1], device=ids.device).expand(len(ids), -1)
+        with self._rewriting(swapped), self.subject.logits_at(last):
+            final, logits = self._outputs(ids, torch.ones_like(ids), None, head)
+        return final[:, -count:], logits
+
+    def _outputs(self, ids: Any, mask: Any, cache: Any, head: bool) -> tuple[Any, Any]:
+        subject = self.subject
+        if not head:
+            return subject.base(ids, mask, cache).last_hidden_state, None
+        # what enters the head is the last hidden state; hidden_states would keep those of every block
+        last: list[Any] = []
+        handle = subject.model.get_output_embeddings().register_forward_pre_hook(lambda m, args: last.append(args[0]))
+        try:
+            logits = subject.model(ids, **subject.options(mask, cache)).logits
+        finally:
+            handle.remove()
+        return last[0], logits
 
     @contextmanager
     def _rewriting(self, rewrite: Callable[[Any], Any]) -> Iterator[None]:
@@ -342,17 +383,69 @@ class MovedModel:
             handle = self.subject.blocks[0].register_forward_hook(
                 lambda m, a, out: kinds.append(isinstance(out, tuple))
             )
-            ids, mask = self.subject.pad([self._rows[0][:1]], "right")
+            ids, mask = self.subject.pad([self._rows[0][:1]])
             try:
-                self.subject.base(ids, mask, mask - 1, None)
+                self.subject.base(ids, mask, None)
             finally:
                 handle.remove()
             self._tuples = kinds[0]
         return self._tuples
 
 
-def _left_padded(tensor: Any, width: int) -> Any:
-    """``(heads, tokens, width_of_head)`` padded with zeros on the left to ``width`` tokens."""
+def way_to_move(subject: LanguageModel) -> Literal["cached", "whole"]:
+    """How moves go through this model, tried once on a few tokens (kept in ``subject.ways``).
+
+    Raises:
+        TypeError: it has no next-token distribution, or does not go on from a replaced state as from its own.
+    """
     import torch
 
-    return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[1], 0))
+    if subject.silent:
+        raise TypeError(f"behaviour after a move is defined for causal models only: {subject.silent}")
+    if "move" in subject.ways:
+        return subject.ways["move"]
+    row = subject.sample(6)
+    depth = len(subject.blocks) // 2
+    site = subject.sites[depth + 1]
+    with torch.no_grad():
+        ids, mask = subject.pad([row])
+        own = subject.run_to(depth, [site], ids, mask, None)[site][:, -1].float()
+    # half as long as the state: large enough to tell a right output from one that ignores the move
+    generator = torch.Generator().manual_seed(0)
+    moves = torch.randn(own.shape, generator=generator).to(own)
+    moves = torch.cat([0 * moves, 0.5 * moves * own.norm() / moves.norm()])
+
+    def outputs(way: str) -> tuple[_Host, Any]:
+        tried = MovedModel.__new__(MovedModel)
+        tried._start(subject, site, [row], own.cpu().numpy(), way)
+        tried.prepare([0])
+        with torch.no_grad():
+            return tried._hosts[0], tried._run([tried._hosts[0]] * 2, moves, head=True)[1]
+
+    def same(found: Any, expected: Any) -> bool:
+        return subject.agrees(found - found.mean(-1, keepdim=True), expected - expected.mean(-1, keepdim=True))
+
+    try:
+        host, whole = outputs("whole")
+        with torch.no_grad():
+            ids = torch.as_tensor([[*host.row, *host.ids.tolist()]], device=subject.device)
+            plain = subject.model(ids, **subject.options(torch.ones_like(ids), None)).logits[:, -len(host.ids) :]
+    except Exception as error:
+        raise _immovable(subject, f"a pass with one state replaced fails ({error})") from error
+    if not same(whole[:1], plain):
+        raise _immovable(subject, "with a state replaced by itself it says something else")
+    if same(whole[1:], plain):
+        raise _immovable(subject, "what it says does not depend on the state that is replaced")
+    found: Literal["cached", "whole"] = "whole"
+    if subject.shared:
+        # whatever an architecture raises here: the quick way is not its way
+        with suppress(Exception):
+            quick_host, quick = outputs("cached")
+            if torch.equal(quick_host.ids, host.ids) and same(quick, whole):
+                found = "cached"
+    subject.ways["move"] = found
+    return found
+
+
+def _immovable(subject: LanguageModel, cause: str) -> TypeError:
+    return TypeError(str(unreadable(subject.name, cause)).replace("cannot be read right", "cannot be moved", 1))

@@ -10,7 +10,9 @@ tokens that the item has after the host. The prefix is a sequence of tokens; its
 
 All passes go one way: the prefix runs once, its keys and values are shared by all items behind it, and a pass that only
 reads ends after the block of the site. So ``m`` prefixes on ``n`` items cost ``m (T + n L)`` tokens instead of
-``m n (T + L)``. Gradients flow through the shared keys and values.
+``m n (T + L)``. Gradients flow through the shared keys and values. Where an architecture keeps more than these, or
+other things, (:func:`way_to_prefix` tries it) the prefix runs again before every item. Items are padded on the right,
+and the model counts positions as it always does.
 
 Behaviour, in nats per token as in :mod:`elk_stress.subjects.moved`, but by whole forward passes, since a prefix changes
 all that comes after it: with ``c`` the 8 tokens of the host run's greedy continuation and ``T = 9``,
@@ -26,48 +28,63 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from elk_stress.subjects.language_model import LanguageModel, key_value_pairs
+from elk_stress.subjects.language_model import LanguageModel, batches, key_value_pairs
 from elk_stress.subjects.moved import CONTINUATION
 from elk_stress.testbeds.contexts import after
 
-__all__ = ["PrefixedModel"]
+__all__ = ["PrefixedModel", "way_to_prefix"]
 
-# tokens of a batch: enough to keep matrix products efficient, little enough to bound memory and padding
+# tokens of the prefixes that run together
 _BATCH_TOKENS = 768
 # rows whose logits are kept at once: rows * 9 * vocabulary * 4 bytes, 28 MB with SmolLM2's vocabulary
 _ROWS = 16
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What precedes items: ``embeds (m, T, e)`` of begin and prefixes, and their keys and values where shared."""
+
+    embeds: Any
+    pairs: list[tuple[Any, Any]] | None
 
 
 class PrefixedModel:
     """Items of one causal model, read at one site at their last token, behind a prefix instead of the host context.
 
     Args:
-        subject: a causal model that keeps keys and values.
+        subject: a causal model.
         site: where activations are read.
         texts: the bare items.
         host: the neutral context that precedes them when nobody attacks.
+        way: ``cached`` or ``whole`` passes; by default what :func:`way_to_prefix` finds.
 
     Attributes:
         host_tokens: ``(H,)`` the host as a prefix.
 
     Raises:
-        TypeError: an encoder.
+        TypeError: an encoder, or a model that does not read embeddings as it reads tokens.
         ValueError: no such site, an empty host, or a host that shares a token with what follows it.
     """
 
-    def __init__(self, subject: LanguageModel, site: str, texts: Sequence[str], host: str) -> None:
-        if not subject.causal:
-            raise TypeError("a prefix reaches an item's last token in causal models only; this one is an encoder")
+    def __init__(
+        self,
+        subject: LanguageModel,
+        site: str,
+        texts: Sequence[str],
+        host: str,
+        *,
+        way: Literal["cached", "whole"] | None = None,
+    ) -> None:
+        way = way or way_to_prefix(subject)
         if not host.strip():
             raise ValueError("a prefix replaces the neutral context before the items, but the host is empty; give one")
-        self.subject = subject
-        self.site = site
-        self.depth = subject.depth(site)
+        self._start(subject, site, way)
         self.host = host
         self._texts = tuple(texts)
         # the host of one item is tokenized alone, to find what the tokenizer puts before every text
@@ -81,8 +98,14 @@ class PrefixedModel:
                 raise ValueError(_shares_a_token(host, text))
         self.host_tokens = np.array(own, dtype=np.int64)
         self._tails = [row[len(before) :] for row in rows]
-        self._embed = subject.model.get_input_embeddings()
         self._references: dict[int, tuple[list[int], Any]] = {}
+
+    def _start(self, subject: LanguageModel, site: str, way: str) -> None:
+        self.subject = subject
+        self.site = site
+        self.depth = subject.depth(site)
+        self._whole = way == "whole"
+        self._embed = subject.model.get_input_embeddings()
 
     # -- tokens and their embeddings ----------------------------------------------------------------------------------
 
@@ -135,8 +158,8 @@ class PrefixedModel:
         with torch.no_grad():
             for start in range(0, len(prefixes), together):
                 past = self._past(prefixes[start : start + together], self.depth)
-                pairs = [(j, i) for j in range(len(past[0][0])) for i in range(len(chosen))]
-                for batch in _batches([len(self._tails[chosen[i]]) for _, i in pairs]):
+                pairs = [(j, i) for j in range(len(past.embeds)) for i in range(len(chosen))]
+                for batch in batches([len(self._tails[chosen[i]]) for _, i in pairs]):
                     which, rows = [pairs[b][0] for b in batch], [pairs[b][1] for b in batch]
                     found = self._read(past, which, [self._tails[chosen[i]] for i in rows])
                     out[[start + j for j in which], rows] = found.cpu().numpy()
@@ -214,7 +237,7 @@ class PrefixedModel:
         out = np.empty(len(chosen))
         with torch.no_grad():
             past = self._past(embeds[None], len(self.subject.blocks) - 1)
-            for batch in _batches([len(self._tails[i]) for i in chosen], _ROWS):
+            for batch in batches([len(self._tails[i]) for i in chosen], _ROWS):
                 # rounding may leave a KL of zero slightly negative
                 out[batch] = self._kl(past, [chosen[b] for b in batch]).double().clamp(min=0).cpu().numpy()
         return out
@@ -234,7 +257,7 @@ class PrefixedModel:
             return
         with torch.no_grad():
             past = self._past(self._table[self._ids(self.host_tokens)][None], len(self.subject.blocks) - 1)
-            for batch in _batches([len(self._tails[i]) for i in missing], _ROWS):
+            for batch in batches([len(self._tails[i]) for i in missing], _ROWS, alike=True):
                 rows = [missing[b] for b in batch]
                 continued = self._continue([self._tails[i] for i in rows], past)
                 for i, continuation in zip(rows, continued, strict=True):
@@ -243,33 +266,44 @@ class PrefixedModel:
                 for i, log_p in zip(rows, self._log_p(past, rows), strict=True):
                     self._references[i] = (self._references[i][0], log_p.clone())
 
-    def _continue(self, tails: Sequence[Sequence[int]], past: Any) -> list[list[int]]:
-        """The 8 most probable tokens after each item, one after another."""
+    def _continue(self, tails: Sequence[Sequence[int]], past: _Past) -> list[list[int]]:
+        """The 8 most probable tokens after each item, one after another. The items have one length."""
         import torch
 
-        # padded on the left, so that the last tokens of all items are one column
-        ids, mask = self.subject.pad(tails, "left")
-        shared = past[0][0].shape[2]
-        position = mask.cumsum(1).sub(1).clamp(min=0) + shared
-        mask = torch.cat([mask.new_ones(len(tails), shared), mask], dim=1)
-        cache = self._cache(past, [0] * len(tails))
-        found: list[Any] = []
+        ids, mask = self.subject.pad(tails)
+        cache = None if self._whole else self._cache(past, [0] * len(tails))
+        everything, found = ids, []
         for _ in range(CONTINUATION):
-            with self._last_logits(1):
-                logits = self._run(self.subject.model, self._table[ids], mask, position, cache).logits
-            ids = logits[:, -1:].argmax(-1)
+            embeds = self._table[ids]
+            if cache is None:
+                embeds = torch.cat([past.embeds.expand(len(tails), -1, -1), self._table[everything]], dim=1)
+            held = mask.new_ones(len(tails), past.embeds.shape[1] + everything.shape[1])
+            last = torch.full((len(tails), 1), embeds.shape[1] - 1, device=ids.device)
+            with self.subject.logits_at(last):
+                logits = self._run(self.subject.model, embeds, held, cache).logits
+            ids = logits.argmax(-1)
             found.append(ids)
-            mask = torch.cat([mask, mask.new_ones(len(tails), 1)], dim=1)
-            position = position[:, -1:] + 1
+            everything = torch.cat([everything, ids], dim=1)
         return [row.tolist() for row in torch.cat(found, dim=1)]
 
-    def _log_p(self, past: Any, items: Sequence[int]) -> Any:
+    def _log_p(self, past: _Past, items: Sequence[int]) -> Any:
         """Log-probabilities ``(n, 9, vocabulary)`` float32 of the next token after each item and its continuation."""
+        import torch
+
         rows = [[*self._tails[i], *self._references[i][0]] for i in items]
-        ids, mask = self.subject.pad(rows, "left")
-        with self._last_logits(CONTINUATION + 1):
+        ids, mask = self.subject.pad(rows)
+        last = self._first_of_tail(past) + mask.sum(1, keepdim=True) - 1
+        with self.subject.logits_at(last + torch.arange(-CONTINUATION, 1, device=ids.device)):
             logits = self._pass(self.subject.model, past, [0] * len(rows), ids, mask).logits
         return logits.float().log_softmax(dim=-1)
+
+    def _run_alone(self, past: _Past, tail: Sequence[int]) -> Any:
+        """Logits ``(1, vocabulary)`` after one item behind the first prefix."""
+        import torch
+
+        ids, mask = self.subject.pad([tail])
+        with self.subject.logits_at(torch.tensor([[self._first_of_tail(past) + len(tail) - 1]], device=ids.device)):
+            return self._pass(self.subject.model, past, [0], ids, mask).logits[0].float()
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
@@ -290,54 +324,57 @@ class PrefixedModel:
 
         return torch.as_tensor(np.ascontiguousarray(tokens, dtype=np.int64), device=self._table.device)
 
-    def _past(self, prefixes: Any, deepest: int) -> list[tuple[Any, Any]]:
-        """Keys and values of ``begin`` and ``prefixes (m, T, e)`` in the blocks up to ``deepest``."""
+    def _past(self, prefixes: Any, deepest: int) -> _Past:
+        """``begin`` and ``prefixes (m, T, e)``, with their keys and values in the blocks up to ``deepest``."""
         import torch
         from transformers import DynamicCache
 
-        m, length, _ = prefixes.shape
-        begin = self._table[self._ids(self._begin)].expand(m, -1, -1)
+        begin = self._table[self._ids(self._begin)].expand(len(prefixes), -1, -1)
         embeds = torch.cat([begin, prefixes], dim=1)
-        length += len(self._begin)
+        if self._whole:
+            return _Past(embeds, None)
         if deepest < 0:
             # nothing attends before the first block: only the length matters
-            empty = embeds.new_zeros(m, 1, length, 1)
-            return [(empty, empty)]
+            empty = embeds.new_zeros(len(embeds), 1, embeds.shape[1], 1)
+            return _Past(embeds, [(empty, empty)])
         cache = DynamicCache()
-        position = torch.arange(length, device=embeds.device).expand(m, -1)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         with self._stopping(deepest, []), suppress(_Reached):
-            self._run(self.subject.model.base_model, embeds, torch.ones_like(position), position, cache)
-        return key_value_pairs(cache)[: deepest + 1]
+            self._run(self.subject.trunk, embeds, mask, cache)
+        return _Past(embeds, key_value_pairs(cache)[: deepest + 1])
 
-    def _read(self, past: Any, which: Sequence[int], tails: Sequence[Sequence[int]]) -> Any:
+    def _read(self, past: _Past, which: Sequence[int], tails: Sequence[Sequence[int]]) -> Any:
         """States ``(rows, dim)`` float32 at the site, at the last token of ``tails`` behind the prefixes ``which``."""
         import torch
 
-        ids, mask = self.subject.pad(tails, "right")
+        ids, mask = self.subject.pad(tails)
         found: list[Any] = []
         with self._stopping(self.depth, found), suppress(_Reached):
-            self._pass(self.subject.model.base_model, past, which, ids, mask)
-        return found[0][torch.arange(len(tails), device=ids.device), mask.sum(1) - 1].float()
+            self._pass(self.subject.trunk, past, which, ids, mask)
+        last = self._first_of_tail(past) + mask.sum(1) - 1
+        return found[0][torch.arange(len(tails), device=ids.device), last].float()
 
-    def _pass(self, module: Any, past: Any, which: Sequence[int], ids: Any, mask: Any) -> Any:
+    def _first_of_tail(self, past: _Past) -> int:
+        """Where an item's tokens begin in the output of a pass."""
+        return past.embeds.shape[1] if self._whole else 0
+
+    def _pass(self, module: Any, past: _Past, which: Sequence[int], ids: Any, mask: Any) -> Any:
         """Padded tokens behind the prefixes ``which`` through ``module``."""
         import torch
 
-        shared = past[0][0].shape[2]
-        position = mask.cumsum(1).sub(1).clamp(min=0) + shared
-        mask = torch.cat([mask.new_ones(len(mask), shared), mask], dim=1)
-        return self._run(module, self._table[ids], mask, position, self._cache(past, which))
+        mask = torch.cat([mask.new_ones(len(mask), past.embeds.shape[1]), mask], dim=1)
+        embeds = self._table[ids]
+        if self._whole:
+            return self._run(module, torch.cat([past.embeds[self._ids(which)], embeds], dim=1), mask, None)
+        return self._run(module, embeds, mask, self._cache(past, which))
 
-    def _cache(self, past: Any, which: Sequence[int]) -> Any:
+    def _cache(self, past: _Past, which: Sequence[int]) -> Any:
         rows = self._ids(which)
-        pairs = {i: (k[rows], v[rows]) for i, (k, v) in enumerate(past)}
+        pairs = {i: (k[rows], v[rows]) for i, (k, v) in enumerate(past.pairs or ())}
         return self.subject.make_cache(pairs, len(which))
 
-    def _run(self, module: Any, embeds: Any, mask: Any, position: Any, cache: Any) -> Any:
-        options = {"attention_mask": mask, "return_dict": True, **self.subject.keeping(cache)}
-        if "position_ids" in self.subject._accepts:
-            options["position_ids"] = position
-        return module(inputs_embeds=embeds, **options)
+    def _run(self, module: Any, embeds: Any, mask: Any, cache: Any) -> Any:
+        return module(inputs_embeds=embeds, **self.subject.options(mask, cache))
 
     @contextmanager
     def _stopping(self, depth: int, found: list[Any]) -> Iterator[None]:
@@ -356,16 +393,6 @@ class PrefixedModel:
             handle = blocks[0].register_forward_pre_hook(before, with_kwargs=True)
         else:
             handle = blocks[depth].register_forward_hook(after)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def _last_logits(self, count: int) -> Iterator[None]:
-        """The head sees the last ``count`` positions only: its logits are what costs memory."""
-        head = self.subject.model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, -count:],))
         try:
             yield
         finally:
@@ -392,13 +419,49 @@ def _shares_a_token(context: str, text: str) -> str:
     )
 
 
-def _batches(lengths: Sequence[int], most: int | None = None) -> Iterator[list[int]]:
-    """Indices in batches of at most ``_BATCH_TOKENS`` padded tokens and ``most`` rows, longest first."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and ((len(batch) + 1) * lengths[batch[0]] > _BATCH_TOKENS or len(batch) == most):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+def way_to_prefix(subject: LanguageModel) -> Literal["cached", "whole"]:
+    """How items go behind prefixes of this model, tried once on a few tokens (kept in ``subject.ways``).
+
+    Raises:
+        TypeError: it has no next-token distribution, or does not read embeddings as it reads tokens.
+    """
+    import torch
+
+    if subject.silent:
+        raise TypeError(f"a prefix reaches an item's last token in causal models only: {subject.silent}")
+    if "prefix" in subject.ways:
+        return subject.ways["prefix"]
+    row = subject.sample(8)
+    prefix, tail, site = row[:4], row[4:], subject.sites[-1]
+
+    def outputs(way: str) -> tuple[Any, Any]:
+        tried = PrefixedModel.__new__(PrefixedModel)
+        tried._start(subject, site, way)
+        tried._begin = []
+        past = tried._past(tried._table[tried._ids(prefix)][None], len(subject.blocks) - 1)
+        # beside a shorter one, as in use
+        states = tried._read(past, [0, 0], [tail, tail[:2]])
+        return states, tried._run_alone(past, tail)
+
+    try:
+        with torch.no_grad():
+            whole = outputs("whole")
+            ids, mask = subject.pad([row])
+            state = subject.run_to(subject.depth(site), [site], ids, mask, None)[site][0, [7, 5]].float()
+            logits = subject.model(ids, **subject.options(mask, None)).logits[0, -1:].float()
+    except Exception as error:
+        raise _unprefixable(subject, f"a pass on embeddings fails ({error})") from error
+    if not all(map(subject.agrees, whole, (state, logits))):
+        raise _unprefixable(subject, "it does not read embeddings as it reads tokens")
+    found: Literal["cached", "whole"] = "whole"
+    if subject.shared:
+        # whatever an architecture raises here: the quick way is not its way
+        with suppress(Exception), torch.no_grad():
+            if all(map(subject.agrees, outputs("cached"), whole)):
+                found = "cached"
+    subject.ways["prefix"] = found
+    return found
+
+
+def _unprefixable(subject: LanguageModel, cause: str) -> TypeError:
+    return TypeError(f"{subject.name} cannot be read behind a prefix: {cause}; leave out attacks that write a prefix")

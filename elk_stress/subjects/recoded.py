@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from elk_stress.subjects.language_model import LanguageModel
+from elk_stress.subjects.language_model import LanguageModel, batches
 from elk_stress.subjects.moved import CONTINUATION
 
 __all__ = ["can_recode", "recoded", "undone_shift"]
@@ -115,18 +115,15 @@ def undone_shift(
 
     rows = subject.tokenize(texts)
     out = np.empty(len(rows))
-    # neighbours in length share a batch, so that little padding is computed
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-    for start in range(0, len(order), _ROWS):
-        chosen = order[start : start + _ROWS]
+    # texts of one length share a batch: nothing is padded, and the model counts positions as it always does
+    for chosen in batches([len(row) for row in rows], _ROWS, alike=True):
         with torch.no_grad():
-            ids, mask = subject.pad([rows[i] for i in chosen], "left")
+            ids, _ = subject.pad([rows[i] for i in chosen])
             for _ in range(CONTINUATION):
-                ids = torch.cat([ids, _logits(subject, ids, mask)[:, -1:].argmax(-1)], dim=1)
-                mask = torch.cat([mask, mask.new_ones(len(chosen), 1)], dim=1)
-            plain = _log_probabilities(subject, ids, mask)
+                ids = torch.cat([ids, _logits(subject, ids)[:, -1:].argmax(-1)], dim=1)
+            plain = _log_probabilities(subject, ids)
             with recoded(subject, site, rotation, centre, undo=undo):
-                coded = _log_probabilities(subject, ids, mask)
+                coded = _log_probabilities(subject, ids)
             nats = (plain.exp() * (plain - coded)).sum(-1).mean(-1)
         # rounding may leave a KL of zero slightly negative
         out[chosen] = nats.clamp(min=0).cpu().numpy()
@@ -135,14 +132,15 @@ def undone_shift(
     return out
 
 
-def _log_probabilities(subject: LanguageModel, ids: Any, mask: Any) -> Any:
+def _log_probabilities(subject: LanguageModel, ids: Any) -> Any:
     """``(batch, 9, V)`` float64: what follows the text and each token of its continuation."""
     import torch
 
-    return torch.log_softmax(_logits(subject, ids, mask)[:, -CONTINUATION - 1 :].double(), dim=-1)
+    return torch.log_softmax(_logits(subject, ids)[:, -CONTINUATION - 1 :].double(), dim=-1)
 
 
-def _logits(subject: LanguageModel, ids: Any, mask: Any) -> Any:
-    """``(batch, tokens, V)`` of texts padded on the left."""
-    position = mask.cumsum(1).sub(1).clamp(min=0)
-    return subject.model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits
+def _logits(subject: LanguageModel, ids: Any) -> Any:
+    """``(batch, tokens, V)`` of texts of one length."""
+    import torch
+
+    return subject.model(ids, **subject.options(torch.ones_like(ids), None)).logits
