@@ -92,8 +92,8 @@ def test_order_repetition_and_batching_change_nothing(monkeypatch: pytest.Monkey
     prefixes = random_prefixes(model, 4, 6)
     found = model.read_tokens(prefixes, ITEMS)
     shuffled = np.array([3, 1, 1, 4])
-    # rounding alone: products of other shapes sum in another order. A sum of up to 48 float32 terms is off by a few of its
-    # units (1.2e-7), and 3 blocks carry that on: 1e-5 of the largest coordinate is some 80 units
+    # rounding alone: products of other shapes sum in another order. A sum of up to 48 float32 terms is off by a few of
+    # its units (1.2e-7), and 3 blocks carry that on: 1e-5 of the largest coordinate is some 80 units
     rounding = 1e-5 * float(np.abs(found).max())
     again = model.read_tokens(prefixes[::-1], shuffled)
     np.testing.assert_allclose(again, found[::-1][:, shuffled], rtol=0, atol=rounding)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from elk_stress.subjects.language_model import LanguageModel
+from elk_stress.subjects.language_model import LanguageModel, text_config
 
 __all__ = ["AdaptedModel", "Matrix", "divergence"]
 
@@ -75,19 +75,18 @@ class AdaptedModel:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
-        if not model.causal:
-            raise TypeError(
-                f"adapters are trained on a causal language model, got {type(model.model).__name__}, an encoder"
-            )
+        if model.silent:
+            raise TypeError(f"adapters are trained on a causal language model: {model.silent}")
         self.site, self.depth, self.rank = site, model.depth(site), rank
         if self.depth < 0:
             raise ValueError("no block comes before the site 'embeddings', so nothing could be adapted; use layers.N")
         self.reader = _shared_copy(model)
-        _check_linear(self.reader.blocks[: self.depth + 1], matrices)
-        depth = self.depth + 1
-        config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=list(matrices), layers_to_transform=list(range(depth))
-        )
+        blocks = self.reader.blocks[: self.depth + 1]
+        _check_linear(blocks, matrices)
+        # by their whole names: a vision tower's layers may have the same last ones
+        wanted = {id(m) for block in blocks for n, m in block.named_modules() if n.rsplit(".", 1)[-1] in matrices}
+        names = [name for name, module in self.reader.model.named_modules() if id(module) in wanted]
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
         inject_adapter_in_model(config, self.reader.model, adapter_name=_ADAPTER)
         self.reader.model.eval()
         found, start = [], 0
@@ -204,7 +203,7 @@ class AdaptedModel:
 
     def _logits(self, hidden: Any) -> Any:
         logits = self.reader.model.get_output_embeddings()(hidden)
-        cap = getattr(self.reader.model.config, "final_logit_softcapping", None)
+        cap = getattr(text_config(self.reader.model), "final_logit_softcapping", None)
         return logits if cap is None else cap * (logits / cap).tanh()
 
     def _check_head(self) -> None:

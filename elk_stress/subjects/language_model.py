@@ -155,7 +155,7 @@ class LanguageModel:
         self.dtype = dtype
         self.trunk = _trunk(model)
         self.blocks = _blocks(self.trunk, self.name)
-        self.dim = int(getattr(_text_config(model), "hidden_size", 0)) or model.get_input_embeddings().weight.shape[1]
+        self.dim = int(getattr(text_config(model), "hidden_size", 0)) or model.get_input_embeddings().weight.shape[1]
         self.sites = ("embeddings", *(f"layers.{i}" for i in range(len(self.blocks))))
         self._accepts = set(inspect.signature(self.trunk.forward).parameters)
         self._most_tokens = _most_tokens(self.trunk)
@@ -202,7 +202,7 @@ class LanguageModel:
 
     def sample(self, count: int) -> list[int]:
         """``count`` ordinary token ids, spread over the vocabulary."""
-        config, table = _text_config(self.model), self.model.get_input_embeddings()
+        config, table = text_config(self.model), self.model.get_input_embeddings()
         size = min(len(self.tokenizer), table.weight.shape[0])
         avoided = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
         for told in (config, self.model.config):
@@ -604,13 +604,13 @@ def _factory(config: Any, causal: bool) -> Any:
 
 def _trunk(model: Any) -> Any:
     """The module that turns token ids into last hidden states: the language part of a multimodal model."""
-    return model.base_model if _text_config(model) is model.config else model.get_decoder()
+    return model.base_model if text_config(model) is model.config else model.get_decoder()
 
 
 def _blocks(trunk: Any, name: str) -> Any:
     import torch
 
-    count = getattr(_text_config(trunk), "num_hidden_layers", None)
+    count = getattr(text_config(trunk), "num_hidden_layers", None)
     lists = [(path, m) for path, m in trunk.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     if not lists:
         raise unreadable(name, f"it holds no list of {count} blocks, so its sites cannot be named")
@@ -618,16 +618,16 @@ def _blocks(trunk: Any, name: str) -> Any:
 
 
 def _text_part(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return config.gettext_config() if hasattr(config, "get_text_config") else config
 
 
-def _text_config(model: Any) -> Any:
+def text_config(model: Any) -> Any:
     return _text_part(model.config)
 
 
 def _most_tokens(model: Any) -> int | None:
     """Tokens that the model takes: positions that are counted from after a padding index are fewer by that much."""
-    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
     for name, module in model.named_modules():
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:
