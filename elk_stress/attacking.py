@@ -52,6 +52,8 @@ def applies(attack: Attack, field: Arena) -> str | None:
         return f"keeps behaviour, and {field.scene.testbed.name} has no output"
     if "model" in attack.needs and not hasattr(field.scene.testbed, "prefixed"):
         return f"writes into a language model's context, and {field.scene.testbed.name} is none"
+    if "model" in attack.needs and (reason := getattr(field.scene.testbed, "no_prefix", "")):
+        return str(reason)
     if attack.priors and threat.prior not in attack.priors:
         return f"makes sense under {', '.join(attack.priors)} only"
     if threat.kept and field.epsilon is None:

@@ -117,7 +117,10 @@ def stress(
     places = _Places(scene, fitted, chosen, fpr)
     for threat in chosen:
         if threat.kept and scene.behaviour is None:
-            skipped[threat.name] = f"{scene.testbed.name} has no output whose behaviour could be kept"
+            cause = getattr(scene.testbed, "silent", "")
+            skipped[threat.name] = f"{scene.testbed.name} has no output whose behaviour could be kept" + (
+                f": {cause}" if cause else ""
+            )
         elif threat.scope == "universal" and hasattr(scene.testbed, "as_one_read"):
             skipped[threat.name] = "of several reads at once only the per-item moves are known"
         else:

@@ -141,6 +141,8 @@ class LoraTrainee:
         Attacks train on neutral contexts A and true statements of other relations; behaviour is judged on contexts B.
         """
         model = testbed._loaded()
+        if model.silent:
+            raise TypeError(f"weights are trained and judged by what the model says next: {model.silent}")
         if not testbed._site:
             # not testbed.site: that would read every item under every context, and only bare items are needed
             testbed._choose_site(model, None)

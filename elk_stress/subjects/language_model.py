@@ -285,6 +285,8 @@ class LanguageModel:
             found["behaviour"] = self.silent
         if self.causal and not self.shared:
             found["reading"] = "texts are read whole: keys and values of a common beginning cannot be shared (slower)"
+        if "whole" in self.ways.values():
+            found["moves"] = "moves and prefixes go by whole forward passes (slower)"
         if not self.padded:
             found["padding"] = "only texts of one length share a batch: padding would change what is read (slower)"
         return found

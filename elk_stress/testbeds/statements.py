@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -165,8 +166,22 @@ class Statements:
 
     @property
     def shift_cost(self) -> Literal["exact", "model", "none"]:
-        """Every shift is a forward pass; of several tokens none is measured."""
-        return "model" if self.tokens is None else "none"
+        """Every shift is a forward pass; of several tokens, and of a model that cannot be moved, none is measured."""
+        return "none" if self.tokens is not None or self.silent else "model"
+
+    @cached_property
+    def silent(self) -> str:
+        """Why moves have no output here, tried on a few tokens; empty where they have one."""
+        from elk_stress.subjects.moved import way_to_move
+
+        return _refusal(way_to_move, self._loaded())
+
+    @cached_property
+    def no_prefix(self) -> str:
+        """Why nothing can be read behind a free prefix, tried on a few tokens; empty where it can."""
+        from elk_stress.subjects.prefixed import way_to_prefix
+
+        return _refusal(way_to_prefix, self._loaded())
 
     def known_probes(self) -> Mapping[str, FittedProbe]:
         """None: of a real model nobody knows a probe that must survive."""
@@ -185,9 +200,15 @@ class Statements:
         load = _Task(progress, "Loading the language model", 1)
         subject = self._loaded()
         load.advance(1)
+        if self._site:
+            subject.depth(self._site)
+        # what this model cannot do, or only slowly, is said before the long reading
+        told = {**subject.limits(), **({"behaviour": self.silent} if self.silent else {})}
+        if progress is not None:
+            for what, line in told.items():
+                progress.console.print(f"{what}: {line}", markup=False)
         if not self._site:
             self._choose_site(subject, progress)
-        subject.depth(self._site)
         texts = self._texts()
         # only training items are read under the contexts that probes are fitted on
         wanted: dict[ContextSet, list[str]] = {
@@ -251,9 +272,12 @@ class Statements:
 
         Raises:
             ValueError: several tokens of an item are read, which a prefix moves otherwise.
+            LookupError: the model cannot be read behind one.
         """
         if self.tokens is not None:
             raise ValueError("attacks by prefixes are judged at the last token; make Statements without tokens")
+        if self.no_prefix:
+            raise LookupError(self.no_prefix)
         if split not in self._prefixed:
             from elk_stress.subjects.prefixed import PrefixedModel
 
@@ -290,7 +314,11 @@ class Statements:
             "site_chosen": automatic if self._wanted_site == "auto" else "given",
             "site_scores": dict(self._site_scores),
             "host_context": self.host_context,
-            "behaviour": "KL in nats per token, mean over the next token and 8 greedy tokens from the origin",
+            "behaviour": (
+                "KL in nats per token, mean over the next token and 8 greedy tokens from the origin"
+                if self.shift_cost == "model"
+                else f"none: {self.silent or 'several tokens are read'}"
+            ),
             "subject": dict(self._loaded().facts),
             **({"facts": facts.sources()} if self._options["data"] is None else {}),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
@@ -366,6 +394,14 @@ class Statements:
         seed = int(self._seeds[1].generate_state(1)[0])
         self._site_scores = {site: _grouped_auroc(read[site], labels, groups, seed) for site in sites}
         self._site = max(sites, key=lambda site: self._site_scores[site])
+
+
+def _refusal(attempt: Callable[[LanguageModel], object], subject: LanguageModel) -> str:
+    try:
+        attempt(subject)
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 class _Task:
