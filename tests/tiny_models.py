@@ -190,23 +190,98 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_PICTURES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+_TURNS = {"type": "mrope", "mrope_section": [1, 1, 1], "rope_type": "default"}
+# their language part is read; the vision tower has as many blocks
+MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3 (with vision)": (
+        "gemma3",
+        {
+            "text_config": {**_GROUPED, "head_dim": 8, "sliding_window": 4, "model_type": "gemma3_text"},
+            "vision_config": {**_PICTURES, "model_type": "siglip_vision_model"},
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "llava": (
+        "llava",
+        {
+            "text_config": {**_GROUPED, "model_type": "llama"},
+            "vision_config": {**_PICTURES, "model_type": "clip_vision_model"},
+        },
+    ),
+    "mistral3": (
+        "mistral3",
+        {
+            "text_config": {**_GROUPED, "head_dim": 6, "model_type": "mistral"},
+            "vision_config": {**_PICTURES, "head_dim": 8, "model_type": "pixtral"},
+        },
+    ),
+    "qwen2_vl": (
+        "qwen2_vl",
+        {
+            "text_config": {**_GROUPED, "rope_scaling": _TURNS, "model_type": "qwen2_vl_text"},
+            "vision_config": {"depth": 4, "embed_dim": 16, "hidden_size": 24, "num_heads": 2, "patch_size": 4},
+        },
+    ),
+    "paligemma": (
+        "paligemma",
+        {
+            "text_config": {**_GROUPED, "head_dim": 8, "model_type": "gemma"},
+            "vision_config": {**_PICTURES, "model_type": "siglip_vision_model"},
+            "projection_dim": 24,
+        },
+    ),
+}
+FAMILIES = {**DECODERS, **MULTIMODAL, **ENCODERS}
+
+
 def config(family: str, **more: Any) -> Any:
     import pytest
     import transformers
 
-    kind, options = {**DECODERS, **ENCODERS}[family]
+    kind, options = FAMILIES[family]
+    version = transformers.__version__
     if kind not in transformers.CONFIG_MAPPING:
-        pytest.skip(f"this transformers ({transformers.__version__}) has no {kind}")
-    return transformers.AutoConfig.for_model(kind, **{"vocab_size": len(WORDS) + 4, **options, **more})
+        pytest.skip(f"transformers {version} has no {kind}")
+    words = len(WORDS) + 4
+    if family in MULTIMODAL:
+        # what stands for a picture in a text: the last words, which no test uses
+        name = "image_token_id" if "qwen" in family else "image_token_index"
+        options = {**options, "text_config": {**options["text_config"], "vocab_size": words}, name: words - 1}
+        return transformers.AutoConfig.for_model(kind, **options, **more)
+    return transformers.AutoConfig.for_model(kind, **{"vocab_size": words, **options, **more})
 
 
 def built(family: str, seed: int = 0, **more: Any) -> Any:
+    """A model of a family with random weights, with its head if it writes text.
+
+    Where a version of transformers has no such family, or builds it from other options, the test is skipped.
+    """
+    import pytest
     import torch
     import transformers
 
+    made = config(family, **more)
     torch.manual_seed(seed)
-    factory = transformers.AutoModelForCausalLM if family in DECODERS else transformers.AutoModel
-    model = factory.from_config(config(family, **more))
+    names = ["AutoModel"]
+    if family in DECODERS:
+        names = ["AutoModelForCausalLM"]
+    elif family in MULTIMODAL:
+        names = ["AutoModelForImageTextToText", "AutoModelForVision2Seq"]
+    factory = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
+    try:
+        model = factory.from_config(made)
+    except Exception as error:
+        if int(transformers.__version__.split(".")[0]) >= 5:
+            raise
+        pytest.skip(f"transformers {transformers.__version__} builds no tiny {family}: {error}")
     for name, parameter in model.named_parameters():
         if "position" in name or "wpe" in name:
             parameter.data.normal_(0, 0.5)

@@ -620,7 +620,7 @@ def _blocks(trunk: Any, name: str) -> Any:
 
 
 def _text_part(config: Any) -> Any:
-    return config.gettext_config() if hasattr(config, "get_text_config") else config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def text_config(model: Any) -> Any:
