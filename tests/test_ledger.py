@@ -1022,6 +1022,25 @@ def test_opening_looks_at_both_ends_and_no_further(path: Path) -> None:
     assert steps[0] == steps[1] > 10
 
 
+def test_a_page_that_forgot_its_last_row(path: Path) -> None:
+    """The table ends earlier, in one number of its page; the index of the chain knows better."""
+    filled(path)
+    connection = raw(path)
+    page = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'charges'").fetchone()[0]
+    size = connection.execute("PRAGMA page_size").fetchone()[0]
+    connection.close()
+    content, at = bytearray(path.read_bytes()), (page - 1) * size
+    # of a leaf: its type, and the number of its rows (https://sqlite.org/fileformat2.html#b_tree_pages)
+    assert (content[at], content[at + 4]) == (0x0D, 5)
+    with Ledger(path) as book:
+        assert book.spent("selection") == 5
+    for rows in (4, 0):
+        content[at + 4] = rows
+        path.write_bytes(content)
+        with pytest.raises(LedgerDamaged, match="the last charges are missing; restore a copy"):
+            Ledger(path)
+
+
 def test_a_ledger_that_is_rewritten_while_it_is_open(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.ledger"
     filled(path)
@@ -1234,6 +1253,34 @@ def test_damaged_bytes_are_found_or_change_nothing(tmp_path_factory: pytest.Temp
 
     damage()
     assert min(seen.values()) > 20
+
+
+@pytest.mark.parametrize("how", ["VACUUM INTO", "backup"])
+def test_copies_as_the_documentation_makes_them(path: Path, tmp_path: Path, how: str) -> None:
+    copy, bare = tmp_path / "copy.ledger", tmp_path / "bare.ledger"
+    with Ledger(path, TERMS) as book:
+        for _ in range(5):
+            book.spend("selection", 1)
+        head = book.verify()
+        # while it is open the latest charges are not in the file yet
+        bare.write_bytes(path.read_bytes())
+        source = raw(path)
+        if how == "backup":
+            target = raw(copy)
+            source.backup(target)
+            target.close()
+        else:
+            source.execute("VACUUM INTO ?", (str(copy),))
+        source.close()
+        book.spend("selection", 1)
+    with Ledger(copy, TERMS) as book:
+        assert book.verify(head) == head
+        assert book.spend("selection", 2).spent == 7
+        book.verify(head)
+        assert book._store._open is not None
+        assert book._store._open.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    with Ledger(bare) as book, pytest.raises(LedgerDamaged, match="not in the chain"):
+        book.verify(head)
 
 
 def test_a_locked_ledger_says_so(path: Path) -> None:
