@@ -64,6 +64,22 @@ def test_folder_without_a_model_says_what_is_missing(tmp_path: Path) -> None:
         resolve(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["", "  "])
+def test_empty_name_is_neither_the_default_nor_the_folder_we_are_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="name is empty"):
+        resolve(name)
+    assert resolve(".").source == "folder"
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/model", "x" * 5000, "a\0b", "a/b/c", "\ud800"])
+def test_name_of_no_place_is_one_clear_error(name: str) -> None:
+    with pytest.raises(ModelUnavailable, match=r"(?s)local folder: .*hub: "):
+        resolve(name)
+
+
 def test_folder_loads_as_a_language_model(folder: Path) -> None:
     from elk_stress.subjects.language_model import LanguageModel
 
@@ -171,11 +187,10 @@ def test_revision_is_asked_for_and_recorded(hub: dict[str, Any], revision: str) 
 
     found = resolve("owner/tiny", revision=revision)
     assert found.fingerprint == f"owner/tiny@{COMMIT}"
-    asked = [path for path in hub["requests"] if "/resolve/" in path or "/revision/" in path]
-    assert asked
-    # what is downloaded is the commit that the hub named for the revision
+    # nothing is asked about the main branch; what is downloaded is the commit that the hub named for the revision
+    asked = [path for path in hub["requests"] if "owner/tiny" in path]
     assert all(quote(revision, safe="") in path or COMMIT in path for path in asked)
-    assert any(quote(revision, safe="") in path for path in asked)
+    assert any(f"/revision/{quote(revision, safe='')}" in path for path in asked)
     hub["requests"].clear()
     subject = LanguageModel("owner/tiny", revision=revision, cache=None)
     assert hub["requests"] == []

@@ -252,3 +252,23 @@ def test_context_goes_before_a_text_and_never_into_it() -> None:
     assert contexts.after("So.", "it is") == "So. it is"
     assert contexts.after("So.", "\nit is ") == "So.\nit is "
     assert contexts.after("", " it") == " it"
+
+
+def test_text_too_long_after_the_longest_context_is_refused_before_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = llama(chat_tokenizer())
+    chosen = [*contexts.contexts("prior", 4), *contexts.contexts("observed", 2)]
+    room = 256 - 1 - max(len(context.encode()) for context in chosen) - 1
+    path = data(tmp_path, "{}")
+    lines = path.read_text().splitlines()
+
+    def made(n: int) -> Statements:
+        lines[0] = json.dumps({"text": "x" * n, "label": 0})
+        path.write_text("\n".join(lines))
+        return Statements(data=path, n_contexts=6, site="layers.0", subject=subject)
+
+    made(room).prepare()
+    monkeypatch.setattr(subject, "read", lambda *_, **__: pytest.fail("something was read"))
+    with pytest.raises(ValueError, match="has 257 tokens but the model takes 256"):
+        made(room + 1).prepare()

@@ -102,16 +102,16 @@ def resolve(
         ValueError: a revision of a local folder, or one that is no name of a revision.
     """
     need("lm", "a language model")
-    name = str(model_id or DEFAULT_MODEL)
+    name = DEFAULT_MODEL if model_id is None else str(model_id)
     if revision is not None and (".." in revision or not _REVISION.fullmatch(revision)):
         raise ValueError(f"revision is a commit, branch or tag of the hub, got {revision!r}")
-    if Path(name).expanduser().is_dir():
+    if (folder := _folder(name)) is not None:
         if revision is not None:
             raise ValueError(
                 f"{name} is a local folder, and a folder has no revisions; leave out revision {revision!r}, or pass "
                 "the model's name on the hub"
             )
-        return _from_folder(name, Path(name).expanduser())
+        return _from_folder(name, folder)
     answers = [f"local folder: {name} is not one"]
     is_default = name in (DEFAULT_MODEL, DEFAULT_MODEL.split("/")[-1])
     if is_default:
@@ -143,6 +143,18 @@ def resolve(
 
 
 # -- local folders ----------------------------------------------------------------------------------------------------
+
+
+def _folder(name: str) -> Path | None:
+    """The folder of that name, if there is one; an empty name is not the folder we are in."""
+    if not name.strip():
+        raise ValueError("the model's name is empty; expected a local folder or a Hugging Face id, owner/name")
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError):
+        # too long for a path, or the home of nobody
+        return None
 
 
 def _from_folder(name: str, path: Path) -> ResolvedModel:

@@ -210,6 +210,10 @@ class Statements:
         if not self._site:
             self._choose_site(subject, progress)
         texts = self._texts()
+        every = [context for listed in self._contexts.values() for context in listed]
+        longest = every[int(np.argmax([len(row) for row in subject.tokenize(every)]))]
+        # a text that is too long is refused now, not after an hour of reading
+        subject.tokenize([neutral.after(longest, text) for text in texts])
         # only training items are read under the contexts that probes are fitted on
         wanted: dict[ContextSet, list[str]] = {
             "bare": texts,
