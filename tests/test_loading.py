@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import tiny_models as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from elk_stress.subjects import loading
 from elk_stress.subjects.language_model import LanguageModel
 from elk_stress.subjects.models import ModelUnavailable, resolve
 
@@ -68,6 +70,24 @@ def test_code_of_a_folder_is_refused_by_name_and_never_run(
     with pytest.raises(ModelUnavailable, match=rf"its {file} names code of its own .*modeling_evil.*never run"):
         load(folder)
     assert (traces, ran(tmp_path)) == ([], False)
+
+
+def test_every_load_says_that_nothing_is_run(folder: Path, tmp_path: Path, traces: list[str]) -> None:
+    """The refusal above is not what keeps the code from running."""
+    import transformers
+
+    (folder / "modeling_evil.py").write_text(CODE)
+    names: dict[str, Any] = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "modeling_evil.Evil")
+    edit(folder / "config.json", model_type="evil", auto_map=names)
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_evil.Evil", None]})
+    for load_part in (
+        lambda: loading.load_config("evil", folder),
+        lambda: loading.load_tokenizer("evil", folder),
+        lambda: loading.load_model("evil", folder, transformers.AutoModelForCausalLM),
+    ):
+        with suppress(ModelUnavailable):
+            load_part()
+        assert (traces, ran(tmp_path)) == ([], False)
 
 
 def test_refused_code_can_be_left_out_as_the_refusal_says(folder: Path) -> None:
