@@ -76,7 +76,7 @@ def test_any_bytes_are_items_or_one_clear_error(tmp_path_factory: pytest.TempPat
 
 
 def test_raw_control_characters_in_a_string_are_text(tmp_path: Path) -> None:
-    assert read(tmp_path, b'{"text": "a\x0b\tb\x00", "label": 0}')[0]["text"] == "a\x0b\tb\x00"
+    assert read(tmp_path, b'{"text": "a\x0b\r\tb\x00", "label": 0}')[0]["text"] == "a\x0b\r\tb\x00"
 
 
 def test_files_put_one_after_the_other_keep_their_marks_out_of_the_text(tmp_path: Path) -> None:
