@@ -36,12 +36,12 @@ import numpy as np
 from elk_stress.extras import need
 from elk_stress.subjects.activation_cache import ActivationCache
 from elk_stress.subjects.fast_linear import use_onednn
-from elk_stress.subjects.loading import load_config, load_model, load_tokenizer
+from elk_stress.subjects.loading import ModelUnavailable, load_config, load_model, load_tokenizer
 from elk_stress.subjects.models import cache_folder, resolve
 from elk_stress.subjects.special_tokens import surrounding
 from elk_stress.subjects.threads import configure_threads
 
-__all__ = ["LanguageModel"]
+__all__ = ["LanguageModel", "Unreadable"]
 
 # tokens of a batch: enough to keep matrix products efficient, little enough to bound memory and padding
 _BATCH_TOKENS = 768
@@ -71,7 +71,7 @@ class LanguageModel:
         facts: where the model came from, for ``result.json``.
 
     Raises:
-        TypeError: an architecture that cannot be read right; names it, the cause and the way out.
+        Unreadable: an architecture that cannot be read right; names it, the cause and the way out.
         ModelUnavailable: the folder is not loaded (:mod:`elk_stress.subjects.loading`).
     """
 
@@ -171,7 +171,7 @@ class LanguageModel:
         """Find out by trying, on a few tokens, how this architecture is read right (see the head of this file).
 
         Raises:
-            TypeError: it cannot be; names the architecture, the cause and the way out.
+            Unreadable: it cannot be.
         """
         row = self.sample(min(12, self._most_tokens or 12))
         short = row[: len(row) // 2 + 1]
@@ -550,9 +550,13 @@ def key_value_pairs(cache: Any) -> list[tuple[Any, Any]]:
     return list(zip(cache.key_cache, cache.value_cache, strict=True))
 
 
-def unreadable(name: str, cause: str) -> TypeError:
+class Unreadable(ModelUnavailable, TypeError):
+    """An architecture that cannot be read right; the message names it, the cause and the way out."""
+
+
+def unreadable(name: str, cause: str) -> Unreadable:
     """The refusal of an architecture, with the way out."""
-    return TypeError(
+    return Unreadable(
         f"{name} cannot be read right: {cause}; read its activations elsewhere and give them as arrays (--activations)"
     )
 
