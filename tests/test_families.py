@@ -133,7 +133,7 @@ def linear_names(subject: LanguageModel) -> list[str]:
     """Names of the blocks' linear layers that can be adapted, the usual ones first."""
     layers = [(n.rsplit(".", 1)[-1], m) for block in subject.blocks[:3] for n, m in block.named_modules()]
     names = list(dict.fromkeys(name for name, module in layers if isinstance(module, torch.nn.Linear)))
-    return ["q_proj", "v_proj"] if {"q_proj", "v_proj"} <= set(names) else names
+    return ["q_proj", "v_proj"] if {"q_proj", "v_proj"} <= set(names) else sorted(names, key=lambda n: "q" not in n)
 
 
 def check_adapters(subject: LanguageModel, family: str, names: list[str]) -> None:

@@ -178,8 +178,7 @@ class LanguageModel:
         every = len(self.blocks) - 1
         self.padded, self.shared = True, False
         try:
-            self._check_stream(row)
-            long, alone = (self._states([each])[0] for each in (row, short))
+            long, alone = self._check_stream(row), self._states([short])[0]
         except (TypeError, ValueError):
             raise
         except Exception as error:
@@ -230,8 +229,11 @@ class LanguageModel:
         stacked = torch.stack([captured[site] for site in self.sites[1:]], dim=1)
         return list(stacked)
 
-    def _check_stream(self, row: list[int]) -> None:
-        """Every block must take what the one before it gives, ``(batch, tokens, dim)``: then hooks see the stream."""
+    def _check_stream(self, row: list[int]) -> Any:
+        """Every block must take what the one before it gives, ``(batch, tokens, dim)``: then hooks see the stream.
+
+        Returns the row's states ``(blocks, tokens, dim)``.
+        """
         import torch
 
         enters: dict[int, Any] = {}
@@ -272,6 +274,7 @@ class LanguageModel:
             following = enters.get(depth + 1, state)
             if not (isinstance(following, torch.Tensor) and torch.equal(state, following)):
                 raise unreadable(self.name, f"block {depth + 1} does not take what block {depth} gives")
+        return torch.stack([leaves[depth][0] for depth in range(len(self.blocks))])
 
     def _why_silent(self) -> str:
         if not self.causal:
@@ -599,7 +602,8 @@ def _factory(config: Any, causal: bool) -> Any:
         return text_encoders if type(config) in text_encoders._model_mapping else transformers.AutoModel
     factories = _decoders()
     mapped = transformers.AutoModel._model_mapping
-    if type(config) in mapped and mapped[type(config)].__name__ in (config.architectures or ()):
+    headless = getattr(mapped[type(config)], "__name__", "") if type(config) in mapped else ""
+    if headless in (config.architectures or ()):
         # saved without a head
         return transformers.AutoModel
     if _text_part(config) is not config:

@@ -105,7 +105,8 @@ class MovedModel:
     def _start(self, subject: LanguageModel, site: str, rows: list[list[int]], origins: np.ndarray, way: str) -> None:
         self.subject = subject
         self.depth = subject.depth(site)
-        self._whole = way == "whole"
+        self._hosts_of = self._hosts_by_whole_passes if way == "whole" else self._hosts_by_cache
+        self._steps = CONTINUATION
         self._rows = rows
         self._origins = np.asarray(origins, dtype=np.float32)
         self._hosts: dict[int, _Host] = {}
@@ -181,7 +182,7 @@ class MovedModel:
             raise ValueError("a moved item needs at least two tokens; put a context before it")
         with torch.no_grad():
             origins = torch.as_tensor(self._origins[list(batch)], device=self.subject.device)
-            hosts = (self._hosts_by_whole_passes if self._whole else self._hosts_by_cache)(rows, origins)
+            hosts = self._hosts_of(rows, origins)
             # by the same path as moved outputs, so that rounding is the same
             final, log_p, mean = self._reference(hosts)
         for b, (i, host) in enumerate(zip(batch, hosts, strict=True)):
@@ -197,12 +198,12 @@ class MovedModel:
         subject.base(ids, mask, cache)
         before = [(k.clone(), v.clone()) for k, v in key_value_pairs(cache)[self.depth + 1 :]]
         tokens, states = [torch.as_tensor([[row[-1]] for row in rows], device=subject.device)], []
-        for step in range(CONTINUATION + 1):
+        for step in range(self._steps + 1):
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             hidden, logits = self._step(tokens[-1], mask, cache, origins[:, None] if step == 0 else None)
             if step > 0:
                 states.append(hidden)
-            if step < CONTINUATION:
+            if step < self._steps:
                 tokens.append(logits[:, -1:].argmax(-1))
         all_ids, all_states = torch.cat(tokens, dim=1), torch.cat(states, dim=1)
         return [
@@ -214,7 +215,7 @@ class MovedModel:
         import torch
 
         ids, _ = self.subject.pad(rows)
-        for _ in range(CONTINUATION):
+        for _ in range(self._steps):
             _, logits = self._pass(ids, len(rows[0]) - 1, origins, count=1, head=True)
             ids = torch.cat([ids, logits.argmax(-1)], dim=1)
         return [_Host(row[:-1], ids[b, len(row) - 1 :], origins[b]) for b, row in enumerate(rows)]
@@ -418,9 +419,11 @@ def way_to_move(subject: LanguageModel) -> Literal["cached", "whole"]:
     def outputs(way: str) -> tuple[_Host, Any]:
         tried = MovedModel.__new__(MovedModel)
         tried._start(subject, site, [row], own.cpu().numpy(), way)
-        tried.prepare([0])
+        # one token of continuation shows what eight would
+        tried._steps = 1
         with torch.no_grad():
-            return tried._hosts[0], tried._run([tried._hosts[0]] * 2, moves, head=True)[1]
+            (host,) = tried._hosts_of([row], own)
+            return host, tried._run([host] * 2, moves, head=True)[1]
 
     def same(found: Any, expected: Any) -> bool:
         return subject.agrees(found - found.mean(-1, keepdim=True), expected - expected.mean(-1, keepdim=True))
