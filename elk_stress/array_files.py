@@ -17,7 +17,7 @@ import numpy as np
 
 from elk_stress.probe import FittedProbe
 from elk_stress.tensor_files import mapped, tensors_of
-from elk_stress.testbeds.arrays import Arrays
+from elk_stress.testbeds.arrays import Arrays, shares_for
 
 __all__ = ["arrays_testbed", "read_array"]
 
@@ -71,17 +71,18 @@ def _npy(path: Path) -> np.ndarray:
 
 
 def arrays_testbed(
-    activations: Path, labels: Path, groups: Path | None, probes: Sequence[str | FittedProbe], seed: int
+    activations: Path,
+    labels: Path,
+    groups: Path | None,
+    probes: Sequence[str | FittedProbe],
+    seed: int,
+    positive: str | None = None,
 ) -> Arrays:
     """Files as a testbed. Where every probe comes fitted, a tenth of the entities is for training, else four.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`read_array`; arrays that do not fit each other.
+        FileNotFoundError, TypeError, ValueError: as :func:`read_array` and :class:`Arrays`.
     """
-    data, truth = read_array(activations, "activations"), np.asarray(read_array(labels, "labels"))
-    together = None if groups is None else np.asarray(read_array(groups, "groups"))
-    if truth.ndim != 1 or (together is not None and together.shape != truth.shape):
-        got = "" if together is None else f" and groups {together.shape}"
-        raise ValueError(f"expected labels (n,) and groups (n,), got labels {truth.shape}{got}")
-    fitted = all(isinstance(probe, FittedProbe) for probe in probes)
-    return Arrays(data, truth, together, shares=(0.1, 0.45, 0.45) if fitted else (0.4, 0.3, 0.3), seed=seed)
+    data, truth = read_array(activations, "activations"), read_array(labels, "labels")
+    together = None if groups is None else read_array(groups, "groups")
+    return Arrays(data, truth, together, shares=shares_for(probes), seed=seed, positive=positive)

@@ -70,5 +70,8 @@ def k_smallest(values: Array, k: int) -> Array:
 def to_numpy(array: Array) -> np.ndarray:
     """A numpy copy or view, detached and on the host. For results only, never inside a score."""
     if backend_of(array) == "torch":
-        return np.asarray(array.detach().cpu().numpy())
+        array = array.detach().cpu()
+        # of floating types numpy has these alone
+        known = str(array.dtype) in ("torch.float16", "torch.float32", "torch.float64")
+        return np.asarray((array.float() if array.dtype.is_floating_point and not known else array).numpy())
     return np.asarray(array)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from elk_stress.presets import PRESETS
 from elk_stress.printable import printable
+from elk_stress.settings import SETTINGS, option, shown
 
 if TYPE_CHECKING:
     from elk_stress.run import RunResult
@@ -149,10 +150,18 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     where.add_argument("--revision", metavar="NAME", help="of a Hugging Face model: a commit, branch or tag")
     where.add_argument("--data", type=Path, metavar="FILE.jsonl", help="fields text, label and optionally group, pair")
     where.add_argument("--relation", metavar="NAME", help="which facts to state")
-    where.add_argument("--positive", choices=("false", "true"), help="which statements a monitor must catch")
+    where.add_argument(
+        "--positive",
+        metavar="false|true|LABEL",
+        help="which statements a monitor must catch; with --activations: which label is positive",
+    )
     where.add_argument("--site", metavar="auto|layers.N", help="where to read; auto: chosen on a validation split")
-    where.add_argument("--tokens", type=_natural, metavar="T", help="read the last T tokens, for probes of tokens")
-    where.add_argument("--reads", type=_natural, metavar="K", help="read every item in K neutral contexts at once")
+    where.add_argument(
+        "--tokens", type=option("tokens"), metavar="T", help="read the last T tokens, for probes of tokens"
+    )
+    where.add_argument(
+        "--reads", type=option("reads"), metavar="K", help="read every item in K neutral contexts at once"
+    )
     where.add_argument(
         "--moved", choices=("apart", "together"), help="thoughts in the K contexts: independent (default), or the same"
     )
@@ -160,13 +169,15 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     where.add_argument("--device", metavar="NAME", help="of the model, e.g. cpu, cuda")
     arrays = run.add_argument_group("arrays instead of a model (.safetensors or .npy)")
     arrays.add_argument("--activations", type=Path, metavar="FILE", help="(n, d) or (n, contexts, d)")
-    arrays.add_argument("--labels", type=Path, metavar="FILE", help="(n,), 1 = positive, else 0")
+    arrays.add_argument("--labels", type=Path, metavar="FILE", help="(n,), 1 = positive, else 0; or --positive")
     arrays.add_argument("--groups", type=Path, metavar="FILE", help="(n,): items of one group stay in one split")
     how = run.add_argument_group("how")
-    how.add_argument("--fpr", type=_fraction, default=0.05, metavar="RATE", help="false-positive rate (default: 0.05)")
-    how.add_argument("--epsilon", type=_positive, metavar="NATS", help="behaviour kept: shift at most this")
-    how.add_argument("--max-bits", type=_positive, metavar="BITS", help="items are censored beyond")
-    how.add_argument("--seed", type=_natural, default=0, help="all randomness (default: 0)")
+    how.add_argument(
+        "--fpr", type=option("fpr"), default=0.05, metavar="RATE", help="false-positive rate (default: 0.05)"
+    )
+    how.add_argument("--epsilon", type=option("epsilon"), metavar="NATS", help="behaviour kept: shift at most this")
+    how.add_argument("--max-bits", type=option("max_bits"), metavar="BITS", help="items are censored beyond")
+    how.add_argument("--seed", type=option("seed"), default=0, help="all randomness (default: 0)")
     how.add_argument("--fresh", action="store_true", help="compute everything, whatever --out holds of an earlier run")
     _add_output(run, "<testbed>-<preset>")
 
@@ -192,14 +203,20 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     what.add_argument("--size", choices=("demo", "full"), help="how much data a language-model testbed reads")
     how = train.add_argument_group("how")
     how.add_argument("--strengths", metavar="X,Y", help="weights of the evasion; 0, the benign control, is added")
-    how.add_argument("--steps", type=_natural, metavar="N", help="default: the attack's own")
-    how.add_argument("--checkpoints", type=_natural, default=10, metavar="N", help="measurements (default: 10)")
-    how.add_argument("--draws", type=_natural, default=4, metavar="N", help="noise draws per measurement (default: 4)")
-    how.add_argument("--models", type=_natural, metavar="N", help="models (seeds) trained side by side")
+    how.add_argument("--steps", type=option("steps"), metavar="N", help="default: the attack's own")
+    how.add_argument(
+        "--checkpoints", type=option("checkpoints"), default=10, metavar="N", help="measurements (default: 10)"
+    )
+    how.add_argument(
+        "--draws", type=option("draws"), default=4, metavar="N", help="noise draws per measurement (default: 4)"
+    )
+    how.add_argument("--models", type=option("n_models"), metavar="N", help="models (seeds) trained side by side")
     how.add_argument("--source", choices=("prior", "finetunes"), help="candidates of select_best")
-    how.add_argument("--epsilon", type=_positive, default=0.03, metavar="NATS", help="behaviour kept (default: 0.03)")
+    how.add_argument(
+        "--epsilon", type=option("epsilon"), default=0.03, metavar="NATS", help="behaviour kept (default: 0.03)"
+    )
     how.add_argument("--no-bits", action="store_true", help="leave out B, the bits needed")
-    how.add_argument("--seed", type=_natural, default=0, help="all randomness (default: 0)")
+    how.add_argument("--seed", type=option("seed"), default=0, help="all randomness (default: 0)")
     _add_output(train, "<testbed>-<attack>")
 
 
@@ -220,10 +237,11 @@ def _train(options: argparse.Namespace) -> int:
     probes = _names("probes", options.probes)
     against = [name.strip() for name in options.against.split(",") if name.strip()]
     try:
-        strengths = None if options.strengths is None else [float(x) for x in options.strengths.split(",")]
+        numbers = None if options.strengths is None else options.strengths.split(",")
+        strengths = numbers and [SETTINGS["strengths"].parse(x) for x in numbers]
     except ValueError:
         raise _BadInput(
-            f"--strengths are numbers with commas between, e.g. 0.1,1,10; got {options.strengths!r}"
+            f"--strengths are numbers of at least 0 with commas between, e.g. 0.1,1,10; got {shown(options.strengths)}"
         ) from None
     pairs = _pairs(options.compare, None, probes)
     out = options.out or Path("runs") / "-".join(
@@ -320,7 +338,12 @@ def _run(options: argparse.Namespace) -> int:
         given = [FittedProbe.load(path) for path in options.probe or ()]
         if options.activations:
             testbed = arrays_testbed(
-                options.activations, options.labels, options.groups, [*given, *probes], options.seed
+                options.activations,
+                options.labels,
+                options.groups,
+                [*given, *probes],
+                options.seed,
+                options.positive,
             )
             threats = testbed.threats if threats is None else threats
         else:
@@ -344,7 +367,7 @@ def _run(options: argparse.Namespace) -> int:
             )
     except Interrupted as interrupted:
         result, code = interrupted.result, INTERRUPTED
-    except (OSError, ValueError, LookupError, ModelUnavailable, MissingExtra) as error:
+    except (OSError, ValueError, LookupError, TypeError, ModelUnavailable, MissingExtra) as error:
         # a traceback is for mistakes in the code; these say what was expected, what came, and the way out
         if options.traceback or isinstance(error, IndexError) or type(error) is KeyError:
             raise
@@ -461,19 +484,7 @@ def _check_arrays(options: argparse.Namespace) -> None:
         return
     if options.labels is None:
         raise _BadInput("--activations needs --labels: (n,), 1 = positive, else 0, as .npy or .safetensors")
-    model = [
-        "testbed",
-        "size",
-        "model",
-        "revision",
-        "data",
-        "relation",
-        "positive",
-        "site",
-        "tokens",
-        "dtype",
-        "device",
-    ]
+    model = ["testbed", "size", "model", "revision", "data", "relation", "site", "tokens", "dtype", "device"]
     model += ["reads", "moved", "epsilon"]
     refused = [f"--{name}" for name in model if getattr(options, name) is not None]
     if refused:
@@ -566,33 +577,6 @@ def _say(message: object) -> None:
 
 def _one_line(error: BaseException) -> str:
     return printable(" ".join(str(error).split())) or type(error).__name__
-
-
-def _number(text: str, what: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}") from None
-
-
-def _fraction(text: str) -> float:
-    value = _number(text, "a rate between 0 and 1")
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"expected a rate between 0 and 1, got {text}")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = _number(text, "a positive number")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
-
-
-def _natural(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

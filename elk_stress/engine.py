@@ -25,16 +25,17 @@ from elk_stress.memory import FORGETFUL, Keeps, Memory
 from elk_stress.per_item import stress_items
 from elk_stress.prediction import best_of_n_curves, prediction_flags
 from elk_stress.priors import EllipticalPrior
-from elk_stress.probe import FittedProbe, Probe, check_activations
+from elk_stress.probe import FittedProbe, Probe
 from elk_stress.result import AttackResult as AttackResult
 from elk_stress.result import BestOfNCurves, ThreatResult
 from elk_stress.result import StressResult as StressResult
 from elk_stress.scene import Scene, fit_probe, prepare_scene
+from elk_stress.settings import listed, setting
 from elk_stress.situation import Situation, situation
 from elk_stress.testbed import PLANTED, Testbed
-from elk_stress.testbeds.arrays import Arrays
+from elk_stress.testbeds.arrays import Arrays, shares_for
 from elk_stress.threat import Threat as Threat
-from elk_stress.threat import default_threats, parse_threat
+from elk_stress.threat import as_threats, check_measurable, default_threats
 from elk_stress.universal import stress_universal
 from elk_stress.versions import versions
 
@@ -96,13 +97,20 @@ def stress(
         A :class:`StressResult`; ``result.threats[name].headline`` is the number.
 
     Raises:
-        ValueError: fewer calibration negatives than ``fpr`` resolves, bad activations, mismatched widths.
+        TypeError: no testbed, probe, threat or attack.
+        ValueError: a setting outside what it may be (:mod:`elk_stress.settings`); fewer calibration negatives than
+            ``fpr`` resolves, bad activations, mismatched widths; only threats that need an output, and there is none.
         UnknownName: no probe or attack of that name.
     """
     started = time.perf_counter()
-    scene = testbed if isinstance(testbed, Scene) else prepare_scene(testbed, seed=seed, progress=progress)
-    chosen = _threats(threats, behaviour_epsilon)
+    max_bits, fpr, seed = setting("max_bits", max_bits), setting("fpr", fpr), setting("seed", seed)
+    n_particles, budget = setting("n_particles", n_particles), setting("budget", budget)
+    behaviour_epsilon = setting("behaviour_epsilon", behaviour_epsilon, optional=True)
+    chosen = as_threats(threats, behaviour_epsilon)
     recipes = _attacks(attacks)
+    scene = testbed if isinstance(testbed, Scene) else prepare_scene(testbed, seed=seed, progress=progress)
+    if threats is not None:
+        check_measurable(scene.testbed, chosen)
     fitted = fit_probe(scene, probe)
     pieces: Keeps = FORGETFUL
     if memory is not None:
@@ -184,11 +192,12 @@ def stress(
 
 def stress_activations(
     probe: FittedProbe | Probe | str | np.ndarray,
-    activations: np.ndarray,
-    labels: np.ndarray,
+    activations: Any,
+    labels: Any,
     *,
+    positive: Any = None,
     prior: EllipticalPrior | None = None,
-    groups: np.ndarray | None = None,
+    groups: Any = None,
     observed_contexts: int = 0,
     threats: Sequence[Threat | str] | Threat | str | None = None,
     seed: int = 0,
@@ -199,8 +208,10 @@ def stress_activations(
     Args:
         probe: as in :func:`stress`; a recipe or name is fitted on a training part of the arrays.
         activations: ``(n, d)``, or ``(n, contexts, d)`` when the same items were read under several neutral contexts,
-            or ``(n, contexts, tokens, d)`` for probes of tokens (others read the last one).
-        labels: ``(n,)``, 1 = positive.
+            or ``(n, contexts, tokens, d)`` for probes of tokens (others read the last one). Of numpy, torch, jax,
+            pandas or lists, of any real type; a memory map stays mapped.
+        labels: ``(n,)``, 1 = positive; or truth values, true = positive; or with ``positive`` any two values.
+        positive: which label is positive, where they are not 0 and 1.
         prior: which moves happen when nobody optimizes. By default natural thoughts, which needs contexts; with
             ``(n, d)`` arrays the isotropic prior at the activations' own scale (flagged ``no_contexts``).
         groups: entities that must not be split.
@@ -211,18 +222,19 @@ def stress_activations(
 
     The arrays are dealt by entity: 40% training (unused by a fitted probe), 30% calibration, 30% test; a fitted probe
     gets half and half of nearly all. How the items fall moves bits as much as their intervals say.
+
+    Raises:
+        TypeError, ValueError: what is no array of numbers, labels or groups, or does not fit the rest
+            (:mod:`elk_stress.inputs`); too few items; else as :func:`stress`.
     """
-    activations, labels = np.asarray(activations), np.asarray(labels)
-    if activations.ndim > 1 and len(activations):
-        check_activations(activations.reshape(-1, activations.shape[-1]))
-    fitted = isinstance(probe, (FittedProbe, np.ndarray))
     testbed = Arrays(
         activations,
         labels,
         groups,
-        shares=(0.1, 0.45, 0.45) if fitted else (0.4, 0.3, 0.3),
+        shares=shares_for([probe]),
         observed_contexts=observed_contexts,
         seed=seed,
+        positive=positive,
     )
     if threats is None:
         threats = testbed.threats if prior is None else default_threats(kept=False)
@@ -230,32 +242,26 @@ def stress_activations(
     return stress(scene, probe, threats=threats, seed=seed, **options)
 
 
-def _threats(threats: Sequence[Threat | str] | Threat | str | None, epsilon: float | None) -> tuple[Threat, ...]:
-    if threats is None:
-        return default_threats(epsilon=epsilon)
-    each = [threats] if isinstance(threats, (str, Threat)) else threats
-    parsed = tuple(parse_threat(t) if isinstance(t, str) else t for t in each)
-    given = tuple(replace(t, epsilon=epsilon) if t.kept and t.epsilon is None else t for t in parsed)
-    names = [t.name for t in given]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"threats must be named once each and at least one is needed, got {names}")
-    return given
-
-
 def _attacks(attacks: Sequence[str | Attack] | str) -> tuple[Attack, ...]:
-    if attacks == "all":
+    from elk_stress.training.protocols import TrainingAttack
+
+    if isinstance(attacks, str) and attacks == "all":
         found = (registry.load("attacks", name) for name in registry.names("attacks"))
         # those that move weights have a loop of their own (elk_stress.stress_training); those that write into a
         # language model's context take minutes each, and run when they are named
         return tuple(a for a in found if "weights" not in a.scopes and "model" not in a.needs)
-    given = [attacks] if isinstance(attacks, str) else attacks
-    made = tuple(registry.load("attacks", a) if isinstance(a, str) else a for a in given)
+    made = tuple(
+        registry.load("attacks", a) if isinstance(a, str) else a
+        for a in listed("attacks", attacks, (str, Attack, TrainingAttack))
+    )
     for attack in made:
         if "weights" in attack.scopes:
             raise ValueError(
                 f"attack {attack.name!r} trains the model's weights; use elk_stress.stress_training, or "
                 f"`elk-stress train --attack {attack.name}`"
             )
+    if len({attack.name for attack in made}) < len(made):
+        raise ValueError(f"attacks must be named once each, got {[attack.name for attack in made]}")
     return made
 
 

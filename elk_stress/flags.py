@@ -98,6 +98,11 @@ CATALOGUE: dict[str, FlagEntry] = {
         "it has no bits to lose; train a better probe or raise the false-positive rate",
         red=False,
     ),
+    "flipped": FlagEntry(
+        "the AUROC on test items lies far below 1/2: positives score lower than negatives",
+        "the sign looks flipped: negate the score, or say which label is positive (positive=, --positive)",
+        red=False,
+    ),
     "prediction_failed": FlagEntry(
         "the observed best-of-n curve is more extreme than 99% of curves simulated from the prediction",
         "the prior does not describe real contexts for this probe; trust the observed curve",

@@ -45,6 +45,7 @@ from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe, Probe
 from elk_stress.result import IncidentalFraction
 from elk_stress.scene import Scene, fit_probe, prepare_scene
+from elk_stress.settings import setting
 from elk_stress.situation import score_gradients
 from elk_stress.tails import Gaussian
 from elk_stress.threat import Threat
@@ -79,11 +80,11 @@ def incidental_fraction(
         seed: of the scene, if one is prepared.
 
     Raises:
-        ValueError: the probe has no gradient; the testbed has no output; use a testbed with one (``linear``,
-            ``statements``).
+        TypeError: no testbed or no probe.
+        ValueError: a tolerance or seed that is none; the probe has no gradient; the testbed has no output;
+            use a testbed with one (``linear``, ``statements``).
     """
-    if tolerance < 0:
-        raise ValueError(f"tolerance is a number of nats of at least 0, got {tolerance}")
+    tolerance, seed = setting("tolerance", tolerance), setting("seed", seed)
     scene = testbed if isinstance(testbed, Scene) else prepare_scene(testbed, seed=seed)
     if scene.behaviour is None:
         raise ValueError(

@@ -310,7 +310,8 @@ def _given_kept(joint: BitsBatch, kept: BitsBatch, max_bits: float) -> Bits:
 def _item_flags(bits: BitsBatch, headline: Bits, place: Situation) -> tuple[Flag, ...]:
     flags: list[Flag] = []
     if not len(bits):
-        return (flag("catches_nothing"),)
+        # of a probe whose sign is wrong that says enough
+        return () if any(f.name == "flipped" for f in place.flags) else (flag("catches_nothing"),)
     names = sorted({f.name for row in bits.flags for f in row})
     for name in names:
         count = sum(any(f.name == name for f in row) for row in bits.flags)

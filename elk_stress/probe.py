@@ -16,6 +16,8 @@ import numpy as np
 
 from elk_stress import registry
 from elk_stress.arrays import like, namespace
+from elk_stress.inputs import check_activations as check_activations
+from elk_stress.inputs import check_training_data as check_training_data
 from elk_stress.printable import check_name
 
 if TYPE_CHECKING:
@@ -277,10 +279,11 @@ def check_recipe(probe: Any) -> None:
     Raises:
         TypeError: it has no ``name``, ``traits``, ``fit`` and ``score``; says what makes a probe of it.
     """
-    if not isinstance(probe, Probe):
+    if not isinstance(probe, Probe) or isinstance(probe, type):
+        got = f"the class {probe.__name__}" if isinstance(probe, type) else type(probe).__name__
         raise TypeError(
             f"expected a fitted probe, a probe recipe, a registered name or a direction (numpy vector), "
-            f"got {type(probe).__name__}; elk_stress.wrap makes a probe of what scikit-learn, torch or jax gave you"
+            f"got {got}; elk_stress.wrap makes a probe of what scikit-learn, torch or jax gave you"
         )
 
 
@@ -333,33 +336,3 @@ _NEEDS = {
     "prior": "how differently the model could have thought (elk_stress.priors.natural of items under contexts)",
     "behaviour": "Fisher factors (m, rank, d) of the model's output at the site (testbed.shift_factor)",
 }
-
-
-def check_activations(activations: np.ndarray, what: str = "activations") -> None:
-    """Refuse NaN, inf and constant activations, with the count and the way out."""
-    finite = np.isfinite(activations)
-    if not finite.all():
-        rows = int((~finite.reshape(len(activations), -1).all(axis=1)).sum())
-        raise ValueError(
-            f"{what} hold NaN or inf in {rows} of {len(activations)} rows; "
-            "drop these items, or read the activations in float32"
-        )
-    if len(activations) > 1 and np.ptp(activations, axis=0).max() == 0:
-        raise ValueError(
-            f"{what} are constant over all {len(activations)} rows; the site reads the same for every item"
-        )
-
-
-def check_training_data(activations: np.ndarray, labels: np.ndarray, *, tokens: bool = False) -> None:
-    """Refuse what no probe can be fitted on: bad activations, mismatched lengths, one class only, other labels."""
-    if activations.ndim != 2 + tokens or len(activations) != len(labels):
-        shape = "(n, tokens, d)" if tokens else "(n, d)"
-        raise ValueError(
-            f"expected activations {shape} and labels (n,), got {activations.shape} and {np.shape(labels)}"
-        )
-    check_activations(activations, "training activations")
-    values = set(np.unique(labels).tolist())
-    if not values <= {0, 1}:
-        raise ValueError(f"labels must be 0 or 1 (1 = positive), got {sorted(values)}")
-    if len(values) < 2:
-        raise ValueError(f"labels hold one class only ({values}); a probe needs both positives and negatives")

@@ -22,14 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from elk_stress.attack import Attack
 from elk_stress.bits import Bits
 from elk_stress.comparison import Comparison
 from elk_stress.memory import Memory
 from elk_stress.probe import FittedProbe, Probe
 from elk_stress.report.folder import check_folder, write_folder, write_result
 from elk_stress.result import StressResult, plain
+from elk_stress.settings import listed, setting
 from elk_stress.testbed import PLANTED, Testbed
-from elk_stress.threat import Threat
+from elk_stress.threat import Threat, as_threats, check_measurable
 from elk_stress.tokens import tokens_of
 from elk_stress.versions import versions
 
@@ -139,9 +141,19 @@ def run(
         tell: gets lines about what an earlier run left; by default they are printed above the progress bars, if any.
 
     Raises:
+        TypeError, ValueError: no probes, an unknown one, a threat, attack or setting that is none; before any work.
         UnusableFolder: the folder cannot be written; before any work.
         Interrupted: Ctrl-C, after what was finished has been written.
     """
+    seed, fpr = setting("seed", seed), setting("fpr", fpr)
+    max_bits = setting("max_bits", max_bits, optional=True)
+    behaviour_epsilon = setting("behaviour_epsilon", behaviour_epsilon, optional=True)
+    probes = _asked(probes)
+    if threats is not None:
+        threats = as_threats(threats, behaviour_epsilon)
+        check_measurable(testbed, threats)
+    if not (isinstance(attacks, str) and attacks == "all"):
+        attacks = listed("attacks", attacks, (str, Attack))
     folder = check_folder(Path(out))
     started = time.monotonic()
     if tell is None:
@@ -157,7 +169,7 @@ def run(
     settings: dict[str, Any] = {"threats": threats, "behaviour_epsilon": behaviour_epsilon, "seed": seed, "fpr": fpr}
     if max_bits is not None:
         settings["max_bits"] = max_bits
-    asked = attacks if attacks == "all" else tuple(attacks)
+    asked = attacks if isinstance(attacks, str) else tuple(attacks)
     state = RunResult(
         testbed=testbed.name,
         skipped=skipped,
@@ -193,6 +205,19 @@ def run(
     state = replace(state, status="ok", seconds=time.monotonic() - started)
     write_folder(state, folder)
     return state
+
+
+def _asked(probes: Any) -> list[str | Probe | FittedProbe]:
+    """The probes of a run; there is one at least, and names are known."""
+    from elk_stress import registry
+
+    each = listed("probes", probes, (str, FittedProbe, Probe))
+    for name in (probe for probe in each if isinstance(probe, str)):
+        if name not in PLANTED and name not in registry.names("probes"):
+            raise registry.unknown("probes", name)
+    if not each:
+        raise ValueError("probes are a name or a probe or several, and at least one is needed; got none")
+    return each
 
 
 def _applicable(

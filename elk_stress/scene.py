@@ -10,7 +10,9 @@ import numpy as np
 
 from elk_stress.behaviour import Behaviour
 from elk_stress.flags import Flag, flag
+from elk_stress.inputs import check_activations
 from elk_stress.knowledge import spread_rows
+from elk_stress.origin import moved
 from elk_stress.priors import (
     EllipticalPrior,
     Gaussian,
@@ -22,7 +24,8 @@ from elk_stress.priors import (
     isotropic,
     natural,
 )
-from elk_stress.probe import FittedProbe, Probe, as_fitted, check_activations, check_recipe
+from elk_stress.probe import FittedProbe, Probe, as_fitted, check_recipe
+from elk_stress.settings import setting, shown
 from elk_stress.survival import Resamples
 from elk_stress.testbed import PLANTED, Items, SplitName, Testbed, check_splits
 from elk_stress.threat import DEFAULT_EPSILON_FACTOR, Threat
@@ -242,9 +245,26 @@ def prepare_scene(
     """Do a testbed's long work once and check its activations.
 
     Raises:
-        ValueError: activations with NaN or inf, or constant ones; a split with one class only.
+        TypeError: no testbed, or a prior that is none.
+        ValueError: settings that are none; activations with NaN or inf, or constant ones; a split with one class only;
+            a prior of another width.
     """
+    if not all(callable(getattr(testbed, name, None)) for name in ("prepare", "activations", "shift")):
+        raise TypeError(
+            f"expected a testbed, e.g. elk_stress.registry.load('testbeds', 'linear'), got {shown(testbed)}; "
+            "arrays are stressed by elk_stress.stress_activations"
+        )
+    seed, n_verify, replicates = setting("seed", seed), setting("n_verify", n_verify), setting("replicates", replicates)
+    if prior is not None and not isinstance(prior, EllipticalPrior):
+        raise TypeError(
+            f"a prior is an elk_stress.priors.EllipticalPrior, made of a factor (d, rank); got {shown(prior)}"
+        )
     testbed.prepare(progress)
+    if prior is not None and prior.width != testbed.dim:
+        raise ValueError(
+            f"the prior {prior.name!r} moves {prior.width} features but {testbed.name} gives {testbed.dim} at "
+            f"{testbed.site}; give a factor of shape ({testbed.dim}, rank)"
+        )
     splits = testbed.splits
     for split in ("test",):
         if len(np.unique(splits[split].labels)) < 2:
@@ -252,7 +272,7 @@ def prepare_scene(
     found: dict[SplitName, np.ndarray] = {name: testbed.activations(name) for name in ("train", "calibration", "test")}
     for name, activations in found.items():
         if len(activations):
-            check_activations(activations.reshape(-1, activations.shape[-1]), f"{name} activations")
+            check_activations(activations, f"{name} activations")
     try:
         fit = testbed.activations("train", "fit")
     except LookupError:
@@ -297,13 +317,15 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
     if isinstance(recipe, (FittedProbe, np.ndarray)):
         fitted = as_fitted(recipe, site=scene.testbed.site)
         if tokens is not None and fitted.dim == scene.testbed.dim // tokens:
-            return flatten(fitted, tokens)
+            fitted = flatten(fitted, tokens)
         if fitted.dim is not None and fitted.dim != scene.testbed.dim:
             raise ValueError(
                 f"probe {fitted.name!r} was fitted on {fitted.dim} features (site {fitted.site or 'unknown'}) but "
                 f"{scene.testbed.name} gives {scene.testbed.dim} at {scene.testbed.site}; refit it there"
             )
-        return fitted
+        # a testbed may give its activations relative to an origin
+        origin = getattr(scene.testbed, "origin", None)
+        return fitted if origin is None else moved(fitted, origin)
     check_recipe(recipe)
     train = scene.training
     contexts = scene.fit.shape[1]

@@ -35,6 +35,8 @@ _SPREAD_DRAWS = 256
 _SPREAD_SCORES = 100_000
 # share of different scores below which a probe is called saturated
 _DIFFERENT = 0.9
+# AUROC below which a probe's sign is doubted: a probe without information may stray by chance, not so far
+_FLIPPED = 0.4
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
     origins, positives = scene.test_origins, scene.positives
     scores = np.asarray(probe.score(origins), dtype=float)
     margin = scores[positives] - threshold
+    flags += _flipped(scores, scene.items.labels)
     different = len(np.unique(scores[positives].astype(np.float32))) / len(positives)
     if different < _DIFFERENT and np.ptp(scores) > 0:
         flags += (flag("saturated", f"{different:.0%} of the test positives' scores are different"),)
@@ -115,6 +118,15 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
         _deviation_factor(scene, threat, prior, probe, gradient),
         flags,
     )
+
+
+def _flipped(scores: np.ndarray, labels: np.ndarray) -> tuple[Flag, ...]:
+    """Whether the sign looks wrong: AUROC below 0.4, and five standard errors of a score without information below."""
+    positives = int(labels.sum())
+    negatives = len(labels) - positives
+    error = ((positives + negatives + 1) / (12 * positives * negatives)) ** 0.5
+    area = auroc(scores, labels)
+    return (flag("flipped", f"AUROC {area:.2f}"),) if area < min(_FLIPPED, 0.5 - 5 * error) else ()
 
 
 def _negative_scores(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-__all__ = ["DEFAULT_EPSILON_FACTOR", "Threat", "default_threats", "parse_threat"]
+from elk_stress.settings import SETTINGS, listed, one_of, setting, shown
+
+__all__ = ["DEFAULT_EPSILON_FACTOR", "Threat", "as_threats", "check_measurable", "default_threats", "parse_threat"]
 
 DEFAULT_EPSILON_FACTOR = 3.0
 """Default behaviour epsilon = this times the median shift under the prior: a natural move is nearly always kept."""
@@ -35,12 +38,11 @@ class Threat:
 
     def __post_init__(self) -> None:
         for field, allowed in _ALLOWED.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"a threat's {field} is one of {', '.join(allowed)}; got {getattr(self, field)!r}")
-        if self.epsilon is not None and not self.epsilon > 0:
-            raise ValueError(f"epsilon is a positive number of nats, got {self.epsilon}")
-        if not self.c > 0:
-            raise ValueError(f"the isotropic size c is positive, got {self.c}")
+            one_of(f"a threat's {field}", getattr(self, field), allowed)
+        object.__setattr__(self, "epsilon", setting("epsilon", self.epsilon, optional=True))
+        object.__setattr__(self, "c", setting("c", self.c))
+        if not isinstance(self.kept, bool):
+            raise ValueError(f"a threat's kept is true or false, got {shown(self.kept)}")
 
     @property
     def name(self) -> str:
@@ -80,11 +82,19 @@ def parse_threat(name: str) -> Threat:
     """
     parts = name.split("/")
     if len(parts) < 3 or any(part not in ("kept", "auroc", "recall") for part in parts[3:]):
-        raise ValueError(f"a threat reads scope/prior/tail[/auroc][/kept], e.g. {Threat(kept=True).name}; got {name!r}")
+        raise ValueError(
+            f"a threat reads scope/prior/tail[/auroc][/kept], e.g. {Threat(kept=True).name}; got {shown(name)}"
+        )
     scope, prior, tail = parts[:3]
     size = 0.3
     if prior.startswith("isotropic") and prior != "isotropic":
-        prior, size = "isotropic", float(prior.removeprefix("isotropic"))
+        try:
+            prior, size = "isotropic", SETTINGS["c"].parse(prior.removeprefix("isotropic"))
+        except ValueError:
+            raise ValueError(
+                f"the size of an isotropic prior is {SETTINGS['c'].what}, e.g. item/isotropic0.3/gaussian; "
+                f"got {shown(name)}"
+            ) from None
     return Threat(
         prior=prior,  # type: ignore[arg-type]
         scope=scope,  # type: ignore[arg-type]
@@ -93,6 +103,37 @@ def parse_threat(name: str) -> Threat:
         c=size,
         metric="auroc" if "auroc" in parts[3:] else "recall",
     )
+
+
+def as_threats(threats: Sequence[Threat | str] | Threat | str | None, epsilon: float | None) -> tuple[Threat, ...]:
+    """Threats from their names; the default ones for ``None``.
+
+    Raises:
+        TypeError: something that is neither a threat nor its name.
+        ValueError: none, or one of them twice.
+    """
+    if threats is None:
+        return default_threats(epsilon=epsilon)
+    parsed = [parse_threat(t) if isinstance(t, str) else t for t in listed("threats", threats, (str, Threat))]
+    given = tuple(replace(t, epsilon=epsilon) if t.kept and t.epsilon is None else t for t in parsed)
+    names = [t.name for t in given]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"threats must be named once each and at least one is needed, got {names}")
+    return given
+
+
+def check_measurable(testbed: Any, threats: Sequence[Threat]) -> None:
+    """Refuse threats of which none can be measured on a testbed.
+
+    Raises:
+        ValueError: all of them keep behaviour, and the testbed has no output.
+    """
+    if testbed.shift_cost == "none" and all(threat.kept for threat in threats):
+        free = ", ".join(dict.fromkeys(threat.free.name for threat in threats))
+        raise ValueError(
+            f"{testbed.name} have no output whose behaviour could be kept, as {threats[0].name} asks; measure {free} "
+            "instead, or stress a testbed with a model"
+        )
 
 
 _ALLOWED: dict[str, tuple[str, ...]] = {

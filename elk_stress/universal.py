@@ -84,7 +84,7 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
     conditional = (bits.low, bits.high)
     if worthless:
         headline = Bits(0.0, 0.0, 0.0, Kind.EXACT, "half_advantage", status="the probe has no advantage to lose")
-        flags += (flag("catches_nothing"),)
+        flags += () if any(f.name == "flipped" for f in place.flags) else (flag("catches_nothing"),)
     elif bits.value >= max_bits and not (math.isinf(bits.value) and bits.kind is Kind.EXACT):
         headline = Bits(max_bits, min(float(low), bits.low, max_bits), math.inf, Kind.CENSORED, "half_advantage")
     elif math.isinf(bits.value):

@@ -58,9 +58,9 @@ def one_line(captured: Any) -> str:
         (["run", "--probes", ","], "names nothing. Known probes"),
         (["run", "--fpr", "5"], "expected a rate between 0 and 1, got 5"),
         (["run", "--fpr", "x"], "expected a rate between 0 and 1, got 'x'"),
-        (["run", "--epsilon", "-1"], "expected a positive number, got -1"),
-        (["run", "--epsilon", "nan"], "expected a positive number, got nan"),
-        (["run", "--max-bits", "inf"], "expected a positive number, got inf"),
+        (["run", "--epsilon", "-1"], "expected a positive number of nats, got -1"),
+        (["run", "--epsilon", "nan"], "expected a positive number of nats, got nan"),
+        (["run", "--max-bits", "inf"], "expected a positive number of bits, got inf"),
         (["run", "--seed", "-1"], "expected a whole number from 0 on"),
         (["run", "--size", "huge"], "invalid choice"),
         (["run", "--data", "missing.jsonl"], "--data missing.jsonl: no such file"),
@@ -399,10 +399,16 @@ def test_saved_and_named_probes_are_compared_under_contexts(tmp_path: Path, monk
     ("spoil", "message"),
     [
         (lambda: np.save("y.npy", np.zeros(240)), "labels hold one class only"),
-        (lambda: np.save("y.npy", np.arange(9) % 2), "expected labels (n,) and groups (n,)"),
+        (
+            lambda: np.save("y.npy", np.arange(9) % 2),
+            "and labels (n,), got 240 rows of activations and labels of shape (9,)",
+        ),
         (lambda: np.save("y.npy", np.array([{}], dtype=object)), "is no .npy file of numbers"),
         (lambda: Path("a.safetensors").write_bytes(b"no header"), "is not a safetensors file"),
-        (lambda: np.save("g.npy", np.arange(3)), "expected labels (n,) and groups (n,)"),
+        (
+            lambda: np.save("g.npy", np.arange(3)),
+            "and groups (n,), got 240 rows of activations and groups of shape (3,)",
+        ),
         (lambda: direction(np.ones(5)).save("p.safetensors"), "fitted on 5 features"),
     ],
 )

@@ -233,6 +233,18 @@ def by_arrays(n: int, contexts: int, gap: float = 3.0) -> Case:
     return case
 
 
+def pointed(sign: float) -> Case:
+    """A direction that points the right way or the wrong one."""
+
+    def case() -> Sequence[Flag]:
+        rng = np.random.default_rng(np.random.SeedSequence(0))
+        labels = np.arange(400) % 2
+        data = rng.standard_normal((400, 6)) + 1.5 * labels[:, None] * np.eye(6)[0]
+        return told(stress_activations(sign * np.eye(6)[0], data, labels, attacks=(), controls=False))
+
+    return case
+
+
 @cache
 def trainee() -> OrganismTrainee:
     organism = Superposition(
@@ -297,6 +309,7 @@ RAISED: dict[str, Case] = {
     "no_contexts": by_arrays(600, 1),
     "saturated": run(Masked()),
     "catches_nothing": run("rock"),
+    "flipped": pointed(-1.0),
     "prediction_failed": run("mass_mean", lambda: scene(Wild)),
     "control_failed": run("logistic", lambda: scene(Swapped, 160), threat=Threat(kept=True), controls=True),
     "missed_mode": missed("RP110"),
@@ -323,6 +336,7 @@ QUIET: dict[str, Case] = {
     "no_contexts": by_arrays(600, 2),
     "saturated": SOUND,
     "catches_nothing": SOUND,
+    "flipped": pointed(1.0),
     "prediction_failed": run("mass_mean"),
     "control_failed": run("logistic", lambda: scene(n_items=160), threat=Threat(kept=True), controls=True),
     "missed_mode": missed("RP33"),

@@ -21,9 +21,12 @@ import numpy as np
 
 from elk_stress.bits import Bits, BitsBatch
 from elk_stress.limit_state import Backend, LimitState, from_function
+from elk_stress.settings import one_of, setting, shown
 
 __all__ = ["METHODS", "estimate_batch", "estimate_bits", "load_method"]
 
+# draws times coordinates that a method may hold: 4 GB
+_MOST_NUMBERS = 1 << 29
 # name -> where its class lives; imported on first use
 METHODS: dict[str, str] = {
     "auto": "elk_stress.estimators.auto:Auto",
@@ -46,8 +49,8 @@ def load_method(name: str) -> Any:
     Raises:
         ValueError: no such method; the message lists the known ones.
     """
-    if name not in METHODS:
-        raise ValueError(f"no method is called {name!r}; known methods: {', '.join(METHODS)}")
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"no method is called {shown(name)}; known methods: {', '.join(METHODS)}")
     module, _, attribute = METHODS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -84,8 +87,15 @@ def estimate_bits(
         Bits with interval, kind, status and flags.
 
     Raises:
-        ValueError: an unknown method, a missing ``dim``, several problems, or a limit state that returns NaN.
+        TypeError: no function.
+        ValueError: an unknown method, a setting outside what it may be (:mod:`elk_stress.settings`), a missing ``dim``,
+            several problems, or a limit state that returns NaN.
     """
+    one_of("backend", backend, ["auto", "numpy", "jax", "torch"])
+    dim, seed = setting("dim", dim, optional=True), setting("seed", seed)
+    n_particles, n_runs = setting("n_particles", n_particles, optional=True), setting("n_runs", n_runs, optional=True)
+    max_evaluations = setting("max_evaluations", max_evaluations, optional=True)
+    max_bits, lipschitz = setting("max_bits", max_bits, optional=True), setting("lipschitz", lipschitz, optional=True)
     if isinstance(limit_state, LimitState):
         if dim is not None and dim != limit_state.dim:
             raise ValueError(
@@ -95,9 +105,16 @@ def estimate_bits(
     else:
         if dim is None:
             raise ValueError("dim is missing: how many standard normal coordinates does the function read?")
+        if not callable(limit_state):
+            raise TypeError(f"a limit state is a function (n, dim) -> (n,), or a LimitState; got {shown(limit_state)}")
         state = _state(limit_state, dim, backend)
     if state.n_problems != 1:
         raise ValueError(f"estimate_bits takes one problem, got {state.n_problems}; use estimate_batch for many")
+    if n_particles is not None and method != "monte_carlo" and n_particles * state.dim > _MOST_NUMBERS:
+        raise ValueError(
+            f"n_particles is at most {_MOST_NUMBERS // state.dim:,} where the function reads {state.dim} coordinates, "
+            f"since so many draws are held at once; got {n_particles:,}. Give fewer, or count with monte_carlo"
+        )
     if lipschitz is not None:
         state = replace(state, lipschitz=np.array([float(lipschitz)]))
     batch = estimate_batch(

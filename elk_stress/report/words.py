@@ -52,6 +52,7 @@ FLAG_CODES: Mapping[str, str] = {
     "wide_interval": "WI",
     "saturated": "ST",
     "catches_nothing": "CN",
+    "flipped": "FL",
     "shared_contexts": "SC",
     "no_contexts": "NC",
     "prediction_failed": "PF",

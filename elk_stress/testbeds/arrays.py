@@ -2,11 +2,15 @@
 
 Without contexts nothing says how differently the model could have thought: moves are then isotropic at the activations'
 own scale (:attr:`Arrays.prior`), and so are the default threats (:attr:`Arrays.threats`).
+
+Everything after is computed in float32, which has 24 bits a number. Where a feature lies far from 0 for its spread
+these would go to the offset: :attr:`Arrays.origin` is taken off in the precision that came, before the cast, and probes
+that were given score ``x + origin`` (:func:`elk_stress.origin.moved`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,12 +18,25 @@ from typing import Any, Literal
 import numpy as np
 
 from elk_stress.duplicates import conflicts, joined, names_items, row_keys
+from elk_stress.inputs import as_activations, as_groups, as_labels
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
+from elk_stress.settings import setting, settings
 from elk_stress.testbed import ContextSet, Items, SplitName
 from elk_stress.threat import Threat, default_threats
 
-__all__ = ["Arrays"]
+__all__ = ["Arrays", "shares_for"]
+
+# spreads from 0 beyond which a feature is centred: less costs float32 three of its 24 bits, and nobody notices
+_FAR = 8.0
+# rows centred together: 8 MB in float64
+_CHUNK = 1 << 20
+
+
+def shares_for(probes: Iterable[Any]) -> tuple[float, float, float]:
+    """Shares of training, calibration and test: where every probe comes fitted, training only says how items move."""
+    fitted = all(isinstance(probe, (FittedProbe, np.ndarray)) for probe in probes)
+    return (0.1, 0.45, 0.45) if fitted else (0.4, 0.3, 0.3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +45,18 @@ class Arrays:
 
     Args:
         data: ``(n, d)``, or ``(n, contexts, d)`` when the same items were read under several neutral contexts, or
-            ``(n, contexts, tokens, d)`` for probes of tokens.
-        labels: ``(n,)`` in {0, 1}, 1 = positive.
-        groups: ``(n,)`` entities; split together. By default every item is its own. Items of equal activations are
-            always one entity (:mod:`elk_stress.duplicates`).
+            ``(n, contexts, tokens, d)`` for probes of tokens. Any library's array; a memory map stays mapped.
+        labels: ``(n,)`` in {0, 1}, 1 = positive, or truth values, or with ``positive`` any two values.
+        groups: ``(n,)`` entities, numbers or names; split together. By default every item is its own. Items of equal
+            activations are always one entity (:mod:`elk_stress.duplicates`).
         shares: shares of the entities for training, calibration and test.
         observed_contexts: how many of the last contexts are held back to observe best-of-n.
         seed: of the split.
+        positive: which label is positive, where they are not 0 and 1.
+
+    Raises:
+        TypeError, ValueError: what is no array of numbers, labels or groups, or does not fit the rest
+            (:mod:`elk_stress.inputs`); too few items for three splits of both classes.
     """
 
     data: np.ndarray
@@ -45,17 +67,38 @@ class Arrays:
     seed: int = 0
     name: str = "arrays"
     site: str = "given"
+    positive: Any = None
 
     def __post_init__(self) -> None:
-        if np.ndim(self.data) not in (2, 3, 4) or len(self.data) != len(self.labels):
+        data = as_activations(self.data)
+        labels = as_labels(self.labels, len(data), self.positive)
+        groups = np.arange(len(data)) if self.groups is None else as_groups(self.groups, len(data))
+        contexts = 1 if data.ndim == 2 else data.shape[1]
+        held_back = setting("observed_contexts", self.observed_contexts)
+        if held_back >= contexts:
             raise ValueError(
-                "expected activations (n, d), (n, contexts, d) or (n, contexts, tokens, d) and labels (n,), "
-                f"got {np.shape(self.data)} and {np.shape(self.labels)}"
+                f"observed_contexts={held_back} of {contexts} contexts leaves none for the prior; hold back fewer, or "
+                "give activations (n, contexts, d) read under more"
             )
-        if set(np.unique(self.labels).tolist()) - {0, 1}:
-            raise ValueError(f"labels must be 0 or 1 (1 = positive), got {np.unique(self.labels).tolist()[:5]}")
-        if len(np.unique(self.labels)) < 2:
-            raise ValueError("labels hold one class only; a stress test needs positives and negatives")
+        clean = {"data": data, "labels": labels, "groups": groups, "observed_contexts": held_back}
+        clean |= {"shares": settings("shares", self.shares, n=3), "seed": setting("seed", self.seed)}
+        for name, value in clean.items():
+            object.__setattr__(self, name, value)
+        self._check_splits()
+
+    def _check_splits(self) -> None:
+        """Training says how items move, calibration negatives set the threshold, and the test needs both classes."""
+        needed = {"train": (), "calibration": (0,), "test": (0, 1)}
+        for name, rows in self._rows.items():
+            if len(rows) and set(needed[name]) <= set(self.labels[rows].tolist()):
+                continue
+            counts = [len(np.unique(self._entities[self.labels == label])) for label in (1, 0)]
+            raise ValueError(
+                f"{len(self.labels)} items are too few to deal out: {counts[0]} groups hold positives and {counts[1]} "
+                f"negatives, and the {name} split needs {'both' if name == 'test' else 'negatives'}. A threshold at a "
+                "false-positive rate of 0.05 needs 20 calibration negatives: give about 70 items of each class, "
+                "of many groups"
+            )
 
     @property
     def dim(self) -> int:
@@ -100,8 +143,7 @@ class Arrays:
     @cached_property
     def _entities(self) -> np.ndarray:
         """``(n,)`` the given groups, joined where rows are equal; an entity has the name of its first item."""
-        groups = np.arange(len(self.labels)) if self.groups is None else np.asarray(self.groups)
-        return np.asarray(groups[joined(groups, self._copies)])
+        return np.asarray(self.groups[joined(self.groups, self._copies)])
 
     @cached_property
     def _rows(self) -> dict[SplitName, np.ndarray]:
@@ -125,9 +167,8 @@ class Arrays:
     @cached_property
     def splits(self) -> Mapping[SplitName, Items]:
         """Train, calibration and test items, dealt by entity."""
-        labels = np.asarray(self.labels).astype(int)
         return {
-            name: Items(tuple(str(i) for i in rows.tolist()), labels[rows], self._entities[rows])
+            name: Items(tuple(str(i) for i in rows.tolist()), self.labels[rows], self._entities[rows])
             for name, rows in self._rows.items()
         }
 
@@ -135,21 +176,51 @@ class Arrays:
         """Nothing to do."""
 
     def activations(self, split: SplitName, contexts: ContextSet = "prior") -> np.ndarray:
-        """Float32 copies of the split's rows; with 8 contexts or more a quarter of them is kept for fitting.
+        """Float32 copies of the split's rows, less the origin if there is one.
+
+        With 8 contexts or more a quarter of them is kept for fitting.
 
         Raises:
             LookupError: no contexts were held back (``observed``), too few to fit on others (``fit``), or items alone
                 were not given (``bare``).
         """
-        data = self.data[self._rows[split]]
-        data = data[:, None, :] if data.ndim == 2 else data.reshape(*data.shape[:2], -1)
-        seen = data.shape[1] - self.observed_contexts
+        seen = self.n_contexts - self.observed_contexts
         fitting = seen // 4 if seen >= 8 else 0
-        ranges = {"fit": (0, fitting), "prior": (fitting, seen), "observed": (seen, data.shape[1]), "bare": (0, 0)}
+        ranges = {"fit": (0, fitting), "prior": (fitting, seen), "observed": (seen, self.n_contexts), "bare": (0, 0)}
         start, stop = ranges[contexts]
         if start == stop:
-            raise LookupError(f"arrays of {data.shape[1]} contexts hold none for {contexts!r}")
-        return np.asarray(data[:, start:stop], dtype=np.float32)
+            raise LookupError(f"arrays of {self.n_contexts} contexts hold none for {contexts!r}")
+        out = np.empty((len(self._rows[split]), stop - start, self.dim), dtype=np.float32)
+        for part, rows in self._read(split, start, stop):
+            out[part] = rows if self.origin is None else rows - self.origin
+        return out
+
+    @property
+    def n_contexts(self) -> int:
+        """Contexts that each item was read under."""
+        return 1 if self.data.ndim == 2 else int(self.data.shape[1])
+
+    @cached_property
+    def origin(self) -> np.ndarray | None:
+        """``(d,)`` float64: the means of training rows in the features that lie far from 0 for their spread, 0 in the
+        others; ``None`` where no feature does."""
+        n = len(self._rows["train"]) * self.n_contexts
+        mean, square = np.zeros(self.dim), np.zeros(self.dim)
+        for _, rows in self._read("train", 0, self.n_contexts):
+            mean += rows.sum(axis=(0, 1), dtype=float) / n
+        for _, rows in self._read("train", 0, self.n_contexts):
+            square += ((rows - mean) ** 2).sum(axis=(0, 1)) / n
+        far = np.abs(mean) > _FAR * np.sqrt(square)
+        return np.where(far, mean, 0.0) if far.any() else None
+
+    def _read(self, split: SplitName, start: int, stop: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """Rows ``(m, contexts, d)`` of a split as they came, in chunks, each with its place in the split."""
+        chosen = self._rows[split]
+        step = max(1, _CHUNK // (self.dim * (stop - start)))
+        for first in range(0, len(chosen), step):
+            part = slice(first, min(first + step, len(chosen)))
+            rows = self.data[chosen[part]][:, None] if self.data.ndim == 2 else self.data[chosen[part], start:stop]
+            yield part, rows.reshape(len(rows), stop - start, -1)
 
     @property
     def shift_cost(self) -> Literal["exact", "model", "none"]:

@@ -23,6 +23,7 @@ import numpy as np
 from elk_stress import registry
 from elk_stress.flags import Flag, flag
 from elk_stress.probe import FittedProbe, Probe
+from elk_stress.settings import listed, setting, settings
 from elk_stress.training.account import account
 from elk_stress.training.checkpoint import Checkpoints, digest
 from elk_stress.training.evasion import targets_from
@@ -102,11 +103,23 @@ def stress_training(
         A :class:`~elk_stress.training.results.PressureResult`.
 
     Raises:
-        ValueError: an unknown mode, or an attack that does not apply to this testbed; says why.
+        TypeError: no testbed, probe or attack.
+        ValueError: an unknown mode, a setting outside what it may be (:mod:`elk_stress.settings`), or an attack that
+            does not apply to this testbed; says why.
     """
     started = time.monotonic()
     if mode not in MODES:
         raise ValueError(f"no defender mode is called {mode!r}; known modes: {', '.join(MODES)}")
+    check_options(
+        seed=seed,
+        epsilon=epsilon,
+        strengths=strengths,
+        steps=steps,
+        checkpoints=checkpoints,
+        draws=draws,
+        audit_points=audit_points,
+    )
+    against, held_out = listed("against", against, (str,)), listed("held_out", held_out, (str,))
     if (mode == "ensemble") != bool(against):
         raise ValueError("mode 'ensemble', and only it, takes further probes to train against (against=)")
     recipe = training_attack(attack)
@@ -118,14 +131,28 @@ def stress_training(
         )
     chosen = sorted({0.0, *(float(x) for x in (DEFAULT_STRENGTHS if strengths is None else strengths))})
     cells = np.asarray(chosen, dtype=np.float32)
-    if not (cells >= 0).all() or len(cells) < 2:
-        raise ValueError(f"strengths are non-negative and at least one is positive, got {list(strengths or ())}")
     schedule = _schedule(recipe.steps if steps is None else steps, checkpoints)
 
     defence = defence_of(trainee, probe, against, held_out, seed)
     run = _Run(trainee, recipe, mode, defence, cells, schedule, draws, seed)
     run.train(Checkpoints(None if out is None else Path(out), run.settings()), progress)
     return account(run, bits=bits, audit_points=audit_points, started=started, versions=versions())
+
+
+def check_options(**given: Any) -> None:
+    """Refuse numbers of :func:`stress_training` that are none; others pass.
+
+    Raises:
+        ValueError: says which, what it may be, and what came.
+    """
+    for name in ("seed", "epsilon", "checkpoints", "draws", "audit_points"):
+        if name in given:
+            setting(name, given[name])
+    setting("steps", given.get("steps"), optional=True)
+    if given.get("strengths") is not None:
+        strengths = settings("strengths", given["strengths"])
+        if not any(strengths):
+            raise ValueError(f"strengths are non-negative and at least one is positive, got {list(strengths)}")
 
 
 def training_attack(attack: str | TrainingAttack) -> TrainingAttack:

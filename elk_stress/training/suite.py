@@ -18,12 +18,21 @@ import numpy as np
 
 from elk_stress.report.folder import check_folder, replace_file
 from elk_stress.result import plain
+from elk_stress.settings import listed
 from elk_stress.testbed import PLANTED
 from elk_stress.training.account import NO_SIGNAL
 from elk_stress.training.checkpoint import digest
 from elk_stress.training.comparison import PressureComparison, compare_pressure
 from elk_stress.training.measure import clean_auroc
-from elk_stress.training.pressure import MODES, Mode, as_trainee, defence_of, stress_training, training_attack
+from elk_stress.training.pressure import (
+    MODES,
+    Mode,
+    as_trainee,
+    check_options,
+    defence_of,
+    stress_training,
+    training_attack,
+)
 from elk_stress.training.results import PressureResult, WeightBits
 from elk_stress.training.weight_bits import measure_weight_bits
 from elk_stress.training.weights import DEFAULT_EPSILON, OrganismTrainee
@@ -106,9 +115,14 @@ def train(
         UnusableFolder: the folder cannot be written; before any work.
         TrainingInterrupted: Ctrl-C, after what was finished has been written.
     """
+    modes, probes = listed("modes", modes, (str,)), listed("probes", probes, (str,))
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"no defender mode is called {mode!r}; known modes: {', '.join(MODES)}")
+    for what, names in (("probes", probes), ("modes", modes)):
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"{what} must be named once each and at least one is needed, got {names}")
+    check_options(seed=seed, epsilon=epsilon, **options)
     if strangers := {name for pair in pairs or () for name in pair} - set(probes):
         raise ValueError(f"pairs to compare name probes that are not pressed: {', '.join(sorted(strangers))}")
     folder = check_folder(Path(out))
