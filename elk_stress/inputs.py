@@ -124,7 +124,7 @@ def as_labels(value: Any, n: int, positive: Any = None) -> np.ndarray:
                 f"labels hold {len(values)} values ({listed}); two are needed: pass labels == {shown(chosen)}, or drop "
                 "the items of other classes"
             )
-        return (array == chosen).astype(np.int64)
+        return np.asarray(array == chosen, dtype=np.int64)
     if array.dtype.kind == "b":
         return array.astype(np.int64)
     if array.dtype.kind in "US":
@@ -209,7 +209,7 @@ def _as_array(value: Any, name: str) -> np.ndarray:
     if isinstance(value, np.ma.MaskedArray):
         if np.ma.getmaskarray(value).any():
             raise ValueError(
-                f"{name} are a masked array with {int(np.ma.count_masked(value))} masked entries, which would be read "
+                f"{name} are a masked array with {int(np.ma.getmaskarray(value).sum())} masked entries, which would be read "
                 f"as if they were there; drop these items, or pass {name}.filled(...)"
             )
         return np.asarray(value.data)

@@ -143,7 +143,8 @@ class Arrays:
     @cached_property
     def _entities(self) -> np.ndarray:
         """``(n,)`` the given groups, joined where rows are equal; an entity has the name of its first item."""
-        return np.asarray(self.groups[joined(self.groups, self._copies)])
+        groups = np.asarray(self.groups)
+        return np.asarray(groups[joined(groups, self._copies)])
 
     @cached_property
     def _rows(self) -> dict[SplitName, np.ndarray]:
