@@ -139,6 +139,8 @@ def linear_names(subject: LanguageModel) -> list[str]:
 def check_adapters(subject: LanguageModel, family: str, names: list[str]) -> None:
     """With B at random, the adapted model reads what a model with W + B A in place of W gives out itself."""
     adapted = AdaptedModel(subject, "layers.2", names, 2)
+    adaptable = {id(module) for block in adapted.reader.blocks[:3] for module in block.modules()}
+    assert {id(matrix.layer) for matrix in adapted.matrices} <= adaptable, "nothing behind the site, nor in a tower"
     flat = 0.1 * np.random.default_rng(0).standard_normal(adapted.n_parameters).astype(np.float32)
     before = adapted.read(TEXTS)
     adapted.load(flat)
