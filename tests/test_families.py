@@ -88,19 +88,21 @@ def runs_the_prefix_once(subject: LanguageModel) -> bool:
 def check_moves(subject: LanguageModel) -> None:
     rng = np.random.default_rng(1)
     for site in ("embeddings", "layers.1"):
-        origins = subject.read(TEXTS, [site])[site]
-        moved = MovedModel(subject, site, TEXTS, origins)
+        # the last two have one length, so they share a batch; the first has one by itself
+        texts = [TEXTS[2], TEXTS[1], f"{HOST} two three cat"]
+        origins = subject.read(texts, [site])[site]
+        moved = MovedModel(subject, site, texts, origins)
         size = np.linalg.norm(origins, axis=1).mean() / 5
-        moves = size * rng.standard_normal((2, 2, subject.dim)).astype(np.float32)
+        moves = size * rng.standard_normal((3, 2, subject.dim)).astype(np.float32)
         moves[:, 0] = 0
-        found = moved.shift(np.array([2, 1]), moves)
+        found = moved.shift(np.arange(3), moves)
         assert np.all(found[:, 0] < 1e-6)
-        for row, item in enumerate((2, 1)):
-            ids, (p, q) = brute_force(subject, site, TEXTS[item], [origins[item], origins[item] + moves[row, 1]])
+        for item in (0, 2):
+            ids, (p, q) = brute_force(subject, site, texts[item], [origins[item], origins[item] + moves[item, 1]])
             assert moved._hosts[item].ids.tolist() == ids
             expected = float((np.exp(p) * (p - q)).sum(-1).mean())
             assert expected > 1e-6, "large enough to tell a right shift from none"
-            assert found[row, 1] == pytest.approx(expected, rel=1e-2, abs=1e-7)
+            assert found[item, 1] == pytest.approx(expected, rel=1e-2, abs=1e-7)
 
 
 def check_prefixes(subject: LanguageModel, family: str) -> None:

@@ -307,7 +307,7 @@ class MovedModel:
         mask = torch.ones(len(hosts), width + ids.shape[1], dtype=torch.long, device=ids.device)
         states = torch.stack([host.states for host in hosts])
         hidden = torch.cat([(origins + moves)[:, None].to(states.dtype), states], dim=1)
-        with self._rewriting(lambda _: hidden), self._skipping():
+        with self._skipping(), self._rewriting(lambda _: hidden):
             return self._outputs(ids, mask, cache, head)
 
     def _pass(self, ids: Any, at: int, states: Any, count: int, head: bool) -> tuple[Any, Any]:
