@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import norm
 
 from elk_stress.result import StressResult
+from elk_stress.settings import pairs_of, shown
 
 __all__ = ["Comparison", "compare", "compare_all"]
 
@@ -60,8 +61,12 @@ def compare(a: StressResult, b: StressResult) -> tuple[Comparison, ...]:
     """Compare two probes under every threat that both faced, with Holm's correction over these threats.
 
     Raises:
+        TypeError: something that is no result.
         ValueError: results of different testbeds, sites, seeds or false-positive rates, whose items are not paired.
     """
+    for result in (a, b):
+        if not isinstance(result, StressResult):
+            raise TypeError(f"compare takes two results of elk_stress.stress, got {shown(result)}")
     same = a.probe == b.probe
     return compare_all({f"{a.probe} (a)" if same else a.probe: a, f"{b.probe} (b)" if same else b.probe: b})
 
@@ -79,11 +84,7 @@ def compare_all(
     Raises:
         ValueError: a pair names a probe that has no result; results whose items are not paired.
     """
-    chosen = list(combinations(results, 2)) if pairs is None else list(pairs)
-    for name in (name for pair in chosen for name in pair if name not in results):
-        raise ValueError(
-            f"no result is called {name!r}, so that it cannot be compared; there are: {', '.join(results)}"
-        )
+    chosen = list(combinations(results, 2)) if pairs is None else pairs_of(pairs, results)
     rows = [row for a, b in chosen for row in _pair(a, b, results[a], results[b])]
     corrected = holm([row.p for row in rows])
     return tuple(

@@ -32,7 +32,7 @@ def check_negatives(n: int, fpr: float) -> tuple[Flag, ...]:
     """
     if not 0 < fpr < 1:
         raise ValueError(f"the false-positive rate lies strictly between 0 and 1, got {fpr}")
-    needed = math.ceil(1 / fpr - 1e-9)
+    needed = math.ceil(min(1 / fpr, 1e18) - 1e-9)
     if n < needed:
         raise ValueError(
             f"a false-positive rate of {fpr:g} needs at least {needed} calibration negatives, got {n}; "

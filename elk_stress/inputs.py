@@ -207,9 +207,10 @@ def _as_array(value: Any, name: str) -> np.ndarray:
     if value is None or isinstance(value, (str, bytes, dict, set)) or callable(value):
         raise TypeError(f"{name} are an array, e.g. of numpy, torch, jax or pandas; got {shown(value)}")
     if isinstance(value, np.ma.MaskedArray):
-        if np.ma.getmaskarray(value).any():
+        masked = int(np.ma.getmaskarray(value).sum())
+        if masked:
             raise ValueError(
-                f"{name} are a masked array with {int(np.ma.getmaskarray(value).sum())} masked entries, which would be read "
+                f"{name} are a masked array with {masked} masked entries, which would be read "
                 f"as if they were there; drop these items, or pass {name}.filled(...)"
             )
         return np.asarray(value.data)

@@ -49,6 +49,7 @@ import numpy as np
 
 from elk_stress import ledger_store
 from elk_stress.budget import Account as Account
+from elk_stress.inputs import as_numbers
 from elk_stress.ledger_store import Charge as Charge
 from elk_stress.ledger_store import LedgerDamaged as LedgerDamaged
 from elk_stress.ledger_store import LedgerError as LedgerError
@@ -56,6 +57,7 @@ from elk_stress.ledger_terms import Terms as Terms
 from elk_stress.ledger_terms import disagreement
 from elk_stress.ledger_terms import fingerprint as fingerprint
 from elk_stress.printable import check_name
+from elk_stress.settings import SETTINGS, as_path, listed, setting, shown, truth
 
 __all__ = [
     "Account",
@@ -149,13 +151,18 @@ class Ledger:
 
     Raises:
         LedgerError: the file cannot be used.
+        TypeError: no path, no terms, or a timeout or ``readonly`` that is none.
         ValueError: the file is about another probe, threat, bits or tolerance.
     """
 
     def __init__(
         self, path: str | Path, terms: Terms | None = None, *, timeout: float = 30.0, readonly: bool = False
     ) -> None:
-        self.path = Path(path)
+        self.path, timeout, readonly = as_path("path", path), setting("timeout", timeout), truth("readonly", readonly)
+        if terms is not None and not isinstance(terms, Terms):
+            raise TypeError(
+                f"terms are elk_stress.ledger.Terms, e.g. Terms.of_result(result, threat); got {shown(terms)}"
+            )
         if terms is not None and not readonly and not os.path.lexists(self.path):
             ledger_store.Store.create(self.path, terms.to_record())
         self._store = ledger_store.Store(self.path, timeout=timeout, readonly=readonly)
@@ -234,7 +241,8 @@ class Ledger:
                 probe's, or anything else that can be known before a candidate is seen: nothing was charged. Scores that
                 turn out to be none: the candidates were seen, and the charge stays, as the message says.
         """
-        rows = candidates if hasattr(candidates, "shape") else list(candidates)
+        mix = truth("mix", mix)
+        rows = candidates if hasattr(candidates, "shape") else listed("candidates", candidates, ())
         n = len(rows)
         whole = hasattr(keep, "__index__") and not isinstance(keep, (bool, np.bool_))
         if not whole or not 1 <= operator.index(keep) <= n:
@@ -304,13 +312,13 @@ class Ledger:
         if (amount is None) == (total is None):
             raise ValueError("give either an amount to add or the total that was measured")
         try:
-            given = float(amount if amount is not None else total)  # type: ignore[arg-type]
-        except (TypeError, ValueError, OverflowError):
-            given = math.nan
-        if not 0 <= given < math.inf:
-            asked = amount if amount is not None else total
-            raise ValueError(f"{kind}: an amount is a finite number of {kind.unit} from 0 on, got {str(asked)[:40]}")
-        if kind is Account.QUERIES and not given.is_integer():
+            given = SETTINGS["amount"].convert(amount if amount is not None else total)
+        except ValueError:
+            asked = shown(amount if amount is not None else total)
+            raise ValueError(f"{kind}: an amount is a finite number of {kind.unit} from 0 on, got {asked}") from None
+        amount, total = (None if x is None else given for x in (amount, total))
+        mix = truth("mix", mix)
+        if kind is Account.QUERIES and not float(given).is_integer():
             raise ValueError(f"queries are counted in whole numbers, got {given}")
         lineage, parents = _names(lineage, parents)
         _check_note(note)
@@ -328,6 +336,7 @@ class Ledger:
 
     def spent(self, account: Account | str, lineage: str = "main") -> float:
         """What has been spent."""
+        lineage, _ = _names(lineage, ())
         with self._store.reading() as view:
             return view.spent(_account(account), lineage)
 
@@ -336,7 +345,7 @@ class Ledger:
 
         An account without charges beside one with some has all of it left, for a lineage of its own.
         """
-        kind = _account(account)
+        kind, (lineage, _) = _account(account), _names(lineage, ())
         budget = self.budget(kind)
         if budget is None:
             return None
@@ -382,6 +391,8 @@ class Ledger:
         Raises:
             LedgerDamaged: what does not hold.
         """
+        if head is not None and not isinstance(head, str):
+            raise TypeError(f"head is a hash that verify returned, a text; got {shown(head)}")
         charges, last = self._store.verify()
         if head is not None and head not in {last, *(c.hash for c in charges), *(c.previous for c in charges)}:
             raise LedgerDamaged(
@@ -553,7 +564,7 @@ class Ledger:
 
 
 def _checked_scores(found: Any, n: int) -> np.ndarray:
-    scores = np.asarray(found.detach().cpu() if hasattr(found, "detach") else found, dtype=float)
+    scores = as_numbers(found, "scores").astype(float)
     if scores.shape != (n,):
         raise ValueError(f"expected one score per candidate, shape ({n},), got shape {scores.shape}")
     if np.isnan(scores).any():
@@ -572,7 +583,7 @@ def _account(account: Account | str) -> Account:
 
 
 def _names(lineage: str, parents: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    found = (parents,) if isinstance(parents, str) else tuple(parents)
+    found = tuple(listed("parents", parents, (str,)))
     if not all(isinstance(name, str) and name.strip() for name in (lineage, *found)):
         raise ValueError(f"a lineage has a name, got {lineage!r} with parents {found!r}")
     check_name(lineage, "the name of a lineage")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elk_stress.printable import printable
+from elk_stress.settings import option
 
 if TYPE_CHECKING:
     from elk_stress.ledger import Balance, Ledger, Terms
@@ -63,23 +64,33 @@ def add_ledger(commands: Any) -> None:
         action.add_argument("file", type=Path, metavar="FILE", help="the ledger")
         action.add_argument("--json", action="store_true", help="as one JSON object")
         action.add_argument(
-            "--timeout", type=float, default=30.0, metavar="SECONDS", help="wait for other writers (default: 30)"
+            "--timeout",
+            type=option("timeout"),
+            default=30.0,
+            metavar="SECONDS",
+            help="wait for other writers (default: 30)",
         )
     for action in (show, spend):
         terms = action.add_argument_group("terms; a ledger that does not exist is made for them")
         terms.add_argument("--result", type=Path, metavar="FILE.json", help="result.json of elk-stress run")
         terms.add_argument("--probe", metavar="NAME", help="which probe of the result")
         terms.add_argument("--threat", metavar="NAME", help="a per-item threat, e.g. item/natural/gaussian")
-        terms.add_argument("--tolerated", type=float, metavar="SHARE", help="of catches, may be lost (default: 0.1)")
-        terms.add_argument("--warn-at", type=float, metavar="SHARE", help="of a budget, then warn (default: 0.8)")
+        terms.add_argument(
+            "--tolerated", type=option("tolerated"), metavar="SHARE", help="of catches, may be lost (default: 0.1)"
+        )
+        terms.add_argument(
+            "--warn-at", type=option("warn_at"), metavar="SHARE", help="of a budget, then warn (default: 0.8)"
+        )
     verify.add_argument("--head", metavar="HASH", help="one that was printed earlier")
     spend.add_argument("account", choices=_ACCOUNTS)
     spend.add_argument(
-        "amount", nargs="?", type=float, help="bits; mean_shift: standard deviations of u; queries: a count"
+        "amount", nargs="?", type=option("amount"), help="bits; mean_shift: standard deviations of u; queries: a count"
     )
-    spend.add_argument("--total", type=float, metavar="X", help="instead: charge what is missing up to this total")
-    spend.add_argument("--of", type=int, metavar="N", help="selection instead: the number of candidates")
-    spend.add_argument("--keep", type=int, metavar="K", help="and how many of them were kept (default: 1)")
+    spend.add_argument(
+        "--total", type=option("amount"), metavar="X", help="instead: charge what is missing up to this total"
+    )
+    spend.add_argument("--of", type=option("of"), metavar="N", help="selection instead: the number of candidates")
+    spend.add_argument("--keep", type=option("keep"), metavar="K", help="and how many of them were kept (default: 1)")
     spend.add_argument("--lineage", default="main", metavar="NAME", help="charges on one add (default: main)")
     spend.add_argument("--parents", default="", metavar="A,B", help="lineages whose spending it takes over")
     spend.add_argument(

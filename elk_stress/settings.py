@@ -11,13 +11,27 @@ from __future__ import annotations
 import argparse
 import math
 import operator
+import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
-__all__ = ["SETTINGS", "Domain", "listed", "one_of", "option", "setting", "settings", "shown"]
+__all__ = [
+    "SETTINGS",
+    "Domain",
+    "as_path",
+    "listed",
+    "one_of",
+    "option",
+    "pairs_of",
+    "setting",
+    "settings",
+    "shown",
+    "truth",
+]
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,7 @@ SETTINGS: Mapping[str, Domain] = {
     "timeout": Domain("a number of seconds of at least 0"),
     "tolerated": _RATE,
     "warn_at": Domain("a share of the budget, above 0 and at most 1", 0, 1),
+    "amount": Domain("a finite number from 0 on"),
     "of": _count(1, 10**18),
     "keep": _count(1, 10**18),
 }
@@ -170,18 +185,65 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> str:
 
 
 def listed(name: str, given: Any, kinds: tuple[type, ...]) -> list[Any]:
-    """One thing or several, each of one of ``kinds``, as a list.
+    """One thing or several, each of one of ``kinds`` (or of any kind, if none is said), as a list.
 
     Raises:
         TypeError: something else came.
     """
     each = [given] if isinstance(given, kinds) else _listed(given)
+    if not kinds and each is None:
+        raise TypeError(f"{name} are several, in a list or the like; got {shown(given)}")
     strange = [given] if each is None else [x for x in each if not isinstance(x, kinds) or isinstance(x, type)]
-    if strange:
+    if kinds and strange:
         allowed = " or ".join("a name" if kind is str else f"a {kind.__name__}" for kind in kinds)
         raise TypeError(f"{name} are each {allowed}, got {shown(strange[0])}")
     assert each is not None
     return each
+
+
+def pairs_of(given: Any, known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Pairs of names to compare.
+
+    Raises:
+        TypeError: no sequence of pairs of names.
+        ValueError: a name that is not ``known``.
+    """
+    pairs = [tuple(pair) if isinstance(pair, (tuple, list)) else (pair,) for pair in _listed(given) or [given]]
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+            raise TypeError(f"pairs are each two names, e.g. [('lda', 'logistic')]; got {shown(given)}")
+        for name in pair:
+            if name not in known:
+                raise ValueError(
+                    f"no result is called {shown(name)}, so that it cannot be compared; there are: "
+                    f"{', '.join(known) or 'none'}"
+                )
+    return [(first, second) for first, second in pairs]
+
+
+def as_path(name: str, value: Any) -> Path:
+    """A path from a path or a text.
+
+    Raises:
+        TypeError: something else; a text with a zero byte or of nothing is a ValueError.
+    """
+    if not isinstance(value, (str, os.PathLike)) or isinstance(value, bytes):
+        raise TypeError(f"{name} is a path or a text, got {shown(value)}")
+    text = os.fspath(value)
+    if not text or "\0" in text or "\ud800" <= max(text) <= "\udfff":
+        raise ValueError(f"{name} is the path of a file or folder, got {shown(text)}")
+    return Path(value)
+
+
+def truth(name: str, value: Any) -> bool:
+    """``True`` or ``False``, and nothing that merely counts as one of them.
+
+    Raises:
+        TypeError: something else.
+    """
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name} is True or False, got {shown(value)}")
+    return bool(value)
 
 
 def shown(value: Any) -> str:

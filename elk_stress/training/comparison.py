@@ -26,6 +26,7 @@ import numpy as np
 
 from elk_stress.bits import Kind
 from elk_stress.comparison import holm
+from elk_stress.settings import listed, pairs_of
 from elk_stress.training.results import PressureResult, over_models
 
 __all__ = ["PressureComparison", "compare_pressure", "per_point"]
@@ -91,14 +92,16 @@ def compare_pressure(
             pairs of many probes.
 
     Raises:
-        ValueError: results of different testbeds, models or seeds, which are not paired.
+        TypeError: something that is no result, or no pair of names.
+        ValueError: a pair names a probe without a result; results of different testbeds, models or seeds, which are
+            not paired.
     """
     tables: dict[tuple[str, ...], list[PressureComparison]] = {}
     seen: set[tuple[str, str]] = set()
     by_name: dict[str, list[PressureResult]] = {}
-    for result in results:
+    for result in listed("results", results, (PressureResult,)):
         by_name.setdefault(result.probe, []).append(result)
-    chosen = combinations(by_name, 2) if pairs is None else pairs
+    chosen = combinations(by_name, 2) if pairs is None else pairs_of(pairs, by_name)
     for a, b in ((a, b) for first, second in chosen for a in by_name[first] for b in by_name[second]):
         if (a.attack, a.mode) != (b.attack, b.mode):
             continue
