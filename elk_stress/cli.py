@@ -80,6 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from elk_stress.ledger_cli import run_ledger
 
         options = _parser().parse_args(arguments)
+        for name, value in vars(options).items():
+            # what argparse makes of a value that is two hyphens
+            if isinstance(value, list) and ([] in value or not value):
+                raise _BadInput(f"--{name.replace('_', '-')}: expected a value, got '--'")
         commands = {"run": _run, "train": _train, "ledger": run_ledger}
         return commands.get(options.command, _list)(options)
     except _BadInput as error:

@@ -49,7 +49,6 @@ import numpy as np
 
 from elk_stress import ledger_store
 from elk_stress.budget import Account as Account
-from elk_stress.inputs import as_numbers
 from elk_stress.ledger_store import Charge as Charge
 from elk_stress.ledger_store import LedgerDamaged as LedgerDamaged
 from elk_stress.ledger_store import LedgerError as LedgerError
@@ -242,7 +241,8 @@ class Ledger:
                 turn out to be none: the candidates were seen, and the charge stays, as the message says.
         """
         mix = truth("mix", mix)
-        rows = candidates if hasattr(candidates, "shape") else listed("candidates", candidates, ())
+        several = list(candidates) if isinstance(candidates, str) else candidates
+        rows = several if hasattr(several, "shape") else listed("candidates", several, ())
         n = len(rows)
         whole = hasattr(keep, "__index__") and not isinstance(keep, (bool, np.bool_))
         if not whole or not 1 <= operator.index(keep) <= n:
@@ -564,7 +564,10 @@ class Ledger:
 
 
 def _checked_scores(found: Any, n: int) -> np.ndarray:
-    scores = as_numbers(found, "scores").astype(float)
+    try:
+        scores = np.asarray(found.detach().cpu() if hasattr(found, "detach") else found, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"scores are one number for each candidate, got {shown(found)} ({error})") from None
     if scores.shape != (n,):
         raise ValueError(f"expected one score per candidate, shape ({n},), got shape {scores.shape}")
     if np.isnan(scores).any():

@@ -225,13 +225,10 @@ def as_path(name: str, value: Any) -> Path:
     """A path from a path or a text.
 
     Raises:
-        TypeError: something else; a text with a zero byte or of nothing is a ValueError.
+        TypeError: something else.
     """
     if not isinstance(value, (str, os.PathLike)) or isinstance(value, bytes):
         raise TypeError(f"{name} is a path or a text, got {shown(value)}")
-    text = os.fspath(value)
-    if not text or "\0" in text or "\ud800" <= max(text) <= "\udfff":
-        raise ValueError(f"{name} is the path of a file or folder, got {shown(text)}")
     return Path(value)
 
 

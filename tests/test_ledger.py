@@ -351,7 +351,7 @@ def test_a_score_that_was_shown_the_candidates_is_charged(book: Ledger) -> None:
         ("kl", {"amount": math.nan}, "finite number of bits"),
         ("queries", {"amount": 0.5}, "whole numbers"),
         ("kl", {"amount": 10**400}, "finite number of bits"),
-        ("kl", {"amount": "much"}, "finite number of bits from 0 on, got much"),
+        ("kl", {"amount": "much"}, "finite number of bits from 0 on, got 'much'"),
         ("kl", {"amount": 0.1, "note": b""}, "a note is a text"),
         ("kl", {"amount": 0.1, "parents": "x"}, "no lineage is called 'x'"),
     ],
@@ -1627,7 +1627,10 @@ def command(capsys: pytest.CaptureFixture[str]) -> Run:
     def run(*arguments: object) -> tuple[int, str, str]:
         parser = cli._Parser(prog="elk-stress")
         ledger_cli.add_ledger(parser.add_subparsers(dest="command", required=True))
-        options = parser.parse_args(["ledger", *map(str, arguments)])
+        try:
+            options = parser.parse_args(["ledger", *map(str, arguments)])
+        except cli._BadInput as error:
+            return 2, "", f"elk-stress: {error}\n"
         assert options.command == "ledger"
         code = ledger_cli.run_ledger(options)
         said = capsys.readouterr()
@@ -1782,7 +1785,7 @@ def test_help_says_what_mixing_and_queries_are(capsys: pytest.CaptureFixture[str
         (["spend", "FILE", "selection", "--keep", "3"], "give both"),
         (["spend", "FILE", "selection", "--of", "3", "--keep", "4"], "--keep is between 1 and --of, 3"),
         (["spend", "FILE", "selection", "1", "--total", "3", *("--result", "RESULT", "--threat", ITEM)], "either"),
-        (["spend", "FILE", "kl", "nan", "--result", "RESULT", "--threat", ITEM], "finite number of bits"),
+        (["spend", "FILE", "kl", "nan", "--result", "RESULT", "--threat", ITEM], "finite number from 0 on"),
     ],
 )
 def test_command_line_refuses_in_one_line(

@@ -26,7 +26,7 @@ import numpy as np
 
 from elk_stress.bits import Kind
 from elk_stress.comparison import holm
-from elk_stress.settings import listed, pairs_of
+from elk_stress.settings import listed, pairs_of, shown
 from elk_stress.training.results import PressureResult, over_models
 
 __all__ = ["PressureComparison", "compare_pressure", "per_point"]
@@ -99,7 +99,9 @@ def compare_pressure(
     tables: dict[tuple[str, ...], list[PressureComparison]] = {}
     seen: set[tuple[str, str]] = set()
     by_name: dict[str, list[PressureResult]] = {}
-    for result in listed("results", results, (PressureResult,)):
+    for result in listed("results", results, ()):
+        if not hasattr(result, "attack") or not hasattr(result, "mode"):
+            raise TypeError(f"results are each of elk_stress.stress_training, got {shown(result)}")
         by_name.setdefault(result.probe, []).append(result)
     chosen = combinations(by_name, 2) if pairs is None else pairs_of(pairs, by_name)
     for a, b in ((a, b) for first, second in chosen for a in by_name[first] for b in by_name[second]):
