@@ -40,6 +40,7 @@ import numpy as np
 from elk_stress import registry
 from elk_stress.fitting.folds import stretches
 from elk_stress.fitting.held_out import held_out, kept_bits
+from elk_stress.fitting.scaling import standardization
 from elk_stress.probe import FittedProbe, Probe, Traits
 
 if TYPE_CHECKING:
@@ -188,9 +189,7 @@ def robust_logistic(
     from scipy.optimize import minimize
     from scipy.special import expit
 
-    mean, spread = rows.mean(axis=0), rows.std(axis=0)
-    # a feature that is constant but for rounding carries nothing; dividing by its spread would amplify noise
-    spread = np.where(spread > 1e-10 * np.maximum(1.0, np.abs(mean)), spread, np.inf)
+    mean, spread = standardization(rows)
     z, moves = (rows - mean) / spread, factor / spread[:, None]
     # in the coordinates of z: ||L^T w|| = sqrt(v' C v)
     covariance = moves @ moves.T

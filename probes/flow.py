@@ -96,9 +96,9 @@ class Flow:
             # too few rows to hold any out: they fit the axes and judge the flow alike
             held = np.ones(len(rows), dtype=bool)
         own = rows if held.all() else rows[~held]
-        centre, axes, scales = leading_axes(own, self.rank)
+        place = leading_axes(own, self.rank)._asdict()
+        axes, scales = place["axes"], place["scales"]
         rank = axes.shape[1]
-        place = {"centre": centre, "axes": axes, "scales": scales}
         (near, _), (judged, rest) = on_axes(np, place, own), on_axes(np, place, rows[held])
         if rank < len(axes):
             scales = np.append(scales[:-1], scales[-1] * np.sqrt(rest.mean() / (len(axes) - rank)))
@@ -123,7 +123,7 @@ class Flow:
         parameters = {**place, "scales": scales, "rotations": rotations}
         parameters |= {name: np.asarray(best[name], dtype=float) for name in _NAMES}
         notes = {"steps": int(kept), "held_out_nats": float(gain), "rank": rank, "n_negatives": len(rows)}
-        return FittedProbe(self, parameters, notes=notes, dim=len(centre))
+        return FittedProbe(self, parameters, notes=notes, dim=len(axes))
 
     def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:
         """-log density up to a constant, in nats."""

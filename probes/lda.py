@@ -1,16 +1,18 @@
-"""Linear discriminant analysis with a shrunk covariance; works with fewer rows than dimensions.
+"""Linear discriminant analysis with shrunk correlations; works with fewer rows than dimensions, in any units.
 
 Equations: class means m1, m0; rows centred on their own class mean, each class given half of the total weight; S their
-covariance shrunk towards a multiple of the identity, ``S = (1 - a) S_emp + a tr(S_emp)/d I``, with Ledoit and Wolf's
-closed form for a. Then ``w = S^-1 (m1 - m0)`` and ``score(x) = w . (x - (m0 + m1) / 2)``: the log-odds if both classes
-are Gaussian with covariance S and equally frequent.
+covariance with its correlations shrunk towards zero (:mod:`elk_stress.fitting.density`): ``S' = D ((1 - a) R + a I) D``
+for S = D R D. Then ``w = S'^-1 (m1 - m0)`` and ``score(x) = w . (x - (m0 + m1) / 2)``: the log-odds if both classes are
+Gaussian with covariance S' and equally frequent.
 
-Shapes: activations ``(*batch, d)`` -> scores ``(*batch,)`` in nats of log-odds. Rows are one per (item, context); rows
-of one item are correlated, so a is somewhat smaller than independent rows would give. Shrinking towards the identity
-makes fitting commute with rotations of the activations.
+a is the oracle-approximating share for ``4 / (1/n1 + 1/n0)`` rows, as many as a mean of two covariances of n1 and n0
+rows is worth. Rows are one per (item, context); rows of one item are correlated, so a is somewhat smaller than for
+independent ones. Fitting commutes with any change of the features' units: the scores stay as they are.
 
-References: Ledoit & Wolf 2004 (J. Multivariate Analysis 88); the "iid" mass-mean probe of Marks & Tegmark 2310.06824 is
-this one without shrinkage.
+Shapes: activations ``(*batch, d)`` -> scores ``(*batch,)`` in nats of log-odds.
+
+References: Chen, Wiesel, Eldar & Hero 2010 (0907.4698); the "iid" mass-mean probe of Marks & Tegmark 2310.06824 is this
+one without shrinkage.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.moments import Moments, ledoit_wolf_share
+from elk_stress.fitting.density import shrunk
+from elk_stress.moments import Moments
 from elk_stress.probe import FittedProbe, Traits
 from elk_stress.streaming import Fitter
 
@@ -30,16 +33,16 @@ __all__ = ["LDA"]
 
 @dataclass(frozen=True)
 class LDA:
-    """Linear discriminant with a Ledoit-Wolf shrunk covariance.
+    """Linear discriminant with shrunk correlations.
 
     Attributes:
-        shrinkage: the share a of the identity in [0, 1], or ``None`` for Ledoit and Wolf's own choice.
+        shrinkage: the share a of the identity in [0, 1], or ``None`` for the oracle-approximating one.
     """
 
     shrinkage: float | None = None
 
     name: ClassVar[str] = "lda"
-    traits: ClassVar[Traits] = Traits(linear=True, rotation_equivariant=True, flips=True, streams=True)
+    traits: ClassVar[Traits] = Traits(linear=True, flips=True, streams=True)
 
     def fit(
         self, activations: np.ndarray, labels: np.ndarray, *, pairs: np.ndarray | None = None, seed: int = 0
@@ -60,35 +63,22 @@ class LDA:
     def _finish(self, moments: tuple[Moments, Moments], rows: object, seed: int) -> FittedProbe:
         from scipy.linalg import LinAlgError, solve
 
-        low, high = moments[0].mean, moments[1].mean
-        covariance, share = _pooled_covariance(moments, self.shrinkage)
+        low, high = (part.mean for part in moments)
+        n0, n1 = (part.count for part in moments)
+        covariance = (moments[0].covariance + moments[1].covariance) / 2
+        spread, correlation, share = shrunk((low + high) / 2, covariance, 4 * n0 * n1 / (n0 + n1), self.shrinkage)
         try:
-            weight = np.asarray(solve(covariance, high - low, assume_a="pos"))
+            towards = np.asarray(solve(correlation, (high - low) / spread, assume_a="pos"))
         except LinAlgError:
             raise ValueError(
-                f"lda: the covariance of {moments[0].count + moments[1].count} rows in {len(high)} dimensions is "
-                f"singular at shrinkage {share:.3g}; give more rows of different items, or shrinkage= a larger number "
-                "up to 1"
+                f"lda: the covariance of {n0 + n1} rows in {len(high)} dimensions is singular at shrinkage "
+                f"{share:.3g}; give more rows of different items, or shrinkage= a larger number up to 1"
             ) from None
+        # the two means were fitted to the same rows
+        weight = towards / spread * (max(n0 + n1 - 2, 1) / (n0 + n1))
         parameters = {"weight": weight, "bias": np.asarray(-weight @ (high + low) / 2)}
         return FittedProbe(self, parameters, notes={"shrinkage": share})
 
     def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:
         """``activations @ weight + bias``."""
         return xp.matmul(activations, parameters["weight"]) + parameters["bias"]
-
-
-def _pooled_covariance(moments: tuple[Moments, Moments], shrinkage: float | None) -> tuple[np.ndarray, float]:
-    """Within-class covariance, each class weighing half, and the share of the identity in it."""
-    count = moments[0].count + moments[1].count
-    covariance, fourth = np.zeros(()), 0.0
-    for part in moments:
-        assert part.square is not None
-        covariance = covariance + part.square / (2 * part.count)
-        # rows scaled by sqrt(n / 2n_c): their mean outer product is the average of the two classes' covariances
-        fourth += part.fourth * (count / (2 * part.count)) ** 2
-    share = ledoit_wolf_share(covariance, fourth, count) if shrinkage is None else shrinkage
-    dim = len(covariance)
-    shrunk = (1 - share) * covariance + share * np.trace(covariance) / dim * np.eye(dim)
-    # the two means were fitted to the same rows
-    return shrunk * (count / max(count - 2, 1)), float(share)

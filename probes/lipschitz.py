@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from elk_stress.fitting.held_out import held_out, kept_bits
+from elk_stress.fitting.scaling import standardization
 from elk_stress.probe import FittedProbe, Traits
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Lipschitz"]
 
-# singular values of the factor below this share of the largest are left unread: whitening would amplify rounding
+# singular values of the factor, in units of the features' deviations, below this share of the largest are left unread:
+# whitening would amplify rounding
 _SMALLEST = 1e-3
 
 
@@ -103,9 +105,12 @@ class Lipschitz:
         if prior is None or prior.width != rows.shape[1]:
             got = "none" if prior is None else f"one of width {prior.width}"
             raise ValueError(f"lipschitz needs the prior of moves of {rows.shape[1]} features, got {got}")
-        left, size, _ = np.linalg.svd(np.asarray(prior.factor, dtype=float), full_matrices=False)
+        factor = np.asarray(prior.factor, dtype=float)
+        # in units of each feature's own deviation: one a thousand times as large hides no other
+        _, spread = standardization(rows)
+        left, size, _ = np.linalg.svd(factor / spread[:, None], full_matrices=False)
         keep = size > _SMALLEST * size[0]
-        whiten = (left[:, keep] / size[keep]).T
+        whiten = (left[:, keep] / size[keep] / spread[:, None]).T
         mean = rows.mean(axis=0)
         z = (rows - mean) @ whiten.T
         gap = float(np.linalg.norm(z[targets == 1].mean(axis=0) - z[targets == 0].mean(axis=0))) or 1.0

@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from elk_stress.fitting.held_out import item_folds
+from elk_stress.fitting.scaling import deviations
 from elk_stress.moments import Moments
 from elk_stress.probe import FittedProbe, Traits
 from elk_stress.streaming import Fitter, Keep, Rows
@@ -101,9 +102,7 @@ class Logistic:
         l2 = penalties[0]
         every = moments[0].merged(moments[1])
         assert every.square is not None
-        mean, spread = every.mean, np.sqrt(every.square / every.count)
-        # a feature that is constant but for rounding carries nothing; dividing by its spread would amplify noise
-        spread = np.where(spread > 1e-10 * np.maximum(1.0, np.abs(mean)), spread, np.inf)
+        mean, spread = every.mean, deviations(every.mean, np.sqrt(every.square / every.count))
         weights = 0.5 / moments[0].count, 0.5 / moments[1].count
         if rows.count < len(mean):
             # the penalty keeps v in the span of the rows: as many unknowns as rows

@@ -12,7 +12,7 @@ Equations, with ``q = (x - m)^T C^-1 (x - m)`` and the scale's distribution on a
     w(q) = E[1/s^2 | q],   m = sum w_i x_i / sum w_i,   C = sum w_i (x_i - m)(x_i - m)^T / n,
 
 the last line being the fixed point of maximum likelihood (EM; Lange, Little & Taylor 1989, "Robust statistical modeling
-using the t distribution"): rows far out weigh little. C is shrunk towards the identity at each step with the
+using the t distribution"): rows far out weigh little. C's correlations are shrunk at each step with the
 oracle-approximating share of ``mahalanobis``, or it would not exist for n <= d (as in Ollila & Tyler 1405.2528).
 
 The tail is chosen on distances of negatives *held out* of m and C (stretches of consecutive rows, so that all but a few
@@ -38,7 +38,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from elk_stress.fitting.density import negatives_of, oas_covariance, spectrum
+from elk_stress.fitting.density import negatives_of, shrunk, spectrum
 from elk_stress.fitting.folds import stretches
 from elk_stress.moments import Moments
 from elk_stress.probe import FittedProbe, Traits
@@ -202,19 +202,25 @@ def _weights(tail: Tail, squared: np.ndarray, dim: int) -> np.ndarray:
 
 
 def _robust(rows: np.ndarray, tail: Tail, iterations: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Mean ``(d,)``, symmetric inverse root of the scatter ``(d, d)`` and the share of the identity in it."""
+    """Mean ``(d,)``, an inverse root of the scatter ``(d, d)`` and the share of the identity in its correlations."""
     moments = Moments.of(rows, "scatter")
     for step in range(iterations + 1):
-        covariance, share = oas_covariance(moments)
-        sizes, axes = spectrum(covariance)
+        whitener, share = _whitener(moments)
         if step == iterations:
             break
-        white = ((rows - moments.mean) @ axes) / np.sqrt(sizes)
+        white = (rows - moments.mean) @ whitener
         weights = _weights(tail, np.einsum("ij,ij->i", white, white), rows.shape[1])
         mean = weights @ rows / weights.sum()
         spread = (rows - mean) * np.sqrt(weights)[:, None]
         moments = Moments(len(rows), mean, spread.T @ spread)
-    return moments.mean, (axes / np.sqrt(sizes)) @ axes.T, share
+    return moments.mean, whitener, share
+
+
+def _whitener(moments: Moments) -> tuple[np.ndarray, float]:
+    """``(d, d)`` W with ``W W^T = C^-1``, and the share of the identity in the correlations."""
+    spread, correlation, share = shrunk(moments.mean, moments.covariance, moments.count)
+    sizes, axes = spectrum(correlation)
+    return (axes / np.sqrt(sizes)) @ axes.T / spread[:, None], share
 
 
 def _held_out_distances(rows: np.ndarray) -> np.ndarray:
@@ -227,7 +233,6 @@ def _held_out_distances(rows: np.ndarray) -> np.ndarray:
             own = np.ones(len(rows), dtype=bool)
         fitted_to = rows if own.all() else rows[~own]
         moments = Moments.of(fitted_to, "scatter")
-        sizes, axes = spectrum(oas_covariance(moments)[0])
-        white = ((rows[own] - moments.mean) @ axes) / np.sqrt(sizes)
+        white = (rows[own] - moments.mean) @ _whitener(moments)[0]
         out[own] = np.einsum("ij,ij->i", white, white)
     return out

@@ -1,16 +1,17 @@
 r"""Mahalanobis distance from the negatives: a detector of anomalies that never saw a positive (Lee et al. 1807.03888).
 
-Equations: with the negatives' mean m and covariance C, shrunk as ``C' = (1 - a) C + a tr(C)/d I`` with the
-oracle-approximating share a of Chen, Wiesel, Eldar & Hero 2010 (0907.4698; :mod:`elk_stress.fitting.density`),
+Equations: with the negatives' mean m and covariance C, its correlations shrunk as ``C' = D ((1 - a) R + a I) D`` with
+the oracle-approximating share a of Chen, Wiesel, Eldar & Hero 2010 (0907.4698; :mod:`elk_stress.fitting.density`),
 
     score(x) = sqrt(1 + (x - m)^T C'^-1 (x - m)).
 
-a needs count, mean and scatter alone, so merged moments fit the same probe.
+a needs count, mean and scatter alone, so merged moments fit the same probe. Units do not matter: a feature times 1000
+leaves every score as it is.
 
 Why this form. Every increasing function of the distance ranks alike and fails at the same points. The square's slope
 grows without bound; the plain distance has no slope at the mean itself (0/0). The root of one plus the square is smooth
 everywhere, nearly linear away from the mean, and no steeper than 1 in whitened coordinates: that is the bound of
-``lipschitz``, ``||W F||`` for moves ``F u`` (W whitens), and gives certified bits.
+``lipschitz``, ``||W^T F||`` for moves ``F u`` (W whitens), and gives certified bits.
 
 Shapes: activations ``(*batch, d)`` -> ``(*batch,)``, in standard deviations, at least 1. Centred before it is whitened,
 so that float32 does not cancel.
@@ -26,7 +27,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.density import enough_negatives, oas_covariance, spectrum
+from elk_stress.fitting.density import enough_negatives, shrunk, spectrum
 from elk_stress.moments import Moments
 from elk_stress.probe import FittedProbe, Traits
 from elk_stress.streaming import Fitter
@@ -36,7 +37,7 @@ __all__ = ["Mahalanobis"]
 
 @dataclass(frozen=True)
 class Mahalanobis:
-    """Distance from the negatives' mean in their own shrunk covariance; learns from negatives alone.
+    """Distance from the negatives' mean in their own covariance, correlations shrunk; learns from negatives alone.
 
     Attributes:
         shrinkage: the share a of the identity in (0, 1], or ``None`` for the oracle-approximating one.
@@ -45,7 +46,7 @@ class Mahalanobis:
     shrinkage: float | None = None
 
     name: ClassVar[str] = "mahalanobis"
-    traits: ClassVar[Traits] = Traits(negatives_only=True, rotation_equivariant=True, streams=True)
+    traits: ClassVar[Traits] = Traits(negatives_only=True, streams=True)
 
     def __post_init__(self) -> None:
         if self.shrinkage is not None and not 0 < self.shrinkage <= 1:
@@ -80,10 +81,10 @@ class Mahalanobis:
         Raises:
             ValueError: fewer than two different negatives, or moments without a scatter matrix.
         """
-        covariance, share = oas_covariance(negatives, self.shrinkage)
-        sizes, axes = spectrum(covariance)
-        # symmetric, so that the signs and order of the axes do not matter
-        whitener = (axes / np.sqrt(sizes)) @ axes.T
+        spread, correlation, share = shrunk(negatives.mean, negatives.covariance, negatives.count, self.shrinkage)
+        sizes, axes = spectrum(correlation)
+        # symmetric but for the units, so that the signs and order of the axes do not matter
+        whitener = (axes / np.sqrt(sizes)) @ axes.T / spread[:, None]
         return FittedProbe(
             self,
             {"centre": negatives.mean, "whitener": whitener},
@@ -97,5 +98,5 @@ class Mahalanobis:
         return xp.sqrt(1.0 + xp.sum(white * white, axis=-1))
 
     def lipschitz(self, parameters: Mapping[str, np.ndarray], factor: np.ndarray) -> float:
-        """The spectral norm of ``whitener @ factor``: the score is 1-Lipschitz in whitened coordinates."""
-        return float(np.linalg.norm(parameters["whitener"] @ factor, 2))
+        """The spectral norm of ``whitener^T @ factor``: the score is 1-Lipschitz in whitened coordinates."""
+        return float(np.linalg.norm(parameters["whitener"].T @ factor, 2))

@@ -2,9 +2,10 @@ r"""Distance to the nearest negatives after whitening: a detector that never saw
 
 It assumes no shape of the negatives' distribution: several clusters, curved or hollow ones are all the same to it.
 
-Equations. The negatives' shrunk covariance (as in ``mahalanobis``) has eigenvalues l_j and axes V. The r leading ones
-make coordinates ``y = V_r^T (x - m) / sqrt(l)``; what is left, ``rest = (x - m) - V_r V_r^T (x - m)``, is measured in
-units of the mean remaining eigenvalue s^2. Prototypes p are training negatives, projected onto the r axes, so that
+Equations. With ``z = (x - m) / D`` in the negatives' own units, their shrunk correlations (as in ``mahalanobis``) have
+eigenvalues l_j and axes V. The r leading ones make coordinates ``y = V_r^T z / sqrt(l)``; what is left, ``rest = z -
+V_r V_r^T z``, is measured in units of the mean remaining eigenvalue s^2. Prototypes p are training negatives, projected
+onto the r axes, so that
 
     D_p(x)^2 = ||y - y_p||^2 + ||rest||^2 / s^2,      score(x) = mean over the k nearest p of sqrt(1 + D_p(x)^2).
 
@@ -37,7 +38,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from elk_stress.arrays import k_smallest
-from elk_stress.fitting.density import leading_axes, negatives_of, on_axes
+from elk_stress.fitting.density import axes_factor, leading_axes, negatives_of, on_axes
 from elk_stress.probe import FittedProbe, Traits
 
 __all__ = ["NearestNeighbours"]
@@ -73,18 +74,13 @@ class NearestNeighbours:
             ValueError: fewer than two different negatives.
         """
         rows = negatives_of(activations, labels, self.name)
-        centre, axes, scales = leading_axes(rows, self.rank)
+        place = leading_axes(rows, self.rank)._asdict()
         if len(rows) > self.prototypes:
             rng = np.random.default_rng(np.random.SeedSequence(seed))
             rows = rows[np.sort(rng.choice(len(rows), self.prototypes, replace=False))]
-        prototypes = (rows - centre) @ axes / scales[:-1]
-        parameters = {
-            "centre": centre,
-            "axes": axes,
-            "scales": scales,
-            "prototypes": prototypes,
-        }
-        return FittedProbe(self, parameters, notes={"n_prototypes": len(prototypes)}, dim=len(centre))
+        prototypes, _ = on_axes(np, place, rows)
+        parameters = {**place, "prototypes": prototypes}
+        return FittedProbe(self, parameters, notes={"n_prototypes": len(prototypes)}, dim=rows.shape[1])
 
     def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:
         """Mean over the nearest prototypes of ``sqrt(1 + squared distance)``."""
@@ -98,7 +94,4 @@ class NearestNeighbours:
 
     def lipschitz(self, parameters: Mapping[str, np.ndarray], factor: np.ndarray) -> float:
         """The spectral norm of the whitened factor: the score is 1-Lipschitz in whitened coordinates."""
-        along = parameters["axes"].T @ factor
-        rest = factor - parameters["axes"] @ along
-        scales = parameters["scales"]
-        return float(np.linalg.norm(np.concatenate([along / scales[:-1, None], rest / scales[-1]]), 2))
+        return float(np.linalg.norm(axes_factor(parameters, factor), 2))

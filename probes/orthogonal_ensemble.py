@@ -36,6 +36,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from elk_stress.fitting.held_out import auroc, held_out
+from elk_stress.fitting.scaling import standardization
 from elk_stress.probe import FittedProbe, Traits
 from elk_stress.probes.logistic import Logistic
 
@@ -131,9 +132,7 @@ class OrthogonalEnsemble:
 
     def _chain(self, rows: np.ndarray, targets: np.ndarray) -> Callable[[], tuple[np.ndarray, float]]:
         """Each call fits the next member and gives its weight and bias in the coordinates of ``rows``."""
-        mean, spread = rows.mean(axis=0), rows.std(axis=0)
-        # a feature that is constant but for rounding carries nothing; dividing by its spread would amplify noise
-        spread = np.where(spread > 1e-10 * np.maximum(1.0, np.abs(mean)), spread, np.inf)
+        mean, spread = standardization(rows)
         z = (rows - mean) / spread
         # what is left of z is (z @ remaining)
         remaining = np.eye(rows.shape[1])

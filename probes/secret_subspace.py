@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from elk_stress.fitting.held_out import fewest_columns
+from elk_stress.fitting.scaling import standardization
 from elk_stress.probe import FittedProbe, Traits
 from elk_stress.probes.logistic import Logistic
 
@@ -78,9 +79,7 @@ class SecretSubspace:
         dim = rows.shape[1]
         if self.rank is not None and self.rank > dim:
             raise ValueError(f"secret_subspace: rank {self.rank} exceeds the {dim} features; choose a smaller one")
-        mean, spread = rows.mean(axis=0), rows.std(axis=0)
-        # a feature that is constant but for rounding carries nothing; dividing by its spread would amplify noise
-        spread = np.where(spread > 1e-10 * np.maximum(1.0, np.abs(mean)), spread, np.inf)
+        mean, spread = standardization(rows)
         rng = np.random.default_rng(np.random.SeedSequence([*b"secret", self.secret, seed]))
         frame, _ = np.linalg.qr(rng.standard_normal((dim, dim)))
         seen = (rows - mean) / spread @ frame

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elk_stress.fitting.density import leading_axes, negatives_of, on_axes, spectrum
+from elk_stress.fitting.density import leading_axes, negatives_of, on_axes, shrunk, spectrum
 from elk_stress.fitting.descent import Trials, adam_by_unit, checked_options, choose, cross_fit, dealer
 from elk_stress.fitting.folds import balanced, cross_weights, rows_per_item, stretch_folds, stretches
 from elk_stress.fitting.pairs import agreement, checked_pairs, normalized_halves, oriented
@@ -324,15 +324,32 @@ def test_the_spectrum_is_sorted_and_above_rounding() -> None:
     np.testing.assert_allclose(np.abs(axes[:, :2].T @ basis), [[0, 1, 0], [1, 0, 0]], atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(200, 6), (10, 30), (40, 1), (3, 2)])
+def test_shrunk_correlations_are_those_of_scikit_learn(shape: tuple[int, int]) -> None:
+    from sklearn.covariance import OAS
+    from sklearn.preprocessing import StandardScaler
+
+    rows = _rng(3).standard_normal(shape) @ _rng(4).standard_normal((shape[1], shape[1])) * 10.0 ** np.arange(shape[1])
+    rival = OAS().fit(StandardScaler().fit_transform(rows))
+    beside = np.concatenate([rows, np.full((len(rows), 2), 7.0)], axis=1)
+    spread, correlation, share = shrunk(beside.mean(axis=0), np.cov(beside.T, bias=True), len(rows))
+    assert share == pytest.approx(1.0 if shape[1] == 1 else rival.shrinkage_, rel=1e-9)
+    np.testing.assert_allclose(correlation[:-2, :-2], rival.covariance_, atol=1e-9)
+    # features that never varied stand alone, at the size of the others
+    np.testing.assert_allclose(correlation[-2:], np.eye(len(correlation))[-2:] * share)
+    np.testing.assert_allclose(spread, [*rows.std(axis=0), *[np.median(rows.std(axis=0))] * 2])
+
+
 @pytest.mark.parametrize("rank", [2, 10])
 def test_leading_axes_and_the_rest_have_unit_variance(rank: int) -> None:
     basis, _ = np.linalg.qr(_rng(13).standard_normal((5, 5)))
     rows = _rng(12).standard_normal((4000, 5)) * [3.0, 2.5, 2.0, 1.5, 1.0] @ basis + 3.0
-    centre, axes, scales = leading_axes(rows, rank)
+    found = leading_axes(rows, rank)
+    axes, scales = found.axes, found.scales
     kept = min(rank, 5)
     assert axes.shape == (5, kept)
     assert scales.shape == (kept + 1,)
-    near, rest = on_axes(np, {"centre": centre, "axes": axes, "scales": scales}, rows)
+    near, rest = on_axes(np, found._asdict(), rows)
     # of 4,000 rows nearly nothing is shrunk away
     np.testing.assert_allclose(np.cov(near.T), np.eye(kept), atol=0.05)
     assert rest.mean() == pytest.approx(5 - kept, abs=0.1)
@@ -341,4 +358,4 @@ def test_leading_axes_and_the_rest_have_unit_variance(rank: int) -> None:
 
 
 def test_axes_are_at_most_half_as_many_as_rows() -> None:
-    assert leading_axes(_rng(14).standard_normal((6, 20)), 20)[1].shape == (20, 3)
+    assert leading_axes(_rng(14).standard_normal((6, 20)), 20).axes.shape == (20, 3)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from elk_stress.fitting.scaling import deviations
 from elk_stress.probe import FittedProbe, Probe
 
 __all__ = ["Halves", "agreement", "checked_pairs", "normalized_halves", "oriented", "platt_scaling"]
@@ -74,9 +75,7 @@ def normalized_halves(activations: np.ndarray, pairs: np.ndarray) -> Halves:
     rows = np.asarray(activations, dtype=float)
     halves = rows[pairs[:, 0]], rows[pairs[:, 1]]
     means = halves[0].mean(axis=0), halves[1].mean(axis=0)
-    spread = np.sqrt((halves[0].var(axis=0) + halves[1].var(axis=0)) / 2)
-    # a feature that is constant but for rounding carries nothing; dividing by its spread would amplify noise
-    spread = np.where(spread > 1e-10 * np.maximum(1.0, np.abs(means[0])), spread, np.inf)
+    spread = deviations(means[0], np.sqrt((halves[0].var(axis=0) + halves[1].var(axis=0)) / 2))
     form = (means[0] - means[1]) / spread
     length = float(np.linalg.norm(form))
     form = form / length if length > 1e-9 else np.zeros_like(form)

@@ -69,7 +69,7 @@ def test_score_is_the_density_that_was_fitted() -> None:
     rows, test = _student(4.0, 1000, 5, seed=3), _student(4.0, 50, 5, seed=4)
     fitted = LogisticTails(tail="student_t").fit(rows, np.zeros(1000))
     nu, white = fitted.notes["nu"], fitted.parameters["whitener"]
-    shape = np.linalg.inv(white @ white) * (nu - 2) / nu
+    shape = np.linalg.inv(white @ white.T) * (nu - 2) / nu
     density = stats.multivariate_t(loc=fitted.parameters["centre"], shape=shape, df=nu).logpdf(test)
     gap = fitted.score(test) + density
     np.testing.assert_allclose(gap, gap[0], atol=1e-3)
@@ -85,7 +85,7 @@ def test_scatter_is_the_fixed_point_of_maximum_likelihood() -> None:
     def likelihood(centre: np.ndarray, covariance: np.ndarray) -> float:
         return float(stats.multivariate_t(loc=centre, shape=covariance / 2, df=4.0).logpdf(rows).mean())
 
-    covariance = np.linalg.inv(white @ white)
+    covariance = np.linalg.inv(white @ white.T)
     best = likelihood(mean, covariance)
     for _ in range(10):
         step = 0.1 * rng.standard_normal((3, 3))

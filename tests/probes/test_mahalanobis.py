@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sklearn.covariance import OAS, oas
 from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
 
-from elk_stress.fitting.density import oas_covariance
+from elk_stress.fitting.density import shrunk
 from elk_stress.moments import Moments
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import as_fitted
@@ -25,9 +26,10 @@ def _rows(n: int, dim: int, seed: int = 0) -> np.ndarray:
 def test_it_is_scikit_learns_distance_with_oas(n: int, dim: int) -> None:
     rows, test = _rows(n, dim), _rows(50, dim, seed=1)
     fitted = Mahalanobis().fit(rows, np.zeros(n))
-    rival = OAS().fit(rows)
-    assert fitted.notes["shrinkage"] == pytest.approx(oas(rows)[1])
-    np.testing.assert_allclose(fitted.score(test) ** 2 - 1, rival.mahalanobis(test), rtol=1e-8)
+    scaler = StandardScaler().fit(rows)
+    rival = OAS().fit(scaler.transform(rows))
+    assert fitted.notes["shrinkage"] == pytest.approx(oas(scaler.transform(rows))[1])
+    np.testing.assert_allclose(fitted.score(test) ** 2 - 1, rival.mahalanobis(scaler.transform(test)), rtol=1e-8)
 
 
 def test_positives_change_nothing_bit_for_bit() -> None:
@@ -81,7 +83,7 @@ def test_slope_is_finite_everywhere_and_bounded_as_promised() -> None:
         assert torch.isfinite(slope).all()
         assert float(slope.norm(dim=1).max()) <= bound * (1 + 1e-9)
     # the bound is attained, far out along the steepest direction
-    _, _, axes = np.linalg.svd(fitted.parameters["whitener"] @ prior.factor)
+    _, _, axes = np.linalg.svd(fitted.parameters["whitener"].T @ prior.factor)
     far = fitted.parameters["centre"] + np.array([1e5, 1e5 + 1.0])[:, None] * (prior.factor @ axes[0])
     assert np.diff(fitted.score(far))[0] == pytest.approx(bound, rel=1e-4)
 
@@ -95,9 +97,10 @@ def test_float32_far_from_the_origin_does_not_cancel() -> None:
 
 def test_fixed_shrinkage_and_refusals() -> None:
     rows = _rows(50, 5)
-    covariance, share = oas_covariance(Moments.of(rows, "scatter"), 1.0)
+    spread, correlation, share = shrunk(rows.mean(axis=0), np.cov(rows.T, bias=True), 50, 1.0)
     assert share == 1.0
-    np.testing.assert_allclose(covariance, np.trace(np.cov(rows.T, bias=True)) / 5 * np.eye(5))
+    np.testing.assert_allclose(spread, rows.std(axis=0))
+    np.testing.assert_allclose(correlation, np.eye(5))
     with pytest.raises(ValueError, match="share of the identity"):
         Mahalanobis(shrinkage=0.0)
     with pytest.raises(ValueError, match="needs at least 2"):

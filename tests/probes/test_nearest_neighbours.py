@@ -7,6 +7,7 @@ import pytest
 from sklearn.covariance import OAS
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import StandardScaler
 
 from elk_stress.probe import as_fitted
 from elk_stress.probes.nearest_neighbours import NearestNeighbours
@@ -19,11 +20,17 @@ def _rows(n: int, dim: int, seed: int = 0) -> np.ndarray:
     return rng.standard_normal((n, dim)) @ mix + 4.0
 
 
+def _whitener(rows: np.ndarray) -> np.ndarray:
+    """Of scikit-learn's OAS on standardized rows, in the rows' own units."""
+    scaler = StandardScaler().fit(rows)
+    white = np.linalg.cholesky(np.linalg.inv(OAS().fit(scaler.transform(rows)).covariance_))
+    return np.asarray(white / scaler.scale_[:, None])
+
+
 @pytest.mark.parametrize("k", [1, 5])
 def test_it_is_scikit_learns_neighbours_in_whitened_space(k: int) -> None:
     rows, test = _rows(200, 7), _rows(40, 7, seed=1)
-    covariance = OAS().fit(rows).covariance_
-    white = np.linalg.cholesky(np.linalg.inv(covariance))
+    white = _whitener(rows)
     distances, _ = NearestNeighbors(n_neighbors=k).fit(rows @ white).kneighbors(test @ white)
     fitted = NearestNeighbours(k=k).fit(rows, np.zeros(200))
     np.testing.assert_allclose(fitted.score(test), np.sqrt(1 + distances**2).mean(axis=1), rtol=1e-8)
@@ -33,21 +40,22 @@ def test_with_fewer_axes_the_rest_is_measured_as_a_whole() -> None:
     """Written out: prototypes on the leading axes, and everything else in units of its mean variance."""
     rows, test = _rows(300, 9), _rows(30, 9, seed=1)
     fitted = NearestNeighbours(k=3, rank=4).fit(rows, np.zeros(300))
-    sizes, axes = np.linalg.eigh(OAS().fit(rows).covariance_)
+    scaler = StandardScaler().fit(rows)
+    sizes, axes = np.linalg.eigh(OAS().fit(scaler.transform(rows)).covariance_)
     sizes, axes = sizes[::-1], axes[:, ::-1]
-    y, p = ((z - rows.mean(axis=0)) @ axes for z in (test, rows))
+    y, p = (scaler.transform(z) @ axes for z in (test, rows))
     squares = ((y[:, None, :4] - p[None, :, :4]) ** 2 / sizes[:4]).sum(-1)
     squares += (y[:, None, 4:] ** 2).sum(-1) / sizes[4:].mean()
     expected = np.sqrt(1 + np.sort(squares, axis=1)[:, :3]).mean(axis=1)
     np.testing.assert_allclose(fitted.score(test), expected, rtol=1e-8)
     # a move out of the leading axes does not go unseen
-    assert (fitted.score(test + 50 * axes[:, 7]) > fitted.score(test) + 10).all()
+    assert (fitted.score(test + 50 * axes[:, 7] * scaler.scale_) > fitted.score(test) + 10).all()
 
 
 def test_repeated_prototypes_count_as_often_as_they_stand_there() -> None:
     rows = np.concatenate([np.repeat(_rows(1, 3), 4, axis=0), _rows(20, 3, seed=2)])
     fitted = NearestNeighbours(k=5).fit(rows, np.zeros(24))
-    white = np.linalg.cholesky(np.linalg.inv(OAS().fit(rows).covariance_))
+    white = _whitener(rows)
     distances, _ = NearestNeighbors(n_neighbors=5).fit(rows @ white).kneighbors(rows[:1] @ white)
     assert distances[0, 3] == pytest.approx(0.0, abs=1e-6)
     assert distances[0, 4] > 0.1
