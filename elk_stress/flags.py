@@ -69,8 +69,8 @@ CATALOGUE: dict[str, FlagEntry] = {
         "no attack is needed; fix the probe or its threshold first",
     ),
     "leak": FlagEntry(
-        "an entity occurs in more than one split",
-        "regroup the data so that no entity crosses",
+        "an entity occurs in more than one split, or items of two splits are nearly the same, far nearer than chance",
+        "regroup the data so that no entity crosses: give nearly equal items one group, or drop the copies",
     ),
     "wide_interval": FlagEntry(
         "the 95% interval is wider than the estimate, or has no upper end",
@@ -85,6 +85,12 @@ CATALOGUE: dict[str, FlagEntry] = {
     "no_contexts": FlagEntry(
         "no contexts tell how thoughts vary: moves are isotropic, at the activations' own scale",
         "these are no bits of natural thoughts; give activations (n, contexts, d), or a prior of your own",
+        red=False,
+    ),
+    "massive_dimensions": FlagEntry(
+        "a hundredth of the dimensions (at least one, of ten or more) hold 90% of the variance of training items",
+        "distances and isotropic moves see these dimensions alone: trust probes that read every feature in its own "
+        "units, and natural moves; or standardize the features first",
         red=False,
     ),
     "saturated": FlagEntry(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from elk_stress.behaviour import Behaviour
+from elk_stress.duplicates import near_copies
 from elk_stress.flags import Flag, flag
 from elk_stress.inputs import check_activations
 from elk_stress.knowledge import spread_rows
@@ -35,6 +36,8 @@ __all__ = ["Scene", "fit_probe", "prepare_scene"]
 
 # replicates x items of the bootstrap: bounds its memory and its time on large data
 _BOOTSTRAP_CELLS = 4_000_000
+# share of the variance in a few dimensions that makes these massive
+_MASSIVE = 0.9
 
 
 @dataclass
@@ -228,9 +231,28 @@ class Scene:
     def flags(self) -> tuple[Flag, ...]:
         """Flags of the data themselves."""
         leaked = check_splits(self.testbed.splits)
-        found = (flag("leak", f"{len(leaked)} entities cross splits, e.g. {leaked[0]}"),) if leaked else ()
-        shared = self.fit is self.train and self.train.shape[1] > 1
-        return (*found, flag("shared_contexts", f"{self.train.shape[1]} contexts")) if shared else found
+        found = [flag("leak", f"{len(leaked)} entities cross splits, e.g. {leaked[0]}")] if leaked else []
+        for split in ("calibration", "test"):
+            copies = near_copies(self.origins("train"), self.origins(split))
+            if copies:
+                found.append(flag("leak", f"{copies} {split} items are nearly the same as a training item"))
+        few, share = _largest(self.origins("train"))
+        if share >= _MASSIVE:
+            found.append(
+                flag("massive_dimensions", f"{few} of {self.train.shape[-1]} hold {share:.1%} of the variance")
+            )
+        if self.fit is self.train and self.train.shape[1] > 1:
+            found.append(flag("shared_contexts", f"{self.train.shape[1]} contexts"))
+        return tuple(found)
+
+
+def _largest(rows: np.ndarray) -> tuple[int, float]:
+    """How many dimensions are a few of ``rows (n, d)``, and the share of the variance that the largest few hold."""
+    dim = rows.shape[1]
+    few = max(1, dim // 100)
+    variance = np.sort(rows.var(axis=0, dtype=float))
+    # of fewer than ten dimensions one is not a few of many
+    return few, float(variance[-few:].sum() / max(variance.sum(), np.finfo(float).tiny)) if dim >= 10 else 0.0
 
 
 def prepare_scene(

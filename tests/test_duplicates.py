@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elk_stress.duplicates import conflicts, joined, names_items, row_keys
+from elk_stress.duplicates import conflicts, joined, names_items, near_copies, row_keys
+from elk_stress.scene import prepare_scene
 from elk_stress.testbed import SplitName
 from elk_stress.testbeds.arrays import Arrays
 from elk_stress.testbeds.user_data import load_jsonl
@@ -196,3 +197,93 @@ def test_case_may_be_what_the_label_is_about(tmp_path: Path) -> None:
     rows = [{"text": text, "label": k} for i in range(40) for k, text in enumerate((f"word {i}", f"WORD {i}"))]
     where = split_of(written(tmp_path, rows), 0)
     assert all(where[f"line {2 * i + 1}"] == where[f"line {2 * i + 2}"] for i in range(40))
+
+
+# ---------------------------------------------------------------------------------------- nearly the same
+
+
+def _templated(rng: np.random.Generator) -> np.ndarray:
+    """Statements of 8 templates about 60 subjects each: template, word and a small attribute."""
+    template, word = rng.standard_normal((8, 1, 64)), rng.standard_normal((1, 120, 64))
+    both = template + 0.3 * word + 0.05 * rng.standard_normal((8, 120, 64))
+    return both.reshape(-1, 64)[rng.permutation(960)]
+
+
+def _curve(rng: np.random.Generator) -> np.ndarray:
+    angle = rng.uniform(0, 6, 900)
+    return np.stack([np.cos(angle * k) for k in range(1, 21)], axis=1)
+
+
+CLEAN: dict[str, Any] = {
+    "gaussian 1": lambda rng: rng.standard_normal((900, 1)),
+    "gaussian 2": lambda rng: rng.standard_normal((900, 2)),
+    "gaussian 16": lambda rng: rng.standard_normal((900, 16)),
+    "gaussian 500": lambda rng: rng.standard_normal((900, 500)),
+    "heavy tails": lambda rng: rng.standard_t(1.5, (900, 3)),
+    "clusters": lambda rng: 50 * rng.standard_normal((30, 4))[rng.integers(0, 30, 900)] + rng.standard_normal((900, 4)),
+    "a curve": _curve,
+    "categories and a number": lambda rng: np.c_[np.eye(40)[rng.integers(0, 40, 900)], rng.standard_normal(900)],
+    "a grid": lambda rng: np.unique(rng.integers(0, 60, (900, 2)), axis=0)[rng.permutation(780)].astype(float),
+    "templates": _templated,
+    "a massive dimension": lambda rng: rng.standard_normal((900, 30)) * np.where(np.arange(30) == 3, 1e4, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_different_items_are_no_copies(name: str) -> None:
+    """24 draws of each; a false alarm has a chance of 3e-6 in each of them."""
+    for seed in range(24):
+        rows = CLEAN[name](np.random.default_rng(np.random.SeedSequence([seed, 7])))
+        half = len(rows) // 2
+        assert near_copies(rows[:half], rows[half:]) == 0
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1e-6, 1e-3])
+@pytest.mark.parametrize("name", CLEAN)
+def test_nearly_equal_items_are_found(name: str, jitter: float) -> None:
+    rng = np.random.default_rng(np.random.SeedSequence(3))
+    rows = CLEAN[name](rng)
+    half = len(rows) // 2
+    copies = rows[:half][rng.permutation(half)[:60]]
+    # in one dimension, or within a cluster, a thousandth is what chance does
+    jitter = jitter if rows.shape[1] > 2 and name != "clusters" else jitter / 1e3
+    new = np.concatenate([rows[half:], copies + jitter * rows.std(axis=0) * rng.standard_normal(copies.shape)])
+    assert near_copies(rows[:half], new) >= 10
+
+
+def test_copies_of_the_same_features_are_found_on_a_float32_scale() -> None:
+    rows = np.random.default_rng(np.random.SeedSequence(4)).standard_normal((400, 8)).astype(np.float32) + 1e3
+    assert near_copies(rows, rows[:40]) == 40
+    assert near_copies(rows[:15], rows[:15]) == 0, "too few to know what is near"
+
+
+def flagged(rows: np.ndarray, labels: np.ndarray) -> dict[str, str]:
+    return {f.name: f.detail for f in prepare_scene(Arrays(rows, labels)).flags}
+
+
+def test_leak_is_raised_for_nearly_equal_rows_across_splits_and_not_for_equal_ones() -> None:
+    rows, labels = noise(200, 16)
+    again, truth = np.repeat(rows, 4, axis=0), np.repeat(labels, 4)
+    assert "leak" not in flagged(again, truth)
+    jittered = again + 1e-4 * np.random.default_rng(np.random.SeedSequence(1)).standard_normal(again.shape)
+    assert "nearly the same as a training item" in flagged(jittered, truth)["leak"]
+    # the way out: one group
+    groups = np.repeat(np.arange(200), 4)
+    assert "leak" not in {f.name for f in prepare_scene(Arrays(jittered, truth, groups)).flags}
+
+
+@pytest.mark.parametrize("dim", [1, 2, 4, 9, 10, 100, 300])
+def test_massive_dimensions_are_said(dim: int) -> None:
+    rows, labels = noise(300, dim)
+    uneven = rows * np.exp(0.7 * np.random.default_rng(np.random.SeedSequence(2)).standard_normal(dim))
+    assert "massive_dimensions" not in flagged(uneven, labels)
+    few = max(1, dim // 100)
+    rows[:, -few:] *= 1000.0
+    found = flagged(rows, labels)
+    assert ("massive_dimensions" in found) == (dim >= 10)
+    if dim >= 10:
+        assert found["massive_dimensions"].startswith(f"{few} of {dim} hold 100.0%")
+    # twice as many are not a few
+    rows[:, -2 * few :] = noise(300, 2 * few, seed=5)[0] * 1000 if dim > 2 else 0.0
+    if dim > 2:
+        assert "massive_dimensions" not in flagged(rows, labels)

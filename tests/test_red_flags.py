@@ -222,12 +222,13 @@ class ByPasses(Linear):
 # -- the rest ----------------------------------------------------------------------------------------------------------
 
 
-def by_arrays(n: int, contexts: int, gap: float = 3.0) -> Case:
+def by_arrays(n: int, contexts: int, gap: float = 3.0, dim: int = 6, largest: float = 1.0) -> Case:
     def case() -> Sequence[Flag]:
         rng = np.random.default_rng(np.random.SeedSequence(0))
         labels = np.arange(n) % 2
-        items = rng.standard_normal((n, 6)) + gap * labels[:, None] * np.eye(6)[0]
-        data = items[:, None] + 0.3 * rng.standard_normal((n, contexts, 6))
+        items = rng.standard_normal((n, dim)) + gap * labels[:, None] * np.eye(dim)[0]
+        data = items[:, None] + 0.3 * rng.standard_normal((n, contexts, dim))
+        data[..., 1] *= largest
         return told(stress_activations("lda", data, labels, threats=[ITEM], attacks=(), controls=False))
 
     return case
@@ -307,6 +308,7 @@ RAISED: dict[str, Case] = {
     "wide_interval": WEAK,
     "shared_contexts": by_arrays(600, 6),
     "no_contexts": by_arrays(600, 1),
+    "massive_dimensions": by_arrays(300, 4, dim=20, largest=1000.0),
     "saturated": run(Masked()),
     "catches_nothing": run("rock"),
     "flipped": pointed(-1.0),
@@ -334,6 +336,7 @@ QUIET: dict[str, Case] = {
     "wide_interval": by_arrays(2000, 12, 6.0),
     "shared_contexts": by_arrays(600, 8),
     "no_contexts": by_arrays(600, 2),
+    "massive_dimensions": by_arrays(300, 4, dim=20, largest=5.0),
     "saturated": SOUND,
     "catches_nothing": SOUND,
     "flipped": pointed(1.0),

@@ -50,6 +50,7 @@ FLAG_CODES: Mapping[str, str] = {
     "brittle": "BR",
     "leak": "LK",
     "wide_interval": "WI",
+    "massive_dimensions": "MD",
     "saturated": "ST",
     "catches_nothing": "CN",
     "flipped": "FL",
