@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from elk_stress import registry
-from elk_stress.arrays import like, namespace
+from elk_stress.arrays import backend_of, like, namespace, to_numpy
 from elk_stress.inputs import check_activations as check_activations
 from elk_stress.inputs import check_training_data as check_training_data
 from elk_stress.printable import check_name
@@ -163,31 +163,40 @@ class FittedProbe:
     def score(self, activations: Array, mask: Array | None = None) -> Array:
         """Scores ``(*batch, d) -> (*batch,)`` in the namespace, dtype and device of ``activations``; differentiable.
 
+        Half precision is scored in single and rounded at the end: a bias that it cannot hold must not become infinite.
+        Integers and booleans are scored as real numbers.
+
         Args:
             activations: ``(*batch, tokens, d)`` for a probe with the ``tokens`` trait.
             mask: ``(*batch, tokens)`` bool, true = a token is there; only for such a probe. By default all are.
 
         Raises:
-            ValueError: another width than the probe was fitted on; a mask of another shape than the tokens have, or
-                for a probe that reads none.
+            TypeError: no array.
+            ValueError: another width than the probe was fitted on; complex numbers or masked ones; a mask of another
+                shape than the tokens have, or for a probe that reads none.
         """
-        if self.dim is not None and activations.shape[-1] != self.dim:
+        xp, rows = _readable(activations)
+        if self.dim is not None and rows.shape[-1:] != (self.dim,):
             where = f" (site {self.site})" if self.site else ""
+            width = f"{rows.shape[-1]} features" if rows.shape else "no axis of features"
             raise ValueError(
-                f"activations have {activations.shape[-1]} features but the probe {self.name!r} was fitted on "
+                f"activations have {width} but the probe {self.name!r} was fitted on "
                 f"{self.dim}{where}; read them at that site, or refit"
             )
-        parameters = {name: like(value, activations) for name, value in self.parameters.items()}
+        parameters = {name: like(value, rows) for name, value in self.parameters.items()}
         if self.traits.tokens:
-            if mask is not None and tuple(mask.shape) != tuple(activations.shape[:-1]):
+            if mask is not None and tuple(mask.shape) != tuple(rows.shape[:-1]):
                 raise ValueError(
-                    f"a mask for activations of shape {tuple(activations.shape)} has shape "
-                    f"{tuple(activations.shape[:-1])}, one truth value per token; got {tuple(mask.shape)}"
+                    f"a mask for activations of shape {tuple(rows.shape)} has shape "
+                    f"{tuple(rows.shape[:-1])}, one truth value per token; got {tuple(mask.shape)}"
                 )
-            return self.probe.score(namespace(activations), parameters, activations, mask)  # type: ignore[call-arg]
-        if mask is not None:
+            score = self.probe.score(xp, parameters, rows, mask)  # type: ignore[call-arg]
+        elif mask is not None:
             raise ValueError(f"the probe {self.name!r} reads one activation per item; a mask is for probes of tokens")
-        return self.probe.score(namespace(activations), parameters, activations)
+        else:
+            score = self.probe.score(xp, parameters, rows)
+        half = rows is not activations and xp.isdtype(activations.dtype, "real floating")
+        return xp.astype(score, activations.dtype) if half else score
 
     def lipschitz(self, factor: np.ndarray) -> float | None:
         """A bound on how steep the score is in u, for moves ``factor @ u`` with ``factor (d, k)``; ``None`` if unknown.
@@ -237,6 +246,25 @@ class FittedProbe:
         return pull_probe(repo_id, **options)
 
 
+def _readable(activations: Array) -> tuple[Any, Array]:
+    """Their namespace, and the activations in single precision or better."""
+    try:
+        xp = namespace(activations)
+    except TypeError:
+        raise TypeError(
+            f"activations are a numpy, torch or jax array (*batch, d), got {type(activations).__name__}; pass "
+            "numpy.asarray(activations)"
+        ) from None
+    if np.ma.is_masked(activations):
+        raise ValueError("activations have masked values, which have no score; leave out these rows, or fill them in")
+    dtype = activations.dtype
+    if xp.isdtype(dtype, "real floating"):
+        return xp, xp.astype(activations, xp.float32) if xp.finfo(dtype).bits < 32 else activations
+    if xp.isdtype(dtype, ("integral", "bool")):
+        return xp, xp.astype(activations, xp.float64 if backend_of(activations) == "numpy" else xp.float32)
+    raise ValueError(f"activations are real numbers, got {dtype}; pass the real part, or both parts as features")
+
+
 @dataclass(frozen=True)
 class _Direction:
     """A given direction as a probe: nothing to fit; files say ``direction``, whatever it is called."""
@@ -258,19 +286,61 @@ class _Direction:
 
 
 def direction(
-    weight: np.ndarray,
-    bias: float = 0.0,
+    weight: Any,
+    bias: Any = 0.0,
     *,
     name: str = "direction",
     site: str = "",
     notes: Mapping[str, Any] | None = None,
 ) -> FittedProbe:
-    """A fitted linear probe from a bare direction: ``score = activations @ weight + bias``; ``name`` is for reports."""
-    weight = np.asarray(weight)
-    if weight.ndim != 1 or not np.isfinite(weight).all():
-        raise ValueError(f"a direction is a finite vector of shape (d,), got shape {weight.shape}")
-    parameters = {"weight": weight, "bias": np.asarray(bias, dtype=weight.dtype)}
+    """A fitted linear probe from a bare direction: ``score = activations @ weight + bias``.
+
+    Args:
+        weight: ``(d,)`` real numbers of any library: integers become float64, half precision float32.
+        bias: one real number, kept in float64.
+        name: for reports.
+        site: where its activations were read.
+        notes: for the reader.
+
+    Raises:
+        ValueError: not a finite vector and one finite number: complex or masked values, NaN, inf, other shapes.
+        TypeError: no numbers.
+    """
+    vector, offset = _real(weight, "weight"), _real(bias, "bias")
+    # activations are scored in single precision, where larger numbers are infinite
+    strange = int((~(np.abs(vector) <= np.finfo(np.float32).max)).sum())
+    if vector.ndim != 1 or not len(vector) or strange:
+        also = f" with {strange} entries that are NaN, inf or beyond single precision" if strange else ""
+        raise ValueError(f"a direction is a finite vector of shape (d,), got shape {vector.shape}{also}")
+    if offset.size != 1 or not np.abs(offset).max() <= np.finfo(np.float32).max:
+        raise ValueError(
+            f"the bias of a direction is one finite number within single precision, got {offset.tolist()!r:.99}"
+        )
+    parameters = {"weight": vector, "bias": offset.astype(float).reshape(())}
     return FittedProbe(_Direction(name), parameters, site, notes or {})
+
+
+def _real(values: Any, what: str) -> np.ndarray:
+    """Numbers of any library as numpy's, in single precision or better."""
+    if backend_of(values) == "torch":
+        # numpy knows no bfloat16
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() and values.element_size() < 4 else values
+    if np.ma.is_masked(values):
+        raise ValueError(f"the {what} of a direction has masked values, which have no number; fill them in")
+    try:
+        array = np.asarray(to_numpy(values))
+        if array.dtype == object:
+            array = array.astype(float)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the {what} of a direction must be numbers, got {type(values).__name__} ({error})") from None
+    if np.iscomplexobj(array):
+        raise ValueError(f"the {what} of a direction must be real, got {array.dtype}; pass its real part")
+    if array.dtype.kind in "biu":
+        return array.astype(float)
+    if array.dtype.kind not in "fV":
+        raise TypeError(f"the {what} of a direction must be numbers, got {array.dtype}")
+    return array.astype(float) if array.dtype.itemsize > 8 else array.astype(np.result_type(array.dtype, np.float32))
 
 
 def check_recipe(probe: Any) -> None:

@@ -26,11 +26,13 @@ from elk_stress.priors import (
     natural,
 )
 from elk_stress.probe import FittedProbe, Probe, as_fitted, check_recipe
+from elk_stress.rowwise import check_rows
 from elk_stress.settings import setting, shown
 from elk_stress.survival import Resamples
 from elk_stress.testbed import PLANTED, Items, SplitName, Testbed, check_splits
 from elk_stress.threat import DEFAULT_EPSILON_FACTOR, Threat
 from elk_stress.tokens import Flat, flatten, read, tokens_of
+from elk_stress.wrapping.opaque import resolution
 
 __all__ = ["Scene", "fit_probe", "prepare_scene"]
 
@@ -88,6 +90,14 @@ class Scene:
     def test_origins(self) -> np.ndarray:
         """``(n, d)`` float32 means over contexts A."""
         return self.origins("test")
+
+    @cached_property
+    def trial_rows(self) -> np.ndarray:
+        """``(64, d)`` float32: up to 32 test activations, and what is four times as far from their mean."""
+        rows = self.test.reshape(-1, self.test.shape[-1])
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 32)).astype(int)].astype(np.float32)
+        centre = rows.mean(axis=0)
+        return np.concatenate([rows, centre + 4 * (rows - centre)])
 
     @cached_property
     def positives(self) -> np.ndarray:
@@ -329,7 +339,17 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
     to survive on these says nothing about new ones.
 
     Contrast pairs come along for probes that need them; other probes see affirmed statements only.
+
+    Raises:
+        ValueError: a fitted probe of another width; scores that are random or depend on the batch
+            (:mod:`elk_stress.rowwise`).
     """
+    fitted = _fitted(scene, probe)
+    check_rows(lambda x: fitted.score(x), scene.trial_rows, fitted.name, resolution=resolution(fitted))
+    return fitted
+
+
+def _fitted(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> FittedProbe:
     from elk_stress import registry
 
     if isinstance(probe, str) and probe in PLANTED and probe in scene.testbed.known_probes():

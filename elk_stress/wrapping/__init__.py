@@ -3,25 +3,34 @@ r"""Bring your own probe: :func:`wrap` makes a fitted probe of what was trained 
 ====================================  =====================================================================
 object                                becomes
 ====================================  =====================================================================
-fitted scikit-learn linear model,     ``direction``: one weight and bias; the scaler, PCA or selection before
-also behind affine transforms         it is multiplied in
-scikit-learn ``MLP*``, likewise       ``layers``; the score is the logit, not the probability
+fitted scikit-learn linear model,     ``direction``: one weight and bias; the scaler, PCA, imputer or selection
+also behind affine transforms, under  before it is multiplied in. Also a transformer of one output, ``PCA(1)``
+thresholds, searches, calibration     say, whose score is that output
+scikit-learn ``MLP*``, likewise; a    ``layers``; the score is the logit, not the probability
+linear one calibrated on some folds
 any other scikit-learn estimator      opaque, no gradient: ``decision_function``, else the logit of
                                       ``predict_proba`` (clipped to [1e-6, 1 - 1e-6]: scores within +-13.8),
-                                      else ``score_samples`` or ``predict``
+                                      else ``predict``
 ``torch.nn.Sequential`` (nested) of   ``layers``, or ``direction`` if all of it is affine; a sigmoid,
 known layers                          softmax or log-softmax at the end is left off
-any other ``torch.nn.Module``         opaque with gradient: a copy in eval mode, parameters frozen
-jax function ``(n, d) -> (n,)``       opaque with gradient
+any other ``torch.nn.Module``         opaque: a copy in eval mode, parameters frozen
+jax or torch function ``(n, d) ->     opaque
+(n,)``
 numpy function ``(n, d) -> (n,)``     opaque, no gradient
 ``weight (d,)`` or ``(weight, bias)`` ``direction``
 probelab's probes of one vector       as the torch modules that they are, their scaler included
 ====================================  =====================================================================
 
-Signs: higher is more strongly positive. The positive of a classifier is ``classes_[1]``; detectors of outliers and
-densities, whose scores are high for the normal, are negated. What is converted was compared with the object on 64
+Signs: higher is more strongly positive. The positive of a classifier is ``classes_[1]``; what scikit-learn calls a
+detector of outliers or a density, whose scores are high for the normal, is negated.
+
+What is converted was compared with the object on 64
 random rows at three scales before it is returned: it agrees within 1e-6 of the scores' size (double precision modules
 and scikit-learn: 1e-8), or it is kept opaque.
+
+What stays opaque is tried on random rows. It must score each row alone and twice the same, or it is refused with the
+cause (:mod:`elk_stress.rowwise`). It has a gradient only if torch's or jax's is the slope of its scores
+(:mod:`.gradients`); ``notes["gradient"]`` says why not.
 
 Converted probes are copies in numpy: they save, and do not follow later training. Opaque ones call the object.
 """
@@ -32,10 +41,9 @@ from typing import Any
 
 import numpy as np
 
-from elk_stress.arrays import to_numpy
 from elk_stress.probe import FittedProbe, direction
 from elk_stress.wrapping.functions import from_function
-from elk_stress.wrapping.scikit_learn import from_sklearn
+from elk_stress.wrapping.scikit_learn import from_sklearn, is_sklearn
 from elk_stress.wrapping.torch_modules import from_torch, is_torch_module
 
 __all__ = ["wrap"]
@@ -62,7 +70,8 @@ def wrap(obj: Any, *, name: str | None = None, dim: int | None = None, site: str
 
     Raises:
         TypeError: none of these, a class in place of an object, or no ``dim`` where it is needed.
-        ValueError: not fitted, more than two classes, another number of outputs, or another width than ``dim``.
+        ValueError: not fitted, more than two classes, another number of outputs, another width than ``dim``, or scores
+            that are random or depend on the batch.
     """
     if isinstance(obj, FittedProbe):
         return obj
@@ -70,7 +79,7 @@ def wrap(obj: Any, *, name: str | None = None, dim: int | None = None, site: str
         raise TypeError(f"got the class {obj.__name__}; pass a fitted object of it")
     if is_torch_module(obj):
         probe = from_torch(obj, name, dim, site)
-    elif hasattr(obj, "get_params") and (hasattr(obj, "predict") or hasattr(obj, "score_samples")):
+    elif is_sklearn(obj):
         probe = from_sklearn(obj, name, dim, site)
     elif callable(obj):
         probe = from_function(obj, name, dim, site)
@@ -86,16 +95,16 @@ def wrap(obj: Any, *, name: str | None = None, dim: int | None = None, site: str
 
 def _from_direction(obj: Any, name: str | None, site: str) -> FittedProbe:
     pair = isinstance(obj, (tuple, list)) and len(obj) == 2 and np.ndim(obj[0]) > 0
-    try:
-        weight, bias = (np.asarray(to_numpy(x), dtype=float) for x in (obj if pair else (obj, 0.0)))
-    except (TypeError, ValueError):
-        raise TypeError(f"cannot wrap {type(obj).__name__}; expected {_KINDS}") from None
-    if weight.ndim == 2 and 1 in weight.shape:
-        weight = weight.ravel()
-    if weight.ndim != 1 or bias.size != 1:
+    weight, bias = obj if pair else (obj, 0.0)
+    if isinstance(obj, str) or not (hasattr(weight, "shape") or isinstance(weight, (tuple, list))):
+        raise TypeError(f"cannot wrap {type(obj).__name__}; expected {_KINDS}")
+    shape = tuple(np.shape(weight))
+    if len(shape) == 2 and 1 in shape:
+        weight = weight.reshape(-1) if hasattr(weight, "reshape") else np.ravel(weight)
+    elif len(shape) != 1:
         raise ValueError(
-            f"expected a direction (d,) and one bias, got shapes {weight.shape} and {bias.shape}; for several outputs "
-            "pass the one direction that is the score"
+            f"expected a direction (d,) and one bias, got shape {shape}; for several outputs pass the one direction "
+            "that is the score"
         )
     notes = {"from": "direction", "as": "direction"}
-    return direction(weight, float(bias.ravel()[0]), name=name or "direction", site=site, notes=notes)
+    return direction(weight, bias, name=name or "direction", site=site, notes=notes)

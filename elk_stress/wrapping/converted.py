@@ -10,14 +10,15 @@ near the origin and far from it, where clipping and other parts that are not wha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from elk_stress.probe import FittedProbe, direction
+from elk_stress.rowwise import FLOAT32, check_rows, quiet
 
-__all__ = ["Stack", "agrees", "named", "one_score"]
+__all__ = ["Stack", "agrees", "check_opaque", "named", "one_score", "trial_rows"]
 
 # layers as (name, arrays), see elk_stress.wrapping.layers.stacked
 Stack = list[tuple[str, Sequence[np.ndarray]]]
@@ -58,13 +59,29 @@ def agrees(
     rng = np.random.default_rng(np.random.SeedSequence([0xA6E]))
     for scale in (0.1, 1.0, 10.0):
         x = scale * rng.standard_normal((64, made.dim))
-        expected, got = (
-            np.asarray(score(x), dtype=float),
-            np.clip(np.asarray(made.score(x), dtype=float), -limit, limit),
-        )
+        with quiet():
+            expected = np.asarray(score(x), dtype=float)
+        got = np.clip(np.asarray(made.score(x), dtype=float), -limit, limit)
         if expected.shape != got.shape or not np.isfinite(got).all():
             return False
         size = 1.0 + float(np.abs(expected).max())
         if float(np.abs(expected - got).max()) > tolerance * size:
             return False
     return True
+
+
+def trial_rows(dim: int, n: int = 32) -> Iterator[np.ndarray]:
+    """Rows ``(n, dim)`` that somebody's object is tried on: normal ones at three scales, and positive ones.
+
+    Never zeros: what divides by a norm or a deviation has no score there.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([0x7213]))
+    for scale in (0.1, 1.0, 10.0):
+        yield scale * rng.standard_normal((n, dim))
+    yield np.abs(rng.standard_normal((n, dim)))
+
+
+def check_opaque(score: Callable[[np.ndarray], Any], dim: int, name: str, resolution: float = FLOAT32) -> None:
+    """Refuse an object that is random, or whose scores of a row depend on other rows; see :mod:`..rowwise`."""
+    for rows in trial_rows(dim):
+        check_rows(score, rows, name, resolution=resolution)

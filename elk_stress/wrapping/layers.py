@@ -10,6 +10,7 @@ layer                equation                                  parameters of lay
 ``affine``           ``x @ weight + bias``                     ``weight_k (in, out)``, ``bias_k (out,)``
 ``scale``            ``x * weight + bias``                     ``weight_k (d,)``, ``bias_k (d,)``
 ``layer_norm:eps``   ``(x - mean) / sqrt(var + eps)`` scaled   ``weight_k (d,)``, ``bias_k (d,)``
+``soft_vote``        logit of ``mean_j sigmoid(x_j)``          none; one output
 ``relu``, ``tanh``, ``sigmoid``, ``silu``, ``gelu``, ``gelu_tanh``, ``leaky_relu:slope``, no parameters
 ===================  ========================================  =================================
 
@@ -37,6 +38,7 @@ Array = Any
 # activations without a number, and those with one
 ACTIVATIONS = ("relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "leaky_relu")
 _WITH_PARAMETERS = ("affine", "scale", "layer_norm")
+_VOTE = "soft_vote"
 _NUMBERED = ("layer_norm", "leaky_relu")
 
 
@@ -60,9 +62,9 @@ class Layers:
         object.__setattr__(self, "layers", tuple(self.layers))
         for layer in self.layers:
             kind, _, number = layer.partition(":")
-            if kind not in ACTIVATIONS + _WITH_PARAMETERS or (kind in _NUMBERED) != bool(number):
+            if kind not in (*ACTIVATIONS, *_WITH_PARAMETERS, _VOTE) or (kind in _NUMBERED) != bool(number):
                 raise ValueError(
-                    f"unknown layer {layer!r}; known: {', '.join(_WITH_PARAMETERS + ACTIVATIONS)}, of which "
+                    f"unknown layer {layer!r}; known: {', '.join((*_WITH_PARAMETERS, *ACTIVATIONS, _VOTE))}, of which "
                     f"{' and '.join(_NUMBERED)} take a number, as in 'leaky_relu:0.01'"
                 )
             if number:
@@ -92,6 +94,8 @@ class Layers:
                 h = h - xp.mean(h, axis=-1, keepdims=True)
                 h = h / xp.sqrt(xp.mean(h * h, axis=-1, keepdims=True) + float(number))
                 h = h * parameters[f"weight_{k}"] + parameters[f"bias_{k}"]
+            elif kind == _VOTE:
+                h = _log_mean_sigmoid(xp, h) - _log_mean_sigmoid(xp, -h)
             else:
                 h = _activation(xp, kind, number, h)
         return h[..., 0]
@@ -127,6 +131,8 @@ def stacked(
         elif name == "scale" and merged and merged[-1][0] in ("affine", "scale"):
             name, (weight, bias) = merged.pop()
             arrays = (weight * arrays[0], bias * arrays[0] + arrays[1])
+        elif name == _VOTE:
+            width = 1
         merged.append((name, arrays))
     if width == 2 and merged and merged[-1][0] == "affine":
         weight, bias = merged.pop()[1]
@@ -166,6 +172,13 @@ def _activation(xp: Any, kind: str, number: str, x: Array) -> Array:
     if kind == "gelu_tanh":
         return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
     return x * _normal_cdf(xp, x)
+
+
+def _log_mean_sigmoid(xp: Any, x: Array) -> Array:
+    """``log mean_j sigmoid(x_j)`` over the last axis, which stays; probabilities themselves would run out of digits."""
+    logs = xp.where(x < 0, x, 0.0 * x) - xp.log1p(xp.exp(-xp.abs(x)))
+    largest = xp.max(logs, axis=-1, keepdims=True)
+    return largest + xp.log(xp.mean(xp.exp(logs - largest), axis=-1, keepdims=True))
 
 
 def _normal_cdf(xp: Any, x: Array) -> Array:

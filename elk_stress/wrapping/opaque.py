@@ -28,8 +28,9 @@ import numpy as np
 
 from elk_stress.arrays import backend_of, to_numpy
 from elk_stress.probe import FittedProbe, Traits
+from elk_stress.rowwise import FLOAT32
 
-__all__ = ["Opaque", "runs_in_jax"]
+__all__ = ["Opaque", "resolution", "runs_in_jax"]
 
 Array = Any
 
@@ -42,7 +43,7 @@ class Opaque:
         name: for reports.
         function: ``(n, d) -> (n,)`` in the arrays of ``library``; pure.
         library: what it is written in.
-        differentiable: whether it has a gradient (in torch or jax).
+        differentiable: whether it has a gradient (in torch or jax) that is that of its scores.
         dtype: what a torch function reads, ``"float32"`` or the like; activations are cast to it and scores back.
         device: where a torch function lives.
     """
@@ -93,21 +94,23 @@ class Opaque:
         """Scores ``(n,)`` of rows ``(n, d)`` of any library, in that library."""
         came = backend_of(x)
         if came == "jax":
-            return self.function(x).astype(x.dtype) if self.library == "jax" else self._from_jax(x)
+            native = self.library == "jax" and self.differentiable
+            return self.function(x).astype(x.dtype) if native else self._from_jax(x)
         if came == "torch":
-            if self.library == "torch":
+            if self.library == "torch" and self.differentiable:
                 return self._torch(x).to(device=x.device, dtype=x.dtype)
             return self._from_torch(x)
         rows = x if isinstance(x, np.ndarray) else np.asarray(x)
-        scores = self._values(rows).astype(rows.dtype, copy=False)
+        scores = self.values(rows).astype(rows.dtype, copy=False)
         return scores if isinstance(x, np.ndarray) else xp.asarray(scores)
 
     def _torch(self, x: Any) -> Any:
         import torch
 
-        return self.function(x.to(device=self.device, dtype=getattr(torch, self.dtype)))
+        # a copy, for a function that works in place (a ReLU) must not change the caller's rows
+        return self.function(x.to(device=self.device, dtype=getattr(torch, self.dtype), copy=True))
 
-    def _values(self, x: np.ndarray) -> np.ndarray:
+    def values(self, x: np.ndarray) -> np.ndarray:
         """Numpy rows to numpy scores, whatever the function is written in; never called inside jax for a jax one."""
         if len(x) == 0:
             return np.zeros(0)
@@ -120,7 +123,15 @@ class Opaque:
             import jax.numpy as jnp
 
             return np.asarray(self._jitted["value"](jnp.asarray(x)))
-        return np.asarray(self.function(x))
+        return np.asarray(self.function(np.array(x)))
+
+    def values_and_slopes(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores ``(n,)`` and gradients ``(n, d)`` of numpy rows, whatever ``differentiable`` says.
+
+        Raises:
+            Exception: the library's own, where its graph is cut.
+        """
+        return self.values(x), self._slopes(x, np.ones(len(x)))
 
     def _slopes(self, x: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """``weights_i grad f(x_i)`` of numpy rows."""
@@ -153,7 +164,7 @@ class Opaque:
         import torch
 
         if not self.differentiable:
-            return torch.as_tensor(self._values(to_numpy(x)), device=x.device, dtype=x.dtype)
+            return torch.as_tensor(self.values(to_numpy(x)), device=x.device, dtype=x.dtype)
         return _torch_bridge().apply(x, self)
 
     def _from_jax(self, x: Any) -> Any:
@@ -184,12 +195,12 @@ class Opaque:
 
         def value(x: Any) -> Any:
             if not isinstance(x, jax.core.Tracer):
-                return self._native(lambda a: self._values(a.reshape(-1, a.shape[-1])).reshape(a.shape[:-1]), x)
+                return self._native(lambda a: self.values(a.reshape(-1, a.shape[-1])).reshape(a.shape[:-1]), x)
             shape = jax.ShapeDtypeStruct(x.shape[:-1], x.dtype)  # type: ignore[no-untyped-call]
-            return jax.pure_callback(lambda a: rows(self._values, 0, a), shape, x, vmap_method="expand_dims")
+            return jax.pure_callback(lambda a: rows(self.values, 0, a), shape, x, vmap_method="expand_dims")
 
         if not self.differentiable:
-            bridge = jax.custom_vjp(value)
+            bridge = jax.custom_vjp((lambda x: self.function(x).astype(x.dtype)) if self.library == "jax" else value)
             bridge.defvjp(self._refuse_gradient, self._refuse_gradient)
             return bridge
 
@@ -213,17 +224,35 @@ class Opaque:
     def _refuse_gradient(self, *_: Any) -> Any:
         raise TypeError(
             f"the probe {self.name!r} has no gradient (it is {self.library} code); use what asks for scores alone, or "
-            "wrap a torch module or a jax function"
+            "wrap a torch module or a jax function that has one"
         )
 
 
 def runs_in_jax(probe: FittedProbe) -> bool:
     """Whether a probe scores by jax operations alone, so that jax may compile what calls it."""
+    recipe = _innermost(probe)
+    return not isinstance(recipe, Opaque) or recipe.library == "jax"
+
+
+def resolution(probe: FittedProbe) -> float:
+    """Relative error of one rounding in a probe's arithmetic: that of float32, but for modules in half precision.
+
+    Those round what they store and add up in float32, which is why a part of their own error counts.
+    """
+    recipe = _innermost(probe)
+    if not isinstance(recipe, Opaque) or recipe.library != "torch":
+        return FLOAT32
+    import torch
+
+    return max(FLOAT32, float(torch.finfo(getattr(torch, recipe.dtype)).eps) / 32)
+
+
+def _innermost(probe: FittedProbe) -> Any:
     recipe: Any = probe.probe
     # a recipe around another one (several reads laid flat) holds it as ``recipe``
     while not isinstance(recipe, Opaque) and hasattr(recipe, "recipe"):
         recipe = recipe.recipe
-    return not isinstance(recipe, Opaque) or recipe.library == "jax"
+    return recipe
 
 
 def _torch_bridge() -> Any:
@@ -237,7 +266,7 @@ def _torch_bridge() -> Any:
             def forward(ctx: Any, x: Any, probe: Opaque) -> Any:
                 ctx.save_for_backward(x)
                 ctx.probe = probe
-                return torch.as_tensor(np.array(probe._values(to_numpy(x))), device=x.device, dtype=x.dtype)
+                return torch.as_tensor(np.array(probe.values(to_numpy(x))), device=x.device, dtype=x.dtype)
 
             @staticmethod
             @torch.autograd.function.once_differentiable

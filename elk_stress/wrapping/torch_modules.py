@@ -5,6 +5,9 @@ reach over. Of its layers (:mod:`.torch_layers`) a sigmoid or softmax at the end
 the logit, which does not saturate in float32. The converted probe must score as the module does, or as what comes
 before the layer that was left off.
 
+An opaque module must score each row alone, twice the same (:mod:`elk_stress.rowwise`), and has a gradient only if that
+is the slope of its scores (:mod:`.gradients`).
+
 Shapes: ``(n, d) -> (n,)``, ``(n, 1)`` or two logits ``(n, 2)``, of which the score is the second minus the first.
 """
 
@@ -12,18 +15,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from elk_stress.probe import FittedProbe
-from elk_stress.wrapping.converted import Stack, agrees, named, one_score
+from elk_stress.rowwise import quiet
+from elk_stress.wrapping.converted import Stack, agrees, check_opaque, named, one_score, trial_rows
+from elk_stress.wrapping.gradients import missing_gradient
 from elk_stress.wrapping.layers import stacked
-from elk_stress.wrapping.opaque import Opaque
+from elk_stress.wrapping.opaque import Opaque, resolution
 from elk_stress.wrapping.probelab_probes import layers_of_probelab
 from elk_stress.wrapping.torch_layers import IGNORED, LAST, flattened, layer_of
 
-__all__ = ["from_torch", "is_torch_module"]
+__all__ = ["checked_torch", "from_torch", "is_torch_module"]
 
 
 def is_torch_module(obj: Any) -> bool:
@@ -31,15 +37,12 @@ def is_torch_module(obj: Any) -> bool:
 
 
 def from_torch(module: Any, name: str | None, dim: int | None, site: str) -> FittedProbe:
-    import copy
-
     import torch
 
     kind = type(module).__name__
     if getattr(module, "initialized", True) is False:
         raise ValueError(f"{kind} is not fitted; call its fit first, then wrap it")
-    # a copy: neither the caller's training nor ours reaches over
-    frozen = copy.deepcopy(module).eval().requires_grad_(False)
+    frozen = _frozen(module, kind)
     held = [t for t in [*frozen.parameters(), *frozen.buffers()] if t.is_floating_point() and t.numel()]
     dtype, device = (held[0].dtype, held[0].device) if held else (torch.float32, torch.device("cpu"))
     layers = _layers(frozen)
@@ -50,25 +53,84 @@ def from_torch(module: Any, name: str | None, dim: int | None, site: str) -> Fit
     def outputs(x: Any) -> Any:
         return one_score(frozen(x), x.shape[0], kind)
 
-    try:
-        with torch.no_grad():
-            outputs(torch.zeros((3, width), dtype=dtype, device=device))
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{kind} does not score rows of {width} features, shape (n, {width}): {type(error).__name__}: {error}; "
-            "pass dim=, or wrap a function that calls it as it wants to be called"
-        ) from error
     opaque = Opaque(name or kind, outputs, "torch", True, str(dtype).removeprefix("torch."), str(device))
+    try:
+        with quiet():
+            opaque.values(next(trial_rows(width)))
+    except Exception as error:  # whatever somebody's module raises at rows that it was not written for
+        raise ValueError(
+            f"{kind} does not score real rows of {width} features, {dtype} of shape (n, {width}): "
+            f"{type(error).__name__}: {str(error)[:300]}; pass dim=, or wrap a function that calls it as it wants to "
+            "be called and picks the one score"
+        ) from error
     notes, ending = {"from": kind, "score": "output"}, ""
     if layers is not None:
         layers, ending = _without_ending(layers)
     if layers is not None and not any(layer.startswith("end:") for layer, _ in layers):
         made = named(stacked(layers, dim=width, site=site), name or kind, {**notes, "score": f"output{ending}"})
         # with an ending left off it is what comes before the ending that must agree
-        reference = opaque._values if not ending else _before(frozen, opaque)
+        reference = opaque.values if not ending else _before(frozen, opaque)
         if agrees(made, reference, 1e-8 if dtype is torch.float64 else 1e-6):
             return made
-    return FittedProbe(opaque, {}, site, {**notes, "as": "opaque, with a gradient by torch"}, width)
+    return checked_torch(opaque, notes, width, site, _in_double(frozen, kind))
+
+
+def checked_torch(opaque: Opaque, notes: dict[str, Any], dim: int, site: str, double: Opaque | None) -> FittedProbe:
+    """The opaque probe of somebody's torch code: refused where it is random, without a gradient where that is none.
+
+    Args:
+        double: the same in double precision, where there is such a thing: the gradient is held against that first.
+
+    Raises:
+        ValueError: random, or scores that depend on the batch.
+    """
+    import torch
+
+    fitted = FittedProbe(opaque, {}, site, {**notes, "as": "opaque, with a gradient by torch"}, dim)
+    check_opaque(opaque.values, dim, opaque.name, resolution(fitted))
+    eps = torch.finfo(getattr(torch, opaque.dtype)).eps
+    attempts = [(o.values, o.values_and_slopes, step, e) for o, step, e in (
+        (double, 1e-5, 2.0**-52), (opaque, 1e-5 if eps < 1e-10 else 1e-2, eps)
+    ) if o is not None]  # fmt: skip
+    why = missing_gradient(dim, opaque.values_and_slopes, attempts)
+    if why is None:
+        return fitted
+    blind = replace(opaque, differentiable=False)
+    return FittedProbe(blind, {}, site, {**notes, "as": "opaque, without a gradient", "gradient": why}, dim)
+
+
+def _frozen(module: Any, kind: str) -> Any:
+    """A copy in eval mode without gradients: neither the caller's training nor ours reaches over."""
+    import copy
+
+    import torch
+
+    held = [*module.parameters(), *module.buffers()]
+    if any(torch.nn.parameter.is_lazy(t) for t in held):
+        raise ValueError(f"{kind} has lazy layers that saw no rows yet; call it on a batch first, then wrap it")
+    if any(t.device.type == "meta" for t in held):
+        raise ValueError(f"{kind} is on the meta device, where parameters have no values; load its weights first")
+    try:
+        return copy.deepcopy(module).eval().requires_grad_(False)
+    except Exception as error:  # a lock, an open file, a tensor in the middle of a graph
+        raise ValueError(
+            f"{kind} cannot be copied ({type(error).__name__}: {str(error)[:200]}), and a probe must not follow later "
+            "training; wrap a function that calls it"
+        ) from error
+
+
+def _in_double(frozen: Any, kind: str) -> Opaque | None:
+    import copy
+
+    try:
+        double = copy.deepcopy(frozen).double()
+    except Exception:  # an 8-bit layer, say
+        return None
+    return Opaque(kind, lambda x: one_score(double(x), x.shape[0], kind), "torch", True, "float64", _device(double))
+
+
+def _device(module: Any) -> str:
+    return next((str(t.device) for t in [*module.parameters(), *module.buffers()]), "cpu")
 
 
 def _layers(module: Any) -> Stack | None:
@@ -97,7 +159,7 @@ def _before(frozen: Any, opaque: Opaque) -> Callable[[np.ndarray], np.ndarray]:
             break
     inner = torch.nn.Sequential(*flat)
     short = Opaque("inner", lambda x: one_score(inner(x), len(x), "inner"), "torch", True, opaque.dtype, opaque.device)
-    return short._values
+    return short.values
 
 
 def _without_ending(layers: Stack) -> tuple[Stack, str]:
