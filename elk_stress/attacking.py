@@ -19,6 +19,7 @@ from elk_stress.limit_state import BudgetExhausted
 from elk_stress.mind import Mind
 from elk_stress.proposal import Edit
 from elk_stress.result import AttackResult
+from elk_stress.rowwise import known_scores
 from elk_stress.survival import half_life
 
 __all__ = ["applies", "compare_attacks", "run_attack"]
@@ -206,7 +207,7 @@ def _edited(attack: Attack, field: Arena, edit: Edit, u: np.ndarray, mind: Mind)
         )
     place = field.place
     before, margin = (
-        np.asarray(place.probe.score(x.astype(np.float32)), dtype=float) - place.detection.threshold
+        known_scores(place.probe, x.astype(np.float32), "attacked activations") - place.detection.threshold
         for x in (mind.origins, after)
     )
     left = np.linalg.norm(written - mind.to_edit(own), axis=1)
@@ -301,7 +302,7 @@ def _edit(field: Arena, tried: _Tried, verdict: _Verdict) -> Edit | None:
 
 
 def _auroc(field: Arena, edit: Edit) -> float:
-    scores = np.asarray(field.place.probe.score(np.asarray(edit.moved("test"), dtype=np.float32)), dtype=float)
+    scores = known_scores(field.place.probe, np.asarray(edit.moved("test"), dtype=np.float32), "attacked activations")
     return auroc(scores, field.scene.items.labels)
 
 

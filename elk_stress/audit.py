@@ -35,6 +35,7 @@ from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe, Probe
 from elk_stress.proposal import Edit
 from elk_stress.result import Audit, AuditStage
+from elk_stress.rowwise import known_scores
 from elk_stress.scene import Scene, fit_probe
 from elk_stress.testbed import SplitName
 from elk_stress.threat import Threat
@@ -178,7 +179,7 @@ def _attack(probe: FittedProbe, prior: EllipticalPrior, rows: np.ndarray, target
     untouched across it, and nothing tells who was moved far.
     """
     flat = rows.reshape(-1, rows.shape[-1])
-    scores = np.asarray(probe.score(flat), dtype=float)
+    scores = known_scores(probe, flat, "moved activations")
     moves = np.zeros(flat.shape, dtype=np.float32)
     for above in (True, False):
         chosen = np.flatnonzero((scores > target) if above else (scores < target))
@@ -279,7 +280,7 @@ def _sample(rows: np.ndarray, pairs: np.ndarray | None, rng: np.random.Generator
 
 
 def _scores(probe: FittedProbe, rows: np.ndarray) -> np.ndarray:
-    return np.asarray(probe.score(rows), dtype=float)
+    return known_scores(probe, rows, "moved activations")
 
 
 def _platt(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:

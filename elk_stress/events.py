@@ -284,6 +284,7 @@ def _searched(
         lipschitz=None if slope is None else np.full(n_problems, slope),
         differentiable=probe is None or probe.traits.differentiable,
         jit=probe is None or runs_in_jax(probe),
+        what="" if probe is None else f"the probe {probe.name!r}",
         cost=cost,
     )
 

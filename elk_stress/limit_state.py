@@ -63,6 +63,7 @@ class LimitState:
         jit: whether a jax function may be compiled. One that leaves jax on its way (somebody's torch module) is called
             as it is, on numpy arrays for values: a callback from compiled code can wait for a thread that its own
             caller holds.
+        what: whose score it is, for the message where that is NaN or infinite; empty: not a probe's.
         cost: activations that one evaluation scores, so that a probe without a gradient, which may be slow, is asked
             within reason.
         starts: ``(problems, m, dim)`` points worth starting a search from, where the builder knows some.
@@ -84,6 +85,7 @@ class LimitState:
     starts: np.ndarray | None = None
     differentiable: bool = True
     jit: bool = True
+    what: str = ""
     cost: int = 1
     _compiled: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -175,7 +177,7 @@ class LimitState:
 
             with torch.no_grad():
                 out = to_numpy(self.function(*self._torch_arguments(problems, u))).astype(float)
-        return _checked(out, u)
+        return _checked(out, u, self.what)
 
     def _gradient_chunk(self, problems: np.ndarray, u: np.ndarray) -> np.ndarray:
         if self.backend == "numpy":
@@ -194,7 +196,7 @@ class LimitState:
                 tensor = self.function(indices, points)
                 (slope,) = torch.autograd.grad(tensor.sum(), points)
             value, gradient = to_numpy(tensor).astype(float), to_numpy(slope).astype(float)
-        _checked(value, u)
+        _checked(value, u, self.what)
         return np.concatenate([value[..., None], gradient], axis=-1)
 
     def _torch_arguments(self, problems: np.ndarray, u: np.ndarray) -> tuple[Any, Any]:
@@ -438,10 +440,19 @@ def _bucket(n: int) -> int:
     return 1 << max(0, (n - 1).bit_length())
 
 
-def _checked(value: np.ndarray, u: np.ndarray) -> np.ndarray:
+def _checked(value: np.ndarray, u: np.ndarray, what: str = "") -> np.ndarray:
     if value.shape != u.shape[:2]:
         raise ValueError(
             f"the limit state returned shape {value.shape} for points of shape {u.shape}; expected {u.shape[:2]}"
+        )
+    if what and not np.isfinite(value).all():
+        length = np.linalg.norm(u, axis=-1)
+        known = np.isfinite(value)
+        reach = f" (the longest with a score: {length[known].max():.3g})" if known.any() else ""
+        raise ValueError(
+            f"{what} scores NaN or inf on {(~known).sum()} of {value.size} moved activations; the shortest such move "
+            f"is {length[~known].min():.3g} in standard deviations of the prior{reach}. A probe must score whatever a "
+            "model may think: bound what a logarithm, a root or a quotient in it gets, or leave it out"
         )
     if np.isnan(value).any():
         bad = int(np.isnan(value).sum())

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FLOAT32", "check_rows", "quiet"]
+__all__ = ["FLOAT32", "check_rows", "known_scores", "quiet"]
 
 FLOAT32 = 2.0**-23
 _ROUNDINGS = 256
@@ -113,6 +113,27 @@ def check_rows(
             )
     random(scored(rows), first, "the same rows")
     return first
+
+
+def known_scores(probe: Any, activations: np.ndarray, which: str) -> np.ndarray:
+    """A fitted probe's scores in float64, all of which must be numbers.
+
+    Args:
+        probe: a fitted probe.
+        activations: ``(*batch, d)``.
+        which: the activations in words, for the message: "unmoved activations", say.
+
+    Raises:
+        ValueError: NaN or inf among them; names the probe.
+    """
+    scores = np.asarray(probe.score(activations), dtype=float)
+    lost = int((~np.isfinite(scores)).sum())
+    if lost:
+        raise ValueError(
+            f"the probe {probe.name!r} scores NaN or inf on {lost} of {scores.size} {which}. A probe must "
+            "score whatever a model may think: bound what a logarithm, a root or a quotient in it gets, or leave it out"
+        )
+    return scores
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from elk_stress.limit_state import LimitState
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
 from elk_stress.result import Detection
+from elk_stress.rowwise import known_scores
 from elk_stress.scene import Scene
 from elk_stress.survival import bits_of_margin
 from elk_stress.threat import Threat
@@ -75,11 +76,11 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
     if threat.prior == "natural" and scene.has_stand_in:
         flags += (flag("no_contexts", f"{len(scene.train)} training items under one context"),)
     prior = scene.prior(threat)
+    origins, positives = scene.test_origins, scene.positives
+    scores = known_scores(probe, origins, "unmoved activations")
     negatives, draws = _negative_scores(scene, probe, threat, prior)
     shared = draws is None
     threshold = conformal_threshold(negatives, fpr, shared=shared)
-    origins, positives = scene.test_origins, scene.positives
-    scores = np.asarray(probe.score(origins), dtype=float)
     margin = scores[positives] - threshold
     flags += _flipped(scores, scene.items.labels)
     different = len(np.unique(scores[positives].astype(np.float32))) / len(positives)
@@ -91,7 +92,7 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
     else:
         deviation = prior.standard_deviation(gradient)
     if gradient is None or gradient.ndim == 1:
-        along = np.asarray(probe.score(scene.test[positives]), dtype=float)
+        along = known_scores(probe, scene.test[positives], "unmoved activations")
     else:
         along = np.einsum("icd,id->ic", scene.test[positives], gradient.astype(np.float32)).astype(float)
     contexts = scene.resamples.contexts
@@ -103,7 +104,7 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
     shifted = astray @ along.T if n_contexts > 1 else np.zeros((len(contexts), 1))
     if not shared and n_contexts > 1:
         # drawn scores stand around origins that moved too
-        thresholds = thresholds + astray @ np.asarray(probe.score(scene.negatives), dtype=float).mean(axis=0)
+        thresholds = thresholds + astray @ known_scores(probe, scene.negatives, "unmoved activations").mean(axis=0)
     margins = margin[None, :] + shifted - (thresholds - threshold)[:, None]
     caught = np.flatnonzero(margin > 0)
     return Situation(
@@ -134,7 +135,7 @@ def _negative_scores(
 ) -> tuple[np.ndarray, int | None]:
     """Scores of calibration negatives under the prior: real contexts for natural thoughts, else prior draws."""
     if threat.prior == "natural" and scene.given_prior is None and scene.negatives.shape[1] > 1:
-        return np.asarray(probe.score(scene.negatives), dtype=float), None
+        return known_scores(probe, scene.negatives, "unmoved activations"), None
     origins = scene.negatives.mean(axis=1)
     weight = linear_weight(probe)
     sequence = np.random.SeedSequence([scene.seed, 0x7123])
@@ -144,9 +145,9 @@ def _negative_scores(
         z = rng.standard_normal((len(origins), _DRAWS, 2))
         scale = prior.tail.scale(z[..., 1], np) if prior.tail.extra else 1.0
         spread = float(prior.standard_deviation(weight)) * np.asarray(scale) * z[..., 0]
-        return np.asarray(probe.score(origins), dtype=float)[:, None] + spread, _DRAWS
+        return known_scores(probe, origins, "unmoved activations")[:, None] + spread, _DRAWS
     moves = prior.sample(len(origins) * _DRAWS, sequence).reshape(len(origins), _DRAWS, -1)
-    return np.asarray(probe.score((origins[:, None, :] + moves).astype(np.float32)), dtype=float), _DRAWS
+    return known_scores(probe, (origins[:, None, :] + moves).astype(np.float32), _drawn(prior, moves)), _DRAWS
 
 
 def _detection(
@@ -164,7 +165,7 @@ def _detection(
     if threat.prior == "natural" and scene.given_prior is None and scene.test.shape[1] > 1:
         # on contexts that the threshold never saw, where there are any, resampled together with the items
         fresh = scene.test if scene.observed is None else scene.observed
-        alarms = (np.asarray(probe.score(fresh[negatives]), dtype=float) > threshold).astype(float)
+        alarms = (known_scores(probe, fresh[negatives], "unmoved activations") > threshold).astype(float)
         m = alarms.shape[1]
         counts = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xFA])).multinomial(
             m, np.full(m, 1 / m), size=len(weights)
@@ -256,7 +257,12 @@ def _prior_scores(probe: FittedProbe, prior: EllipticalPrior, x: np.ndarray, see
     """``(n, draws)`` scores of items ``x (n, d)`` moved by the same prior draws."""
     draws = int(np.clip(_SPREAD_SCORES // max(len(x), 1), _DRAWS, _SPREAD_DRAWS))
     moves = prior.sample(draws, np.random.SeedSequence([seed, 0x59EA]))
-    return np.asarray(probe.score((x[:, None, :] + moves).astype(np.float32)), dtype=float)
+    return known_scores(probe, (x[:, None, :] + moves).astype(np.float32), _drawn(prior, moves))
+
+
+def _drawn(prior: EllipticalPrior, moves: np.ndarray) -> str:
+    length = float(np.median(np.linalg.norm(moves, axis=-1)))
+    return f"activations moved by draws of the prior {prior.name!r} (of median length {length:.3g})"
 
 
 def _deviation_factor(

@@ -214,3 +214,29 @@ def test_what_works_in_place_leaves_the_callers_rows_alone() -> None:
         probe.score(rows)
         probe.score(torch.as_tensor(ROWS))
     np.testing.assert_array_equal(rows, ROWS)
+
+
+def test_a_score_that_is_no_number_on_moved_activations_names_the_probe_and_the_move() -> None:
+    from elk_stress.events import item_event
+    from elk_stress.priors import EllipticalPrior
+
+    probe = wrap(_plain(lambda x: np.log(x).sum(axis=1)), dim=2, name="mine")
+    state = item_event(probe, EllipticalPrior(np.eye(2), name="test"), np.full((1, 2), 2.0), 0.0)
+    assert np.isfinite(state.value(np.arange(1), np.array([[[0.0, 0.0], [1.0, 0.0]]]))).all()
+    with (
+        np.errstate(invalid="ignore"),
+        pytest.raises(ValueError, match=r"'mine' scores NaN or inf on 2 of 3 moved .* move is 4 in .* score: 1\)"),
+    ):
+        state.value(np.arange(1), np.array([[[-4.0, 0.0], [1.0, 0.0], [-5.0, 0.0]]]))
+
+
+@pytest.mark.parametrize(("offset", "words"), [(0.0, "unmoved activations"), (6.0, "moved by draws of the prior")])
+def test_a_probe_without_a_score_of_real_or_moved_activations_is_refused(offset: float, words: str) -> None:
+    probe = wrap(_plain(lambda x: np.log(x[:, 0])), dim=DIM, name="mine")
+    # far from where the logarithm ends, but not for moves of five times the spread
+    rows = np.concatenate([ROWS, ROWS + 0.1, ROWS - 0.1]) * (1.0 if offset == 0 else 0.3) + offset
+    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match=rf"'mine' scores NaN or inf on .*{words}"):
+        elk_stress.stress_activations(
+            probe, rows, np.tile(LABELS, 3), attacks=(), controls=False, n_particles=50,
+            threats=["item/isotropic5/gaussian"], groups=np.tile(np.arange(len(ROWS)), 3),
+        )  # fmt: skip
