@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+import elk_stress
 from elk_stress import registry
 from elk_stress.probe import FittedProbe, as_fitted, check_activations, check_training_data, direction
 from elk_stress.registry import UnknownName
@@ -147,3 +149,99 @@ def test_torch_scores_keep_dtype_and_graph(dtype: str) -> None:
     assert scores.dtype == rows.dtype
     (slope,) = torch.autograd.grad(scores.sum(), rows)
     assert slope.tolist() == [[1.0, 2.0, 3.0]] * 2
+
+
+WEIGHTS = {
+    "integers": (np.array([1, -2, 3]), np.float64),
+    "booleans": (np.array([True, False, True]), np.float64),
+    "a list": ([1.0, -2.0, 3], np.float64),
+    "objects": (np.array([1, -2, 3.5], dtype=object), np.float64),
+    "half": (np.array([1, -2, 3.5], dtype=np.float16), np.float32),
+    "single": (np.array([1, -2, 3.5], dtype=np.float32), np.float32),
+    "long": (np.array([1, -2, 3.5], dtype=np.longdouble), np.float64),
+    "nothing masked": (np.ma.array([1.0, -2.0, 3.5]), np.float64),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("bias", [-2.6, 1e5, np.float32(0.25), np.array([7]), 3])
+def test_numbers_of_any_kind_make_a_direction_and_its_bias_keeps_its_digits(kind: str, bias: float) -> None:
+    weight, dtype = WEIGHTS[kind]
+    for probe in (direction(weight, bias), elk_stress.wrap((weight, bias))):
+        assert probe.parameters["weight"].dtype == dtype
+        assert type(probe.parameters["weight"]) is np.ndarray
+        assert float(probe.parameters["bias"]) == float(np.ravel(bias)[0])
+        rows = np.array([[1.0, 2.0, 0.5], [0.0, 0.0, 0.0]])
+        expected = rows @ np.asarray(weight, dtype=float) + float(np.ravel(bias)[0])
+        assert probe.score(rows).dtype == np.float64
+        np.testing.assert_allclose(probe.score(rows), expected, rtol=1e-15)
+
+
+def test_tensors_of_any_kind_make_a_direction() -> None:
+    import jax.numpy as jnp
+    import torch
+
+    for weight in (
+        torch.tensor([1.0, -2.0, 3.5], requires_grad=True),
+        torch.tensor([1.0, -2.0, 3.5], dtype=torch.bfloat16, requires_grad=True),
+        torch.tensor([1.0, -2.0, 3.5], dtype=torch.float16),
+        jnp.asarray([1.0, -2.0, 3.5], dtype=jnp.bfloat16),
+    ):
+        probe = elk_stress.wrap((weight, torch.tensor(0.1)))
+        assert probe.parameters["weight"].dtype == np.float32
+        np.testing.assert_array_equal(probe.parameters["weight"], [1.0, -2.0, 3.5])
+    np.testing.assert_array_equal(direction(torch.tensor([1, -2])).parameters["weight"], [1.0, -2.0])
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "error", "words"),
+    [
+        (np.array([1 + 1j, 2]), 0.0, ValueError, "weight of a direction must be real, got complex128"),
+        (np.ones(2), 1j, ValueError, "bias of a direction must be real"),
+        (np.ma.array([1.0, 2.0], mask=[0, 1]), 0.0, ValueError, "masked values"),
+        (np.array(["a", "b"]), 0.0, TypeError, "must be numbers"),
+        (np.array([1.0, 1e39]), 0.0, ValueError, "beyond single precision"),
+        ([], 0.0, ValueError, r"got shape \(0,\)"),
+        (np.ones(2), np.nan, ValueError, "one finite number"),
+        (np.ones(2), np.inf, ValueError, "one finite number"),
+        (np.ones(2), 1e39, ValueError, "one finite number"),
+        (np.ones(2), [1.0, 2.0], ValueError, "one finite number"),
+        (np.ones(2), "one", TypeError, "bias of a direction must be numbers"),
+    ],
+)
+def test_what_is_no_direction_is_refused_in_words(weight: Any, bias: Any, error: Any, words: str) -> None:
+    for make in (direction, lambda w, b: elk_stress.wrap((w, b))):
+        with pytest.raises(error, match=words):
+            make(weight, bias)
+
+
+def test_integer_and_half_precision_activations_are_scored_in_more_than_they_hold() -> None:
+    import jax.numpy as jnp
+    import torch
+
+    probe = direction(np.array([0.5, -0.25, 2.0]), -1e5)
+    whole = np.array([[1, 2, 3], [0, 0, 1]])
+    np.testing.assert_array_equal(probe.score(whole), whole.astype(float) @ [0.5, -0.25, 2.0] - 1e5)
+    np.testing.assert_array_equal(probe.score(whole > 1), [-1e5 + 1.75, -1e5])
+    np.testing.assert_allclose(probe.score(torch.tensor(whole)).numpy(), probe.score(whole), rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(probe.score(jnp.asarray(whole))), probe.score(whole), rtol=1e-6)
+    # the bias alone is beyond half precision, and the score is not
+    large = np.array([[0.0, 0.0, 50016.0]])
+    for rows in (large.astype(np.float16), torch.tensor(large, dtype=torch.float16), jnp.asarray(large, jnp.float16)):
+        score = probe.score(rows)
+        assert score.dtype == rows.dtype
+        assert float(score[0]) == 2 * 50016.0 - 1e5
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "words"),
+    [
+        (np.ones((2, 3), dtype=complex), ValueError, "real numbers, got complex128"),
+        (np.ma.array(np.ones((2, 3)), mask=np.eye(2, 3)), ValueError, "masked values"),
+        ([[1.0, 2.0, 3.0]], TypeError, "got list"),
+        (np.float64(3.0), ValueError, "no axis of features"),
+    ],
+)
+def test_what_are_no_activations_is_refused_by_score(rows: Any, error: Any, words: str) -> None:
+    with pytest.raises(error, match=words):
+        direction(np.ones(3)).score(rows)
