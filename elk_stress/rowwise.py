@@ -147,7 +147,7 @@ def quiet() -> Iterator[None]:
 def _apart(a: np.ndarray, b: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         near = np.abs(a - b) <= allowed
-    return ~(near | (a == b) | (np.isnan(a) & np.isnan(b)))
+    return np.asarray(~(near | (a == b) | (np.isnan(a) & np.isnan(b))))
 
 
 def _size(scores: np.ndarray) -> np.ndarray:

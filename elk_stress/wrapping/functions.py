@@ -69,7 +69,7 @@ def _from_jax(recipe: Opaque, notes: dict[str, Any], dim: int, site: str) -> Fit
 
     # not compiled: what is drawn or counted while jax traces a function would look like a constant
     check_opaque(lambda x: recipe.function(jnp.asarray(x)), dim, recipe.name)
-    eps = float(jnp.finfo(jnp.zeros(0, dtype=float).dtype).eps)
+    eps = float(np.finfo(jnp.zeros(0, dtype=float).dtype).eps)
     attempt = (recipe.values, recipe.values_and_slopes, 1e-5 if eps < 1e-10 else 1e-2, eps)
     why = missing_gradient(dim, recipe.values_and_slopes, [attempt])
     if why is None:

@@ -31,6 +31,7 @@ marks as such, are negated: higher is more strongly positive, and what a monitor
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -198,7 +199,7 @@ def _score(obj: Any) -> tuple[Score, str, float]:
 
         def log(y: Any) -> np.ndarray:
             with np.errstate(divide="ignore"):
-                return np.clip(np.log(y), -_LARGEST_LOG, _LARGEST_LOG)
+                return np.asarray(np.clip(np.log(y), -_LARGEST_LOG, _LARGEST_LOG))
 
         return reading("predict", log), "log of predict", _LARGEST_LOG
     if hasattr(obj, "transform") and not (hasattr(obj, "predict") and (is_regressor(last) or is_classifier(last))):
@@ -213,7 +214,7 @@ def _score(obj: Any) -> tuple[Score, str, float]:
 
 def _log_link(last: Any) -> bool:
     if _own(last, "TweedieRegressor"):
-        return last.link == "log" or (last.link == "auto" and last.power > 0)
+        return bool(last.link == "log" or (last.link == "auto" and last.power > 0))
     return _own(last, "PoissonRegressor", "GammaRegressor")
 
 
@@ -224,10 +225,10 @@ def _frame(estimator: Any, x: np.ndarray) -> Any:
     if names is None:
         return rows
     try:
-        import pandas as pd
+        pandas = importlib.import_module("pandas")
     except ImportError:
         return rows
-    return pd.DataFrame(rows, columns=names)
+    return pandas.DataFrame(rows, columns=names)
 
 
 def _code_margin(obj: Any, x: np.ndarray) -> np.ndarray:
@@ -359,10 +360,10 @@ def _is_affine(step: Any) -> bool:
     if _own(step, "MinMaxScaler"):
         return not step.clip
     if _own(step, "PolynomialFeatures"):
-        return step.degree == 1
+        return bool(step.degree == 1)
     if _own(step, *_IMPUTERS):
         # a number that stands for "missing" makes a jump there
-        return step.missing_values is None or step.missing_values != step.missing_values
+        return bool(step.missing_values is None or step.missing_values != step.missing_values)
     return isinstance(step, SelectorMixin) or _own(step, *_AFFINE)
 
 
