@@ -13,16 +13,19 @@ standard deviation over the rows:
       |s' - s| <= 256 eps spread + 4 eps |s|
 
 * another shape of batch adds up in another order. That is worth what rounding the inputs is: with the rows changed by
-  a relative ``h = 64 eps``, in random directions, by how much the score changes is the row's own measure::
+  a relative ``h = 64 eps``, each number up or down at random and all of them together, by how much the score changes
+  is the row's own measure::
 
       |s' - s| <= 256 eps (|s(x (1 +- h)) - s(x)| / h + spread + |s|)
 
 256 is the square root of 65,536: a sum of n terms loses about ``sqrt(n)`` roundings. Noise of 1/10,000 of the spread
-is thus found. A step in the score that one row happens to stand on does not count: it takes two rows to differ.
+is thus found. A step in the score that one row happens to stand on does not count: it takes two rows to differ. What
+rounding explains is refused only where it reaches a given share of the spread: such a score is made of its rounding.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,7 +42,12 @@ _ALONE = 6
 
 
 def check_rows(
-    score: Callable[[np.ndarray], Any], rows: np.ndarray, name: str, *, resolution: float = FLOAT32
+    score: Callable[[np.ndarray], Any],
+    rows: np.ndarray,
+    name: str,
+    *,
+    resolution: float = FLOAT32,
+    coarsest: float = math.inf,
 ) -> np.ndarray:
     """Refuse a score that is random, or that depends on more than its row; returns the scores of ``rows (n, d)``.
 
@@ -48,9 +56,11 @@ def check_rows(
         rows: at least two, of the kind that will be scored.
         name: of the probe, for the message.
         resolution: relative error of one rounding where batches of different shapes are compared.
+        coarsest: share of the scores' standard deviation that rounding may take.
 
     Raises:
-        ValueError: it cannot score them, is random, or depends on the batch; says by how much, and the way out.
+        ValueError: it cannot score them, is random, depends on the batch, or is lost in rounding; says by how much, and
+            the way out.
     """
     n = len(rows)
 
@@ -85,10 +95,11 @@ def check_rows(
             )
 
     random(scored(rows), first, "the same rows")
-    signs = np.random.default_rng(np.random.SeedSequence([0x20E5])).choice([-1.0, 1.0], (2, *rows.shape))
+    signs = np.random.default_rng(np.random.SeedSequence([0x20E5])).choice([-1.0, 1.0], rows.shape)
     step = 64 * resolution
     slope = np.zeros(n)
-    for sign in (*signs, *-signs):
+    # apart for sums whose terms cancel, together for those whose terms add up
+    for sign in (signs, -signs, np.ones(rows.shape), -np.ones(rows.shape)):
         with np.errstate(all="ignore"):
             change = np.abs(scored(rows * (1 + step * sign).astype(rows.dtype)) - first) / step
         slope = np.fmax(slope, np.where(np.isfinite(change), change, 0.0))
@@ -101,6 +112,7 @@ def check_rows(
         "in two halves": (np.arange(n), lambda: np.concatenate([scored(rows[:half]), scored(rows[half:])])),
         "in a batch twice as large": (np.arange(n), lambda: scored(np.concatenate([rows, rows]))[:n]),
     }
+    rounded = 0.0
     for way, (which, call) in ways.items():
         found = call()
         if _apart(found, first[which], allowed[which]).sum() > 1:
@@ -111,6 +123,14 @@ def check_rows(
                 f"{spread:.3g}. A probe must score each row alone: take means, scales and ranks from training data "
                 "(a module in eval mode with running statistics, a fitted scaler) instead of the batch"
             )
+        known = np.sort(np.abs(found - first[which])[np.isfinite(found) & np.isfinite(first[which])])
+        rounded = max(rounded, float(known[-2]) if len(known) > 1 else 0.0)
+    if rounded > coarsest * spread:
+        raise ValueError(
+            f"the probe {name!r} scores by rounding errors: the same rows in other batches get scores that differ by "
+            f"{rounded:.3g}, where scores have a standard deviation of {spread:.3g}, and its arithmetic explains it. "
+            "Let it compute in double precision, or on activations from which their mean was taken off"
+        )
     random(scored(rows), first, "the same rows")
     return first
 

@@ -40,6 +40,8 @@ __all__ = ["Scene", "fit_probe", "prepare_scene"]
 _BOOTSTRAP_CELLS = 4_000_000
 # share of the variance in a few dimensions that makes these massive
 _MASSIVE = 0.9
+# share of the scores' spread that rounding may take: bits of more than that would be bits of the rounding
+_COARSEST = 0.1
 
 
 @dataclass
@@ -344,12 +346,6 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
         ValueError: a fitted probe of another width; scores that are random or depend on the batch
             (:mod:`elk_stress.rowwise`).
     """
-    fitted = _fitted(scene, probe)
-    check_rows(lambda x: fitted.score(x), scene.trial_rows, fitted.name, resolution=resolution(fitted))
-    return fitted
-
-
-def _fitted(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> FittedProbe:
     from elk_stress import registry
 
     if isinstance(probe, str) and probe in PLANTED and probe in scene.testbed.known_probes():
@@ -367,6 +363,7 @@ def _fitted(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fitt
             )
         # a testbed may give its activations relative to an origin
         origin = getattr(scene.testbed, "origin", None)
+        _check_scores(fitted, scene.trial_rows if origin is None else scene.trial_rows + origin)
         return fitted if origin is None else moved(fitted, origin)
     check_recipe(recipe)
     train = scene.training
@@ -401,7 +398,13 @@ def _fitted(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fitt
         seed=scene.seed,
         site=scene.testbed.site,
     )
-    return fitted if tokens is None or isinstance(recipe, Flat) else flatten(fitted, tokens)
+    fitted = fitted if tokens is None or isinstance(recipe, Flat) else flatten(fitted, tokens)
+    _check_scores(fitted, scene.trial_rows)
+    return fitted
+
+
+def _check_scores(fitted: FittedProbe, rows: np.ndarray) -> None:
+    check_rows(lambda x: fitted.score(x), rows, fitted.name, resolution=resolution(fitted), coarsest=_COARSEST)
 
 
 def _gaussian(threat: Threat) -> Threat:

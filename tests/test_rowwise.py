@@ -240,3 +240,45 @@ def test_a_probe_without_a_score_of_real_or_moved_activations_is_refused(offset:
             probe, rows, np.tile(LABELS, 3), attacks=(), controls=False, n_particles=50,
             threats=["item/isotropic5/gaussian"], groups=np.tile(np.arange(len(ROWS)), 3),
         )  # fmt: skip
+
+
+def test_a_score_made_of_its_rounding_is_told_from_one_that_looks_at_other_rows() -> None:
+    weight = np.r_[2.0, np.full(299, 0.05)]
+
+    def summed(offset: float) -> Callable[[np.ndarray], np.ndarray]:
+        def score(x: np.ndarray) -> np.ndarray:
+            # rows alone are added up from the other end, as libraries take another routine for them
+            terms = (x * weight).astype(np.float32)[:, :: 1 if len(x) > 1 else -1]
+            return np.cumsum(terms, axis=1, dtype=np.float32)[:, -1] - np.float32(offset * weight.sum())
+
+        return score
+
+    rows = np.random.default_rng(2).standard_normal((64, 300))
+    for offset in (0.0, 1e3, 1e6):
+        check_rows(summed(offset), rows + offset, "mine")
+    check_rows(summed(1e3), rows + 1e3, "mine", coarsest=0.1)
+    with pytest.raises(ValueError, match=r"'mine' scores by rounding errors: .* double precision"):
+        check_rows(summed(1e6), rows + 1e6, "mine", coarsest=0.1)
+
+
+def test_a_module_in_single_precision_is_not_refused_for_activations_far_from_zero() -> None:
+    torch = pytest.importorskip("torch")
+    from elk_stress.scene import fit_probe, prepare_scene
+    from elk_stress.testbeds.arrays import Arrays
+
+    weight = torch.tensor(np.r_[2.0, np.full(299, 0.05)], dtype=torch.float32)
+    for offset in (0.0, 1e3, 1e5):
+
+        class Own(torch.nn.Module):
+            def __init__(self, offset: float) -> None:
+                super().__init__()
+                self.linear = torch.nn.Linear(300, 1)
+                bias = -weight.double() @ torch.full((300,), offset, dtype=torch.float64) - 3
+                self.linear.weight.data, self.linear.bias.data = weight[None], bias[None].float()
+
+            def forward(self, x: Any) -> Any:
+                return self.linear(x)[:, 0]
+
+        rows = np.random.default_rng(2).standard_normal((200, 300)) + offset
+        rows[:, 0] += 3 * LABELS
+        fit_probe(prepare_scene(Arrays(rows, LABELS)), wrap(Own(offset), dim=300))
