@@ -1,4 +1,4 @@
-"""A few hundred of the ten thousand generated inputs of the statistics step, and what judges them (:mod:`generated`)."""
+"""A few hundred of the generated inputs of the statistics step, and what judges them (:mod:`generated`)."""
 
 from __future__ import annotations
 
