@@ -12,7 +12,8 @@ feature j, the chance c_j that two of them agree in it,
 
 over features of many values alone (more than 32, or than half of the rows if those are few): counts, categories and
 flags repeat by their nature, so that rows of them collide rightly and may carry either label. One or two features never
-name an item.
+name an item. Where there are less than a tenth as many different rows as rows, and they name none, rows *recur*
+(:func:`recur`): they say what kind of item it is, a kind stands in every split, and joining would leave a few entities.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ import numpy as np
 
 from elk_stress.fitting.scaling import standardization
 
-__all__ = ["conflicts", "joined", "names_items", "near_copies", "row_keys"]
+__all__ = ["conflicts", "joined", "names_items", "near_copies", "recur", "row_keys"]
 
 # a feature of no more values than this says what kind of item it is, not which
 _FEW_VALUES = 32
 # expected pairs of different items that agree by chance, below which equal rows are the same item
 _BY_CHANCE = 0.01
+# rows per different row beyond which, where they name no item, they recur
+_OFTEN = 10
 # rows and features that tell; all of them would say the same
 _ROWS, _FEATURES = 2000, 64
 # bytes compared at a time
@@ -102,6 +105,11 @@ def names_items(rows: np.ndarray, keys: np.ndarray) -> bool:
     return bool(log_pairs < np.log(_BY_CHANCE))
 
 
+def recur(rows: np.ndarray, keys: np.ndarray) -> bool:
+    """Whether equal rows are different items: each comes more than ten times, and none of them names an item."""
+    return len(np.unique(keys)) * _OFTEN < len(keys) and not names_items(rows, keys)
+
+
 def _numbered(values: Sequence[Hashable] | np.ndarray) -> np.ndarray:
     """Values as numbers from 0, in the order in which they come."""
     seen: dict[Hashable, int] = {}
@@ -123,9 +131,10 @@ def near_copies(known: np.ndarray, new: np.ndarray) -> int:
     from scipy.stats import binom
 
     known, new = _spread(known, _KNOWN), _spread(new, _NEW)
-    if len(known) < 2 * _NEIGHBOURS or not len(new):
+    both = np.concatenate([known, new])
+    if len(known) < 2 * _NEIGHBOURS or not len(new) or recur(both, row_keys(both)):
         return 0
-    mean, spread = standardization(known)
+    mean, spread = standardization(both)
     known, new = (known - mean) / spread, (new - mean) / spread
     far = len(known) // _NEIGHBOURS
     sizes = np.einsum("ij,ij->i", known, known)

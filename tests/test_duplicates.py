@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elk_stress.duplicates import conflicts, joined, names_items, near_copies, row_keys
+from elk_stress.duplicates import conflicts, joined, names_items, near_copies, recur, row_keys
 from elk_stress.scene import prepare_scene
 from elk_stress.testbed import SplitName
 from elk_stress.testbeds.arrays import Arrays
@@ -39,8 +39,12 @@ def test_copies_never_cross_splits(shape: tuple[int, ...], given: bool, dtype: s
     _, kept = np.unique(rows.reshape(100, -1), axis=0, return_index=True)
     order = np.random.default_rng(np.random.SeedSequence(1)).permutation(4 * len(kept))
     copies, truth = np.repeat(rows[kept], 4, axis=0)[order], np.repeat(labels[kept], 4)[order]
-    # the user's groups take no copies together, so that only both together keep them in one split
-    groups = np.arange(len(order)) // 2 if given else None
+    # the user's groups link some items with others than their copies (all of them would make one entity of everything)
+    groups = (
+        np.where(np.arange(len(order)) < 30, np.arange(len(order)) // 2, 1000 + np.arange(len(order)))
+        if given
+        else None
+    )
     beds = Arrays(copies, truth, groups)
     assert in_more_than_one(beds, copies) == 0
     if groups is not None:
@@ -126,10 +130,22 @@ def test_discrete_features_may_carry_either_label(name: str) -> None:
     rows, labels = DISCRETE[name](rng), rng.integers(0, 2, 400)
     if name == "two ratings of 0 to 100":
         rows[1], labels[:2] = rows[0], (0, 1)
-    assert conflicts(row_keys(rows), labels), "without collisions nothing is tested"
-    assert not names_items(rows, row_keys(rows))
-    beds = Arrays(rows, labels, shares=(0.4, 0.3, 0.3))
-    assert in_more_than_one(beds, rows) == 0
+    keys = row_keys(rows)
+    assert conflicts(keys, labels), "without collisions nothing is tested"
+    assert not names_items(rows, keys)
+    beds = Arrays(rows, labels)
+    different = len(np.unique(rows, axis=0))
+    assert recur(rows, keys) == (different < 40)
+    # few kinds of item stand in every split, as items of their own; many are dealt kind by kind
+    assert in_more_than_one(beds, rows) == (different if recur(rows, keys) else 0)
+    assert "leak" not in {f.name for f in prepare_scene(beds).flags}
+
+
+def test_many_copies_of_items_that_have_a_name_are_joined() -> None:
+    rows, labels = noise(30, 16)
+    copies = np.repeat(rows, 25, axis=0)
+    assert not recur(copies, row_keys(copies))
+    assert in_more_than_one(Arrays(copies, np.repeat(labels, 25)), copies) == 0
 
 
 # ---------------------------------------------------------------------------------------- texts

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from elk_stress.duplicates import conflicts, joined, names_items, row_keys
+from elk_stress.duplicates import conflicts, joined, names_items, recur, row_keys
 from elk_stress.inputs import as_activations, as_groups, as_labels
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
@@ -125,7 +125,7 @@ class Arrays:
 
     @cached_property
     def _copies(self) -> np.ndarray:
-        """``(n,)`` numbers that are equal where activations are.
+        """``(n,)`` numbers that are equal where activations are, unless these recur by nature.
 
         Raises:
             ValueError: equal activations with both labels, unless they are of a few numbers that items share rightly.
@@ -138,7 +138,7 @@ class Arrays:
                 f"{len(both)} rows come with both labels: {told}. Equal activations are one item, which has one label: "
                 "correct it or drop the item; if these items do differ, read them at a token or layer that shows it"
             )
-        return keys
+        return np.arange(len(keys)) if recur(self.data, keys) else keys
 
     @cached_property
     def _entities(self) -> np.ndarray:
