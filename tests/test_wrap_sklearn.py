@@ -197,7 +197,7 @@ def test_affine_parts_are_multiplied_into_one_exact_direction(name: str) -> None
 
 NOT_AFFINE: dict[str, Any] = {
     "clipped": make_pipeline(MinMaxScaler(clip=True), _logistic()),
-    "a number for missing": make_pipeline(SimpleImputer(missing_values=0), _logistic()),
+    "a number for missing": make_pipeline(SimpleImputer(missing_values=999.0), _logistic()),
     "a function": make_pipeline(FunctionTransformer(np.arctan), _logistic()),
     "a column's function": make_pipeline(
         ColumnTransformer([("a", FunctionTransformer(np.arctan), [0])], remainder="passthrough"), _logistic()
@@ -211,7 +211,15 @@ def test_what_is_not_affine_for_every_row_is_called_as_it_is(name: str) -> None:
     fitted = NOT_AFFINE[name].fit(_W, V)
     probe = wrap(fitted)
     assert not probe.traits.differentiable
-    np.testing.assert_array_equal(probe.score(NEAR), fitted.decision_function(NEAR))
+    # where it bends is far from the rows that a conversion is tried on
+    rows = np.concatenate([NEAR, 10 * NEAR, np.where(np.eye(6) > 0, 999.0, NEAR[:6])])
+    np.testing.assert_array_equal(probe.score(rows), fitted.decision_function(rows))
+
+
+def test_a_clip_beyond_all_rows_that_are_tried_is_still_a_clip() -> None:
+    wide = 1000 * np.random.default_rng(4).standard_normal((100, DIM))
+    fitted = make_pipeline(MinMaxScaler(clip=True), LogisticRegression()).fit(wide, wide[:, 0] > 0)
+    np.testing.assert_array_equal(wrap(fitted).score(5 * wide), fitted.decision_function(5 * wide))
 
 
 @pytest.mark.parametrize("folds", [1, 2, 5])
