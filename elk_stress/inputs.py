@@ -25,7 +25,6 @@ __all__ = [
     "as_groups",
     "as_labels",
     "as_numbers",
-    "as_vector",
     "check_activations",
     "check_training_data",
 ]
@@ -77,18 +76,6 @@ def as_activations(value: Any, name: str = "activations") -> np.ndarray:
     if 0 in array.shape:
         raise ValueError(f"{name} are empty: shape {array.shape}; every axis needs at least one entry")
     check_activations(array, name)
-    return array
-
-
-def as_vector(value: Any, name: str) -> np.ndarray:
-    """One finite number per feature, ``(d,)`` float64, e.g. a direction.
-
-    Raises:
-        TypeError, ValueError: :func:`as_numbers`; another shape; NaN or inf.
-    """
-    array = as_numbers(value, name).astype(float)
-    if array.ndim != 1 or not array.size or not np.isfinite(array).all():
-        raise ValueError(f"{name} is a finite vector of shape (d,), got shape {array.shape}{_spoiled(array)}")
     return array
 
 
@@ -312,8 +299,3 @@ def _widest(array: np.ndarray) -> float:
         np.minimum(low, rows.min(axis=0), out=low)
         np.maximum(high, rows.max(axis=0), out=high)
     return float((high - low).max())
-
-
-def _spoiled(array: np.ndarray) -> str:
-    bad = int((~np.isfinite(array)).sum())
-    return f" with NaN or inf in {bad} places" if bad else ""

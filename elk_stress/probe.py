@@ -19,6 +19,7 @@ from elk_stress.arrays import backend_of, like, namespace, to_numpy
 from elk_stress.inputs import check_activations as check_activations
 from elk_stress.inputs import check_training_data as check_training_data
 from elk_stress.printable import check_name
+from elk_stress.settings import shown
 
 if TYPE_CHECKING:
     from elk_stress.priors import EllipticalPrior
@@ -306,6 +307,8 @@ def direction(
         ValueError: not a finite vector and one finite number: complex or masked values, NaN, inf, other shapes.
         TypeError: no numbers.
     """
+    if notes is not None and not isinstance(notes, Mapping):
+        raise TypeError(f"notes are a mapping, name -> what the reader should know; got {shown(notes)}")
     vector, offset = _real(weight, "weight"), _real(bias, "bias")
     # activations are scored in single precision, where larger numbers are infinite
     strange = int((~(np.abs(vector) <= np.finfo(np.float32).max)).sum())
@@ -332,7 +335,7 @@ def _real(values: Any, what: str) -> np.ndarray:
         array = np.asarray(to_numpy(values))
         if array.dtype == object:
             array = array.astype(float)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"the {what} of a direction must be numbers, got {type(values).__name__} ({error})") from None
     if np.iscomplexobj(array):
         raise ValueError(f"the {what} of a direction must be real, got {array.dtype}; pass its real part")

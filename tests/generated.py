@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import atexit
 import contextlib
 import inspect
 import io
@@ -114,6 +115,7 @@ TERMS = Terms("mine", "v1", "item/natural/gaussian", (12.0, 15.0, 20.0))
 @cache
 def folder() -> Path:
     made = Path(tempfile.mkdtemp(prefix="elk_stress_generated_"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
     x, y = data()
     np.save(made / "x.npy", x)
     np.save(made / "y.npy", y)
@@ -422,7 +424,8 @@ def call(where: str, given: Mapping[str, Drawn], tally: Tally) -> None:
     tally.where[where] += 1
     ledger = None
     try:
-        with warnings.catch_warnings():
+        # some make files of the names that they get
+        with warnings.catch_warnings(), contextlib.chdir(folder()):
             warnings.simplefilter("ignore", BudgetWarning)
             if where.startswith("Ledger"):
                 for path in folder().glob("opened.ledger*"):
@@ -620,7 +623,7 @@ def command(line: list[str], forbidden: bool, spoiled: Drawn | None, tally: Tall
         forbidden |= spoiled.forbidden and "made" in "".join(line[-1:])
     out, err = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(folder()):
             code = cli.main(line)
     except SystemExit as stop:
         code = int(stop.code or 0)
