@@ -38,7 +38,7 @@ _ROWS, _FEATURES = 2000, 64
 # bytes compared at a time
 _CHUNK = 2**24
 # near_copies: rows looked at, and which share of them makes a neighbourhood
-_KNOWN, _NEW, _NEIGHBOURS = 20_000, 512, 10
+_KNOWN, _NEW, _NEIGHBOURS = 5_000, 256, 10
 # on this scale of a neighbourhood a density is taken to be smooth; shares of it; and the false-alarm rate of each
 _SMOOTH, _SHARES, _ALARM = 0.1, (1e-1, 1e-2, 1e-3), 1e-6
 
@@ -126,7 +126,7 @@ def near_copies(known: np.ndarray, new: np.ndarray) -> int:
     one dimension as in many. Copies are many below some t and few between: told if that has a chance below 1e-6 for
     one t of 1e-2, 1e-3, 1e-4.
 
-    Cost: up to 512 new rows against 20,000 known ones, a few seconds at d = 4096.
+    Cost: of many rows 256 new ones are held against 5,000 known ones, spread evenly: a few seconds at d = 4096.
     """
     from scipy.stats import binom
 

@@ -247,7 +247,7 @@ class Scene:
         for split in ("calibration", "test"):
             copies = near_copies(self.origins("train"), self.origins(split))
             if copies:
-                found.append(flag("leak", f"{copies} {split} items are nearly the same as a training item"))
+                found.append(flag("leak", f"at least {copies} {split} items are nearly the same as a training item"))
         few, share = _largest(self.origins("train"))
         if share >= _MASSIVE:
             found.append(
