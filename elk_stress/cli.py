@@ -65,13 +65,19 @@ examples:
 _LISTS = {"probes": "probes that can be stressed", "attacks": "attacks", "testbeds": "testbeds"}
 
 
+_LONGEST = 500
+"""Characters of a message about an argument."""
+
+
 class _BadInput(Exception):
     """One clear line for the user."""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise _BadInput(f"{message} (see {self.prog} --help)")
+        # argparse repeats what came in full
+        short = message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ..."
+        raise _BadInput(f"{short} (see {self.prog} --help)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

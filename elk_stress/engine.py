@@ -30,7 +30,7 @@ from elk_stress.result import AttackResult as AttackResult
 from elk_stress.result import BestOfNCurves, ThreatResult
 from elk_stress.result import StressResult as StressResult
 from elk_stress.scene import Scene, fit_probe, prepare_scene
-from elk_stress.settings import listed, setting
+from elk_stress.settings import listed, setting, truth
 from elk_stress.situation import Situation, situation
 from elk_stress.testbed import PLANTED, Testbed
 from elk_stress.testbeds.arrays import Arrays, shares_for
@@ -106,6 +106,7 @@ def stress(
     max_bits, fpr, seed = setting("max_bits", max_bits), setting("fpr", fpr), setting("seed", seed)
     n_particles, budget = setting("n_particles", n_particles), setting("budget", budget)
     behaviour_epsilon = setting("behaviour_epsilon", behaviour_epsilon, optional=True)
+    controls = truth("controls", controls)
     chosen = as_threats(threats, behaviour_epsilon)
     recipes = _attacks(attacks)
     scene = testbed if isinstance(testbed, Scene) else prepare_scene(testbed, seed=seed, progress=progress)

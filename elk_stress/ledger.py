@@ -566,7 +566,7 @@ class Ledger:
 def _checked_scores(found: Any, n: int) -> np.ndarray:
     try:
         scores = np.asarray(found.detach().cpu() if hasattr(found, "detach") else found, dtype=float)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"scores are one number for each candidate, got {shown(found)} ({error})") from None
     if scores.shape != (n,):
         raise ValueError(f"expected one score per candidate, shape ({n},), got shape {scores.shape}")

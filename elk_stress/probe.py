@@ -144,7 +144,7 @@ class FittedProbe:
 
     def __post_init__(self) -> None:
         check_name(self.probe.name, "the name of a probe")
-        if self.site != "":
+        if not isinstance(self.site, str) or self.site:
             check_name(self.site, f"the site of probe {self.probe.name!r}")
         laid = {n: np.asarray(v, order="C") if isinstance(v, np.ndarray) else v for n, v in self.parameters.items()}
         object.__setattr__(self, "parameters", laid)

@@ -29,7 +29,7 @@ from elk_stress.memory import Memory
 from elk_stress.probe import FittedProbe, Probe
 from elk_stress.report.folder import check_folder, write_folder, write_result
 from elk_stress.result import StressResult, plain
-from elk_stress.settings import listed, setting
+from elk_stress.settings import listed, setting, truth
 from elk_stress.testbed import PLANTED, Testbed
 from elk_stress.threat import Threat, as_threats, check_measurable
 from elk_stress.tokens import tokens_of
@@ -148,7 +148,7 @@ def run(
     seed, fpr = setting("seed", seed), setting("fpr", fpr)
     max_bits = setting("max_bits", max_bits, optional=True)
     behaviour_epsilon = setting("behaviour_epsilon", behaviour_epsilon, optional=True)
-    probes = _asked(probes)
+    probes, fresh = _asked(probes), truth("fresh", fresh)
     if threats is not None:
         threats = as_threats(threats, behaviour_epsilon)
         check_measurable(testbed, threats)

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from elk_stress import registry
+from elk_stress.inputs import as_numbers
 from elk_stress.moments import Moments, Order
 from elk_stress.probe import FittedProbe, Probe
 
@@ -71,10 +72,14 @@ class Fitter:
         """Take in ``activations (rows, d)`` and ``labels (rows,)`` in {0, 1}; the arrays may be reused afterwards.
 
         Raises:
-            ValueError: another shape or width than before, labels other than 0 and 1, NaN or inf. The batch is then
-                not taken in, not even in part.
+            TypeError: no arrays of numbers.
+            ValueError: complex or masked numbers, another shape or width than before, labels other than 0 and 1, NaN or
+                inf. The batch is then not taken in, not even in part.
         """
-        labels = np.asarray(labels)
+        if not isinstance(activations, np.memmap) or activations.dtype.kind not in "biuf":
+            # a memory map stays one, and is borrowed
+            activations = as_numbers(activations, "training activations")
+        labels = as_numbers(labels, "labels")
         self._check(activations, labels)
         gathered, first, varies = self._moments, self._first, self._varies
         for chunk, own in _chunks(activations, labels):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from elk_stress.settings import SETTINGS, listed, one_of, setting, shown
+from elk_stress.settings import SETTINGS, listed, one_of, setting, shown, truth
 
 __all__ = ["DEFAULT_EPSILON_FACTOR", "Threat", "as_threats", "check_measurable", "default_threats", "parse_threat"]
 
@@ -41,8 +41,7 @@ class Threat:
             one_of(f"a threat's {field}", getattr(self, field), allowed)
         object.__setattr__(self, "epsilon", setting("epsilon", self.epsilon, optional=True))
         object.__setattr__(self, "c", setting("c", self.c))
-        if not isinstance(self.kept, bool):
-            raise ValueError(f"a threat's kept is true or false, got {shown(self.kept)}")
+        truth("kept", self.kept)
 
     @property
     def name(self) -> str:

@@ -252,13 +252,14 @@ def test_several_numbers_are_checked_each() -> None:
     [
         {"seed": True}, {"seed": -1}, {"seed": 1.5}, {"seed": 2**64}, {"max_bits": math.nan}, {"max_bits": 0},
         {"fpr": 0}, {"fpr": 1}, {"fpr": "0.1"}, {"n_particles": 0}, {"n_particles": 10**12}, {"budget": 0},
-        {"behaviour_epsilon": -1.0}, {"observed_contexts": -1}, {"observed_contexts": 0.5},
+        {"behaviour_epsilon": -1.0}, {"observed_contexts": -1}, {"observed_contexts": 0.5}, {"controls": 1},
+        {"controls": np.ones(2)},
     ],
     ids=str,
 )  # fmt: skip
 def test_the_stress_test_refuses_a_setting_before_any_work(given: dict[str, Any]) -> None:
     (name,) = given
-    with pytest.raises(ValueError, match=f"^{name} is .* got "):
+    with pytest.raises((ValueError, TypeError), match=f"^{name} is .* got "):
         quick(**given)
 
 

@@ -183,6 +183,8 @@ BAD = {
     "axes": (np.ones((2, 2, 2)), [0, 1], r"expected activations \(n, d\)"),
     "lengths": (np.ones((2, 2)), [0], r"expected activations \(n, d\) and labels \(n,\), got"),
     "labels": (np.ones((2, 2)), [0, 2], "labels must be 0 or 1"),
+    "complex": (np.ones((2, 2)) + 1j, [0, 1], "imaginary part would be lost"),
+    "masked": (np.ma.masked_equal(np.eye(2), 0), [0, 1], "2 masked entries"),
 }
 
 

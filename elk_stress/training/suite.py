@@ -18,7 +18,7 @@ import numpy as np
 
 from elk_stress.report.folder import check_folder, replace_file
 from elk_stress.result import plain
-from elk_stress.settings import listed
+from elk_stress.settings import listed, truth
 from elk_stress.testbed import PLANTED
 from elk_stress.training.account import NO_SIGNAL
 from elk_stress.training.checkpoint import digest
@@ -122,6 +122,7 @@ def train(
     for what, names in (("probes", probes), ("modes", modes)):
         if not names or len(set(names)) < len(names):
             raise ValueError(f"{what} must be named once each and at least one is needed, got {names}")
+    bits = truth("bits", bits)
     check_options(seed=seed, epsilon=epsilon, **options)
     if strangers := {name for pair in pairs or () for name in pair} - set(probes):
         raise ValueError(f"pairs to compare name probes that are not pressed: {', '.join(sorted(strangers))}")

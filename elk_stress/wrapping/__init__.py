@@ -41,7 +41,9 @@ from typing import Any
 
 import numpy as np
 
+from elk_stress.printable import check_name
 from elk_stress.probe import FittedProbe, direction
+from elk_stress.settings import setting
 from elk_stress.wrapping.functions import from_function
 from elk_stress.wrapping.scikit_learn import from_sklearn, is_sklearn
 from elk_stress.wrapping.torch_modules import from_torch, is_torch_module
@@ -73,6 +75,9 @@ def wrap(obj: Any, *, name: str | None = None, dim: int | None = None, site: str
         ValueError: not fitted, more than two classes, another number of outputs, another width than ``dim``, or scores
             that are random or depend on the batch.
     """
+    dim = setting("dim", dim, optional=True)
+    if name is not None:
+        check_name(name, "the name of a probe")
     if isinstance(obj, FittedProbe):
         return obj
     if isinstance(obj, type):
