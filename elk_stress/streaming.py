@@ -43,8 +43,7 @@ class Fitter:
 
     Args:
         finish: ``finish(moments, rows, seed)`` -> the fitted probe. ``moments`` is (negatives', positives').
-        order: which moments: ``mean``, ``spread`` (with the variance of each feature) or ``scatter`` (the covariance
-            and what Ledoit and Wolf's shrinkage needs).
+        order: which moments: ``mean``, ``spread`` (with the variance of each feature) or ``scatter`` (the covariance).
         keep: whether ``finish`` reads the rows again (otherwise it gets ``None``), from a ``file`` or from ``memory``,
             that is from the arrays that came, which must then stay as they are.
         folder: where the file is made; by default the system's temporary folder.
