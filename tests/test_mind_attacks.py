@@ -628,7 +628,7 @@ def test_recode_in_a_language_model_is_judged_by_forward_passes(
     made: Callable[..., Statements], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["cat", "dog", "tea", "rain", "sun", "city"]
-    listed = [{"text": f"the {words[i % 6]} {i} is in {'paris' if i % 2 else 'lima'}", "label": i % 2} for i in range(90)]
+    them = [{"text": f"the {words[i % 6]} {i} is in {'paris' if i % 2 else 'lima'}", "label": i % 2} for i in range(90)]
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, listed)) + "\n")
     bed = made(data=path, n_contexts=8, subject=tiny_model("llama"), site="layers.1")
