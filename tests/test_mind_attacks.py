@@ -630,7 +630,7 @@ def test_recode_in_a_language_model_is_judged_by_forward_passes(
     words = ["cat", "dog", "tea", "rain", "sun", "city"]
     them = [{"text": f"the {words[i % 6]} {i} is in {'paris' if i % 2 else 'lima'}", "label": i % 2} for i in range(90)]
     path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(map(json.dumps, listed)) + "\n")
+    path.write_text("\n".join(map(json.dumps, them)) + "\n")
     bed = made(data=path, n_contexts=8, subject=tiny_model("llama"), site="layers.1")
     stage = replace(prepare_scene(bed), replicates=100)
     threat = Threat(kept=True, epsilon=1e-6)
