@@ -126,6 +126,9 @@ def near_copies(known: np.ndarray, new: np.ndarray) -> int:
     one dimension as in many. Copies are many below some t and few between: told if that has a chance below 1e-6 for
     one t of 1e-2, 1e-3, 1e-4.
 
+    Copies with noise of more than about a hundredth of a deviation per feature are thus not told: so near are also
+    items that differ in one word.
+
     Cost: of many rows 256 new ones are held against 5,000 known ones, spread evenly: a few seconds at d = 4096.
     """
     from scipy.stats import binom

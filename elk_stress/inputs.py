@@ -193,6 +193,8 @@ def _as_array(value: Any, name: str) -> np.ndarray:
     """An array of any type as numpy, without a copy where there is a way."""
     if value is None or isinstance(value, (str, bytes, dict, set)) or callable(value):
         raise TypeError(f"{name} are an array, e.g. of numpy, torch, jax or pandas; got {shown(value)}")
+    if isinstance(value, (list, tuple)) and any(np.ma.is_masked(each) for each in value):
+        value = np.ma.stack(value)
     if isinstance(value, np.ma.MaskedArray):
         masked = int(np.ma.getmaskarray(value).sum())
         if masked:
@@ -223,9 +225,13 @@ def _as_array(value: Any, name: str) -> np.ndarray:
 def _unboxed(array: np.ndarray, name: str, *, text: bool = False) -> np.ndarray:
     """Python objects as numbers (or text), if all of them are."""
     flat = array.ravel().tolist()
-    missing = sum(item is None or type(item).__name__ in ("NAType", "NaTType") for item in flat)
+    missing = sum(
+        item is None or type(item).__name__ in ("NAType", "NaTType") or (isinstance(item, float) and item != item)
+        for item in flat
+    )
     if missing:
-        raise ValueError(f"{name} are missing in {missing} of {len(flat)} places; drop these items")
+        way = "give each of them a group of its own" if name == "groups" else "drop these items"
+        raise ValueError(f"{name} are missing in {missing} of {len(flat)} places; {way}")
     if all(isinstance(item, (bool, np.bool_)) for item in flat):
         return array.astype(bool)
     if all(isinstance(item, Real) or hasattr(item, "as_integer_ratio") for item in flat):

@@ -38,6 +38,7 @@ _SPREAD_SCORES = 100_000
 _DIFFERENT = 0.9
 # AUROC below which a probe's sign is doubted: a probe without information may stray by chance, not so far
 _FLIPPED = 0.4
+_CHANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,13 @@ def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> S
 
 
 def _flipped(scores: np.ndarray, labels: np.ndarray) -> tuple[Flag, ...]:
-    """Whether the sign looks wrong: AUROC below 0.4, and five standard errors of a score without information below."""
-    positives = int(labels.sum())
-    negatives = len(labels) - positives
-    error = ((positives + negatives + 1) / (12 * positives * negatives)) ** 0.5
+    """Whether the sign looks wrong: AUROC below 0.4, which a score without information has once in 10,000 times."""
+    from scipy.stats import mannwhitneyu
+
     area = auroc(scores, labels)
-    return (flag("flipped", f"AUROC {area:.2f}"),) if area < min(_FLIPPED, 0.5 - 5 * error) else ()
+    if area >= _FLIPPED or mannwhitneyu(scores[labels == 1], scores[labels == 0], alternative="less").pvalue > _CHANCE:
+        return ()
+    return (flag("flipped", f"AUROC {area:.2f}"),)
 
 
 def _negative_scores(

@@ -44,6 +44,13 @@ class LDA:
     name: ClassVar[str] = "lda"
     traits: ClassVar[Traits] = Traits(linear=True, flips=True, streams=True)
 
+    def __post_init__(self) -> None:
+        if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
+            raise ValueError(
+                f"lda: shrinkage is a share of the identity from 0 to 1, got {self.shrinkage}; None chooses it from "
+                "the data"
+            )
+
     def fit(
         self, activations: np.ndarray, labels: np.ndarray, *, pairs: np.ndarray | None = None, seed: int = 0
     ) -> FittedProbe:

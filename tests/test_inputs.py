@@ -16,7 +16,7 @@ import torch
 import elk_stress
 from elk_stress import cli
 from elk_stress.engine import stress_activations
-from elk_stress.inputs import as_activations, as_groups, as_labels, check_activations
+from elk_stress.inputs import as_activations, as_groups, as_labels, as_numbers, check_activations
 from elk_stress.origin import moved
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
@@ -412,3 +412,28 @@ def test_the_check_reads_in_chunks_and_finds_the_last_row(tmp_path: Path) -> Non
     wide[-1, -1] = np.inf
     with pytest.raises(ValueError, match="NaN or inf in 1 of 3000 rows"):
         check_activations(mapped(wide, tmp_path))
+
+
+@pytest.mark.parametrize("n", [12, 17, 40])
+def test_a_wrong_sign_shows_on_few_items(n: int) -> None:
+    from elk_stress.situation import _flipped
+
+    rng = np.random.default_rng(n)
+    labels = np.repeat([0, 1], n)
+    scores = 4.0 * labels + 0.5 * rng.standard_normal(2 * n)
+    assert [f.name for f in _flipped(-scores, labels)] == ["flipped"]
+    assert not _flipped(scores, labels)
+    # a score without information says nothing of its sign
+    assert not any(_flipped(rng.standard_normal(2 * n), labels) for _ in range(200))
+
+
+def test_a_list_of_masked_rows_keeps_its_mask() -> None:
+    rows = [np.ma.array([1.0, 2.0], mask=[i == 3, False]) for i in range(9)]
+    with pytest.raises(ValueError, match="1 masked entries"):
+        as_numbers(rows, "activations")
+    assert as_numbers([row.data for row in rows], "activations").shape == (9, 2)
+
+
+def test_a_missing_group_among_names_is_told_its_way_out() -> None:
+    with pytest.raises(ValueError, match="missing in 1 of 3 places; give each of them a group"):
+        as_groups(np.array(["a", np.nan, "b"], dtype=object), 3)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elk_stress.testbeds.json_lines import read_items
+from elk_stress.testbeds.statements import Statements
 from elk_stress.testbeds.user_data import load_jsonl
 
 TEXTS = [
@@ -169,9 +170,7 @@ def test_groups_of_a_table_with_gaps_are_the_same_groups(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t"])
-def test_table_is_refused_and_the_line_that_converts_it_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delimiter: str
-) -> None:
+def test_table_is_refused_and_the_line_that_converts_it_works(tmp_path: Path, delimiter: str) -> None:
     path = tmp_path / ("data.csv" if delimiter == "," else "data.tsv")
     rows = [[f"{i} {text}", i % 2] for i, text in enumerate(t for t in TEXTS if "\x00" not in t)]
     with path.open("w", newline="", encoding="utf-8-sig") as stream:
@@ -179,9 +178,9 @@ def test_table_is_refused_and_the_line_that_converts_it_works(
     with pytest.raises(ValueError, match="is a table") as error:
         read_items(path)
     (code,) = re.findall(r'python -c "(.*)" > data\.jsonl', str(error.value))
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(code, {})
-    assert [[row["text"], row["label"]] for row in read(tmp_path, out.getvalue())] == rows
+    # as a user runs it: the line leaves its file to the end of the program
+    out = subprocess.run([sys.executable, "-X", "utf8", "-c", code], capture_output=True, check=True).stdout.decode()
+    assert [[row["text"], row["label"]] for row in read(tmp_path, out)] == rows
 
 
 @pytest.mark.parametrize(
@@ -207,3 +206,24 @@ def test_splits_hold_the_texts_as_written(tmp_path: Path) -> None:
     assert sorted(t for items in splits.values() for t in items.texts or ()) == sorted(texts)
     labels = {t: n for items in splits.values() for t, n in zip(items.texts or (), items.labels.tolist(), strict=True)}
     assert all(labels[text] == (i % 2 == 0) for i, text in enumerate(texts))
+
+
+def test_positive_says_which_number_is_caught(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps({"text": f"item {i}", "label": i % 2}) + "\n" for i in range(4)))
+    assert [row["label"] for row in read_items(path)] == [0, 1, 0, 1]
+    assert [row["label"] for row in read_items(path, "1")] == [0, 1, 0, 1]
+    assert [row["label"] for row in read_items(path, "0")] == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match="no label is 'banana'"):
+        read_items(path, "banana")
+
+
+def test_truth_as_text_is_not_guessed(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"item {i}", "label": ("true", "false")[i % 2]}) + "\n" for i in range(60))
+    )
+    with pytest.raises(ValueError, match="say which is 1 by positive"):
+        Statements(data=path)
+    labels = np.concatenate([items.labels for items in Statements(data=path, positive="true").splits.values()])
+    assert labels.sum() == 30

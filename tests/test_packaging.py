@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -196,6 +197,12 @@ def _expected() -> set[str]:
     }
     plugins = {f"elk_stress/{path.relative_to(ROOT)}" for path in PLUGINS}
     return engine | plugins | {"elk_stress/py.typed"}
+
+
+def test_tracked_files_have_plain_names() -> None:
+    """A test that writes where it stands could leave what no other system can check out."""
+    listed = _run("git", "ls-files", "-z").stdout.split("\0")
+    assert [name for name in listed if not re.fullmatch(r"[A-Za-z0-9_./-]*", name)] == []
 
 
 def test_wheel_holds_every_file_once(built: Path) -> None:

@@ -187,3 +187,12 @@ def test_a_gradientless_module_is_stressed_by_its_scores_alone() -> None:
 def test_modules_that_are_no_probes_are_refused_in_words(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         wrap(make(), dim=DIM)
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [(lambda x: np.asarray(x)[:, 0] + 1j, "complex"), (lambda x: np.ma.masked_less(np.asarray(x)[:, 0], 0), "masked")],
+)
+def test_scores_that_would_lose_a_part_are_refused(function: Any, what: str) -> None:
+    with pytest.raises(ValueError, match=f"{what} scores"):
+        wrap(function, dim=4)

@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
+from elk_stress.inputs import as_labels
+
 __all__ = ["read_items"]
 
 _MARK = b"\xef\xbb\xbf"
@@ -30,7 +34,7 @@ def read_items(path: Path, positive: str | None = None) -> list[dict[str, Any]]:
 
     Args:
         path: the file.
-        positive: where labels are names, which of the two is 1, what a monitor must catch.
+        positive: which of two labels (names, or 0 and 1) is 1, what a monitor must catch; needed for names.
 
     Returns:
         For each line that is not blank: ``id`` (``"line 7"``), ``text`` as written, ``label`` 0 or 1, ``pair`` and
@@ -165,9 +169,13 @@ def _check_unicode(where: str, field: str, value: Any) -> None:
 
 
 def _number_labels(path: Path, rows: list[dict[str, Any]], positive: str | None) -> None:
-    """Names of two classes become 0 and 1."""
+    """Labels become 0 and 1: names of two classes, and whatever ``positive`` says of numbers."""
     named = [row for row in rows if isinstance(row["label"], str)]
     if not named:
+        if positive is not None:
+            labels = as_labels(np.array([row["label"] for row in rows]), len(rows), positive)
+            for row, label in zip(rows, labels.tolist(), strict=True):
+                row["label"] = label
         return
     names = sorted({row["label"] for row in named})
     first = (

@@ -32,6 +32,7 @@ import numpy as np
 
 from elk_stress.extras import need
 from elk_stress.probe import FittedProbe
+from elk_stress.settings import setting
 from elk_stress.testbed import ContextSet, Items, SplitName
 from elk_stress.testbeds import contexts as neutral
 from elk_stress.testbeds import facts
@@ -83,7 +84,7 @@ class Statements:
         self,
         size: Literal["demo", "full"] = "demo",
         relation: str = "city_country",
-        positive: str = "false",
+        positive: str | None = None,
         model: str | Path | None = None,
         site: str = "auto",
         n_items: int | None = None,
@@ -100,10 +101,15 @@ class Statements:
         need("lm", "the testbed statements")
         if size not in _SIZES:
             raise ValueError(f"size must be one of {', '.join(_SIZES)}, got {size!r}")
+        if data is None and positive is None:
+            positive = "false"
         if data is None and positive not in ("false", "true"):
             raise ValueError(f"positive must be 'false' or 'true', got {positive!r}")
         items, most, self._layer_step, self._rank = _SIZES[size]
-        total = most if n_contexts is None else n_contexts
+        seed = setting("seed", seed)
+        tokens, threads = (setting(n, v, optional=True) for n, v in (("tokens", tokens), ("threads", threads)))
+        items = setting("n_items", items if n_items is None else n_items)
+        total = setting("n_contexts", most if n_contexts is None else n_contexts)
         if total < 6:
             raise ValueError(f"n_contexts must be at least 6 (A: 1 for fitting, 3 for the prior; B: 2), got {total}")
         fitting, observing = max(1, round(_CONTEXT_SHARES[0] * total)), round(_CONTEXT_SHARES[2] * total)
@@ -113,8 +119,6 @@ class Statements:
             "prior": seen[fitting:],
             "observed": neutral.contexts("observed", observing),
         }
-        if tokens is not None and tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {tokens}")
         self.tokens = tokens
         self._options = {"size": size, "relation": relation, "positive": positive, "seed": seed, "data": data}
         self._options |= {} if tokens is None else {"tokens": tokens}
@@ -135,7 +139,7 @@ class Statements:
             self._splits = load_jsonl(data, self._seeds[0], positive)
         else:
             self._splits, self._site_items = _generate(
-                facts.relation(relation), n_items or items, 1 if positive == "true" else 0, self._seeds[0]
+                facts.relation(relation), items, 1 if positive == "true" else 0, self._seeds[0]
             )
         self._blocks: dict[ContextSet, np.ndarray] = {}
         self._moved: dict[SplitName, MovedModel] = {}

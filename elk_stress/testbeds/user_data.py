@@ -34,7 +34,7 @@ def load_jsonl(path: str | Path, seed: np.random.SeedSequence, positive: str | N
     Args:
         path: the file.
         seed: of the deal.
-        positive: where labels are two names, the one that is 1.
+        positive: which of two labels is 1; needed where they are names.
 
     Raises:
         FileNotFoundError: no such file.

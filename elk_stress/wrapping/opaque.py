@@ -123,7 +123,14 @@ class Opaque:
             import jax.numpy as jnp
 
             return np.asarray(self._jitted["value"](jnp.asarray(x)))
-        return np.asarray(self.function(np.array(x)))
+        scores = self.function(np.array(x))
+        if np.iscomplexobj(scores) or np.ma.is_masked(scores):
+            kind = "complex" if np.iscomplexobj(scores) else "masked"
+            raise ValueError(
+                f"the probe {self.name!r} gives {kind} scores, of which a part would be lost; return one real number "
+                "per row"
+            )
+        return np.asarray(scores)
 
     def values_and_slopes(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scores ``(n,)`` and gradients ``(n, d)`` of numpy rows, whatever ``differentiable`` says.
