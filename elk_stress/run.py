@@ -29,7 +29,7 @@ from elk_stress.memory import Memory
 from elk_stress.probe import FittedProbe, Probe
 from elk_stress.report.folder import check_folder, write_folder, write_result
 from elk_stress.result import StressResult, plain
-from elk_stress.settings import listed, setting, truth
+from elk_stress.settings import as_path, listed, setting, truth
 from elk_stress.testbed import PLANTED, Testbed
 from elk_stress.threat import Threat, as_threats, check_measurable
 from elk_stress.tokens import tokens_of
@@ -154,7 +154,7 @@ def run(
         check_measurable(testbed, threats)
     if not (isinstance(attacks, str) and attacks == "all"):
         attacks = listed("attacks", attacks, (str, Attack))
-    folder = check_folder(Path(out))
+    folder = check_folder(as_path("out", out))
     started = time.monotonic()
     if tell is None:
         tell = partial(progress.console.print, markup=False, emoji=False) if progress is not None else lambda line: None

@@ -20,6 +20,7 @@ from elk_stress.inputs import as_activations, as_groups, as_labels, as_numbers, 
 from elk_stress.origin import moved
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
+from elk_stress.run import run
 from elk_stress.scene import fit_probe, prepare_scene
 from elk_stress.settings import SETTINGS, option, setting, settings
 from elk_stress.testbeds.arrays import Arrays
@@ -238,6 +239,16 @@ def test_a_setting_is_a_number_of_its_domain_and_nothing_else(name: str) -> None
         with pytest.raises(Exception, match=f"^expected {domain.what[:20]}") as refused:
             parse(text)
         assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "given", [{"out": 3}, {"out": None}, {"probes": []}, {"probes": [3]}, {"fresh": "no"}], ids=str
+)
+def test_a_run_refuses_before_any_work_and_leaves_no_folder(given: dict[str, Any], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"probes": ["lda"], "out": tmp_path / "out", "attacks": (), **given}
+    with pytest.raises((ValueError, TypeError), match=f"^{next(iter(given))} "):
+        run(Arrays(X, LABELS), **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_several_numbers_are_checked_each() -> None:

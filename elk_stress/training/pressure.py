@@ -23,7 +23,7 @@ import numpy as np
 from elk_stress import registry
 from elk_stress.flags import Flag, flag
 from elk_stress.probe import FittedProbe, Probe
-from elk_stress.settings import listed, setting, settings
+from elk_stress.settings import as_path, listed, setting, settings
 from elk_stress.training.account import account
 from elk_stress.training.checkpoint import Checkpoints, digest
 from elk_stress.training.evasion import targets_from
@@ -119,6 +119,7 @@ def stress_training(
         draws=draws,
         audit_points=audit_points,
     )
+    out = None if out is None else as_path("out", out)
     against, held_out = listed("against", against, (str,)), listed("held_out", held_out, (str,))
     if (mode == "ensemble") != bool(against):
         raise ValueError("mode 'ensemble', and only it, takes further probes to train against (against=)")
@@ -131,11 +132,11 @@ def stress_training(
         )
     chosen = sorted({0.0, *(float(x) for x in (DEFAULT_STRENGTHS if strengths is None else strengths))})
     cells = np.asarray(chosen, dtype=np.float32)
-    schedule = _schedule(recipe.steps if steps is None else steps, checkpoints)
+    schedule = _schedule(setting("steps", recipe.steps if steps is None else steps), checkpoints)
 
     defence = defence_of(trainee, probe, against, held_out, seed)
     run = _Run(trainee, recipe, mode, defence, cells, schedule, draws, seed)
-    run.train(Checkpoints(None if out is None else Path(out), run.settings()), progress)
+    run.train(Checkpoints(out, run.settings()), progress)
     return account(run, bits=bits, audit_points=audit_points, started=started, versions=versions())
 
 
@@ -254,10 +255,6 @@ def _known(trainee: Trainee) -> Mapping[str, Sequence[FittedProbe]]:
 
 def _schedule(steps: int, checkpoints: int) -> np.ndarray:
     """Steps at which weights are measured, from 0 on: denser at the beginning, where most is lost."""
-    if steps < 1 or checkpoints < 1:
-        raise ValueError(
-            f"at least one step and one checkpoint are needed, got steps={steps}, checkpoints={checkpoints}"
-        )
     shares = (np.arange(checkpoints + 1) / checkpoints) ** 1.5
     return np.unique(np.round(shares * steps).astype(int))
 

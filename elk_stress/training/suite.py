@@ -18,7 +18,7 @@ import numpy as np
 
 from elk_stress.report.folder import check_folder, replace_file
 from elk_stress.result import plain
-from elk_stress.settings import listed, truth
+from elk_stress.settings import as_path, listed, truth
 from elk_stress.testbed import PLANTED
 from elk_stress.training.account import NO_SIGNAL
 from elk_stress.training.checkpoint import digest
@@ -126,7 +126,7 @@ def train(
     check_options(seed=seed, epsilon=epsilon, **options)
     if strangers := {name for pair in pairs or () for name in pair} - set(probes):
         raise ValueError(f"pairs to compare name probes that are not pressed: {', '.join(sorted(strangers))}")
-    folder = check_folder(Path(out))
+    folder = check_folder(as_path("out", out))
     started = time.monotonic()
     recipe = training_attack(attack)
     trainee = as_trainee(testbed, recipe, probes, epsilon=epsilon, seed=seed)
