@@ -550,8 +550,8 @@ def test_joined_lineages_are_within_their_bound() -> None:
     assert lost > max(first, second) * p
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_warning_that_is_an_error_leaves_the_books_right(book: Ledger) -> None:
-    # pytest turns warnings into errors here
     with pytest.raises(BudgetWarning, match="9 of 10 bits"):
         book.spend("selection", 9)
     assert book.spent("selection") == 9
