@@ -100,6 +100,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     files["README.md"] = b"not needed, not fetched"
     state: dict[str, Any] = {"requests": [], "delay": 0.0, "break_weights": False, "digest": hashlib.sha256}
+    state["files"] = files
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
@@ -169,6 +170,25 @@ def test_interrupted_hub_download_is_not_half_used(hub: dict[str, Any]) -> None:
         resolve("owner/tiny")
     hub["break_weights"] = False
     assert resolve("owner/tiny").source == "hub"
+
+
+def test_code_on_the_hub_is_refused_before_the_weights_are_fetched(hub: dict[str, Any]) -> None:
+    config = json.loads(hub["files"]["config.json"])
+    hub["files"]["config.json"] = json.dumps({**config, "auto_map": {"AutoModel": "evil.Evil"}}).encode()
+    with pytest.raises(ModelUnavailable, match="names code of its own"):
+        resolve("owner/tiny")
+    assert any("config.json" in path for path in hub["requests"])
+    assert not any("safetensors" in path for path in hub["requests"])
+
+
+def test_pickles_in_the_hubs_cache_get_the_line_that_converts_them(hub: dict[str, Any]) -> None:
+    from huggingface_hub import snapshot_download
+
+    hub["files"]["pytorch_model.bin"] = hub["files"].pop("model.safetensors")
+    snapshot_download("owner/tiny")
+    hub["delay"] = 1.0
+    with pytest.raises(ModelUnavailable, match=r"(?s)hub cache: .*but pytorch_model\.bin.*from_pretr.*hub: no answer"):
+        resolve("owner/tiny", hub_timeout=0.2)
 
 
 def test_hub_that_does_not_answer_is_given_up_soon(hub: dict[str, Any]) -> None:

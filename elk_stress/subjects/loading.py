@@ -14,7 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ModelUnavailable", "check_folder", "load_config", "load_model", "load_tokenizer", "missing_weights"]
+__all__ = [
+    "ModelUnavailable",
+    "check_description",
+    "check_folder",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "missing_weights",
+    "other_weights",
+]
 
 # said on every load, whatever a later default may be
 _DATA_ONLY = {"trust_remote_code": False, "local_files_only": True}
@@ -32,7 +41,25 @@ def check_folder(name: str, path: Path) -> None:
     """Refuse, in milliseconds, what would not be loaded.
 
     Raises:
-        ModelUnavailable: no config.json, or one that is not JSON; code of its own; an adapter; no safetensors.
+        ModelUnavailable: as :func:`check_description`; or no safetensors.
+    """
+    check_description(name, path)
+    if missing := missing_weights(path):
+        held = other_weights(path)
+        raise ModelUnavailable(
+            f"{name} holds no {missing}"
+            + (f" (but {', '.join(held[:3])})" if held else "")
+            + "; only safetensors weights are loaded, since other formats can run code. Convert it where you trust "
+            f"it:\n  {_conversion(_json(name, path / 'config.json'), path if held else name)}\n"
+            "and pass the folder ./safe"
+        )
+
+
+def check_description(name: str, path: Path) -> None:
+    """Refuse what the files beside the weights rule out; the weights need not be there yet.
+
+    Raises:
+        ModelUnavailable: no config.json, or one that is not JSON; code of its own; an adapter.
     """
     if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         raise ModelUnavailable(
@@ -45,7 +72,6 @@ def check_folder(name: str, path: Path) -> None:
             "model. Merge it where you trust it: peft's AutoPeftModelForCausalLM.from_pretrained(...)"
             ".merge_and_unload().save_pretrained(FOLDER), and pass that folder"
         )
-    config = _json(name, path / "config.json")
     for file in ("config.json", "tokenizer_config.json"):
         for key, value in _entries(_json(name, path / file) if (path / file).is_file() else {}):
             if key == "auto_map" and value:
@@ -60,14 +86,11 @@ def check_folder(name: str, path: Path) -> None:
                     f"{name}: its {file} asks for compiled kernels from elsewhere ({key}: {_shown(value)}), which are "
                     f"never fetched; delete {key} from the {file} of a copy and pass that folder"
                 )
-    if missing := missing_weights(path):
-        held = sorted(file.name for pattern in _OTHER_WEIGHTS for file in path.glob(pattern))
-        raise ModelUnavailable(
-            f"{name} holds no {missing}"
-            + (f" (but {', '.join(held[:3])})" if held else "")
-            + "; only safetensors weights are loaded, since other formats can run code. Convert it where you trust "
-            f"it:\n  {_conversion(config, path if held else name)}\nand pass the folder ./safe"
-        )
+
+
+def other_weights(path: Path) -> list[str]:
+    """The names of files with weights that are not safetensors."""
+    return sorted(file.name for pattern in _OTHER_WEIGHTS for file in path.glob(pattern))
 
 
 def missing_weights(path: Path) -> str | None:

