@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CATALOGUE", "Flag", "FlagEntry", "flag"]
+__all__ = ["CATALOGUE", "FLIPPED_AUROC", "Flag", "FlagEntry", "flag"]
+
+# below it a score separates the labels, the wrong way round
+FLIPPED_AUROC = 0.4
 
 
 @dataclass(frozen=True)

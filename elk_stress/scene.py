@@ -363,7 +363,7 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
             )
         # a testbed may give its activations relative to an origin
         origin = getattr(scene.testbed, "origin", None)
-        _check_scores(fitted, scene.trial_rows if origin is None else scene.trial_rows + origin)
+        check_scores(fitted, scene.trial_rows if origin is None else scene.trial_rows + origin)
         return fitted if origin is None else moved(fitted, origin)
     check_recipe(recipe)
     train = scene.training
@@ -399,11 +399,12 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
         site=scene.testbed.site,
     )
     fitted = fitted if tokens is None or isinstance(recipe, Flat) else flatten(fitted, tokens)
-    _check_scores(fitted, scene.trial_rows)
+    check_scores(fitted, scene.trial_rows)
     return fitted
 
 
-def _check_scores(fitted: FittedProbe, rows: np.ndarray) -> None:
+def check_scores(fitted: FittedProbe, rows: np.ndarray) -> None:
+    """Refuse scores that are random or depend on the batch (:mod:`elk_stress.rowwise`), tried on ``rows (n, d)``."""
     check_rows(lambda x: fitted.score(x), rows, fitted.name, resolution=resolution(fitted), coarsest=_COARSEST)
 
 

@@ -15,7 +15,7 @@ from elk_stress.detection import (
     weighted_conformal_thresholds,
 )
 from elk_stress.events import linear_weight
-from elk_stress.flags import Flag, flag
+from elk_stress.flags import FLIPPED_AUROC, Flag, flag
 from elk_stress.limit_state import LimitState
 from elk_stress.priors import EllipticalPrior
 from elk_stress.probe import FittedProbe
@@ -36,8 +36,7 @@ _SPREAD_DRAWS = 256
 _SPREAD_SCORES = 100_000
 # share of different scores below which a probe is called saturated
 _DIFFERENT = 0.9
-# AUROC below which a probe's sign is doubted: a probe without information may stray by chance, not so far
-_FLIPPED = 0.4
+# an AUROC below FLIPPED_AUROC that a probe without information has oftener than this is no sign of a flipped one
 _CHANCE = 1e-4
 
 
@@ -127,7 +126,10 @@ def _flipped(scores: np.ndarray, labels: np.ndarray) -> tuple[Flag, ...]:
     from scipy.stats import mannwhitneyu
 
     area = auroc(scores, labels)
-    if area >= _FLIPPED or mannwhitneyu(scores[labels == 1], scores[labels == 0], alternative="less").pvalue > _CHANCE:
+    if (
+        area >= FLIPPED_AUROC
+        or mannwhitneyu(scores[labels == 1], scores[labels == 0], alternative="less").pvalue > _CHANCE
+    ):
         return ()
     return (flag("flipped", f"AUROC {area:.2f}"),)
 

@@ -20,6 +20,7 @@ from elk_stress.attacks.lora import Lora
 from elk_stress.bits import Kind
 from elk_stress.flags import Flag
 from elk_stress.probe import FittedProbe, as_fitted
+from elk_stress.probes.lda import LDA
 from elk_stress.testbeds.linear import Linear
 from elk_stress.testbeds.superposition import Superposition
 from elk_stress.training.checkpoint import Checkpoints
@@ -27,6 +28,7 @@ from elk_stress.training.pressure import stress_training
 from elk_stress.training.protocols import Trainee
 from elk_stress.training.results import PressureResult
 from elk_stress.training.weights import OrganismTrainee, calibrate
+from elk_stress.wrapping import direction
 
 _STRENGTHS = (0.3, 3.0)
 _ATTACK = Finetune(learning_rate=1e-2, batch_size=64)
@@ -302,6 +304,27 @@ def test_what_catches_nothing_has_nothing_to_lose() -> None:
     assert result.clean == pytest.approx(0.5)
     assert result.verdict == "no signal"
     assert "catches_nothing" in _names(result)
+
+
+def test_a_probe_with_its_sign_flipped_is_told_from_one_without_a_signal() -> None:
+    backwards = {m: direction(-own.parameters["weight"]) for m, own in enumerate(_own("lda"))}
+    result = stress_training(_trainee(), backwards, **{**_OPTIONS, "steps": 8, "checkpoints": 1})
+    assert result.verdict == "no signal"
+    assert "flipped" in _names(result)
+    assert "catches_nothing" not in _names(result)
+
+
+class _Centred(LDA):
+    name = "centred"
+
+    def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:
+        scores = super().score(xp, parameters, activations)
+        return scores - scores.mean()
+
+
+def test_a_score_that_depends_on_the_batch_is_refused_before_anything_is_trained() -> None:
+    with pytest.raises(ValueError, match="by the other rows of its batch"):
+        stress_training(_trainee(), _Centred(), **_OPTIONS)
 
 
 # -- recomputed from the weights ---------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from elk_stress.audit import CANDIDATES, examine
-from elk_stress.flags import Flag, flag
+from elk_stress.flags import FLIPPED_AUROC, Flag, flag
 from elk_stress.probe import FittedProbe
 from elk_stress.result import Audit, Curve
 from elk_stress.training.evidence import attack_bound
@@ -62,7 +62,8 @@ def account(
     verdict = _verdict(engaged, diverged[pressed], benign, spent, spent_free)
     if float(run.clean.mean()) < NO_SIGNAL:
         verdict = "no signal"
-        flags.append(flag("catches_nothing", f"clean AUROC {run.clean.mean():.2f}: there is no advantage to lose"))
+        cause = "flipped" if run.clean.mean() < FLIPPED_AUROC else "catches_nothing"
+        flags.append(flag(cause, f"clean AUROC {run.clean.mean():.2f}: there is no advantage to lose"))
     if benign is not None and benign.broke >= 0.5:
         flags.append(flag("benign_broke_it", f"in {benign.broke:.0%} of the models"))
     if diverged.any():

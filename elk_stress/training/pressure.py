@@ -23,6 +23,7 @@ import numpy as np
 from elk_stress import registry
 from elk_stress.flags import Flag, flag
 from elk_stress.probe import FittedProbe, Probe
+from elk_stress.scene import check_scores
 from elk_stress.settings import as_path, listed, setting, settings
 from elk_stress.training.account import account
 from elk_stress.training.checkpoint import Checkpoints, digest
@@ -56,6 +57,8 @@ __all__ = [
 Mode = Literal["frozen", "refit", "ensemble"]
 MODES: tuple[Mode, ...] = ("frozen", "refit", "ensemble")
 DEFAULT_STRENGTHS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+# rows that a probe is tried on before anything is trained against it
+_TRIED = 64
 _KINDS = {"organism": "organism", "language_model": "language model"}
 _HELD_OUT = ("mass_mean", "lda", "logistic")
 
@@ -105,7 +108,8 @@ def stress_training(
     Raises:
         TypeError: no testbed, probe or attack.
         ValueError: an unknown mode, a setting outside what it may be (:mod:`elk_stress.settings`), or an attack that
-            does not apply to this testbed; says why.
+            does not apply to this testbed; says why; scores that are random or depend on the batch
+            (:mod:`elk_stress.rowwise`).
     """
     started = time.monotonic()
     if mode not in MODES:
@@ -227,9 +231,14 @@ def defence_of(trainee: Trainee, probe: Any, against: Sequence[str], held_out: S
         if isinstance(asked, str) and asked in known:
             return asked, None, list(known[asked])
         if isinstance(asked, Mapping):
-            return next(iter(asked.values())).name, None, [asked[m] for m in range(trainee.n_models)]
-        recipe = registry.load("probes", asked) if isinstance(asked, str) else asked
-        return recipe.name, recipe, fit_cells(trainee, recipe, clean["train"][None], seed)[0]
+            name, recipe = next(iter(asked.values())).name, None
+            probes = [asked[m] for m in range(trainee.n_models)]
+        else:
+            recipe = registry.load("probes", asked) if isinstance(asked, str) else asked
+            name, probes = recipe.name, fit_cells(trainee, recipe, clean["train"][None], seed)[0]
+        for own, rows in zip(probes, clean["test"], strict=True):
+            check_scores(own, rows[:_TRIED])
+        return name, recipe, probes
 
     name, recipe, own = fitted(probe)
     panel: dict[str, Sequence[FittedProbe]] = {name: own}
