@@ -63,6 +63,8 @@ def settings(max_examples: int) -> Callable[[F], F]:
         deadline=None,
         database=None,
         derandomize=True,
+        # one failure with its own message, not a group of all that were met on the way
+        report_multiple_bugs=False,
         # a busy machine is no failure of a probe; what fails is shrunk, and that fits nothing anew
         suppress_health_check=list(HealthCheck),
         phases=(Phase.explicit, Phase.generate, Phase.shrink),
