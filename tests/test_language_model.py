@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import tiny_models as tiny
 import torch
 
 from elk_stress.subjects.activation_cache import ActivationCache
-from elk_stress.subjects.language_model import LanguageModel
+from elk_stress.subjects.language_model import LanguageModel, Unreadable
 from elk_stress.subjects.moved import CONTINUATION, MovedModel
 
 TEXTS = [
@@ -250,6 +251,18 @@ def test_fisher_predicts_small_shifts(causal: LanguageModel) -> None:
     np.testing.assert_allclose(quadratic, moved.shift(items, moves), rtol=0.18)
     again = moved.fisher(items, 1500, [np.random.SeedSequence(i) for i in range(2)])
     assert np.array_equal(factor, again)
+
+
+def test_a_language_part_that_does_otherwise_alone_is_refused() -> None:
+    model = tiny.causal()
+    plain = model.forward
+
+    def apart(ids: Any, **options: Any) -> Any:
+        return plain(ids, position_ids=2 * torch.arange(ids.shape[1])[None], **options)
+
+    model.forward = apart
+    with pytest.raises(Unreadable, match="other states alone than in the whole model"):
+        LanguageModel.from_modules(model, tiny.tokenizer(), fingerprint="x", causal=True)
 
 
 def test_encoders_cannot_be_moved() -> None:

@@ -441,7 +441,8 @@ def test_damage_is_refused_or_changes_nothing(
             seen["refused"] += 1
             return
         assert all(np.isfinite(value).all() for value in loaded.parameters.values())
-        same = loaded.dim == probe.dim and np.array_equal(loaded.score(rows), good)
+        with np.errstate(over="ignore"):
+            same = loaded.dim == probe.dim and np.array_equal(loaded.score(rows), good)
         assert same or not digest
         seen["same" if same else "other"] += 1
 

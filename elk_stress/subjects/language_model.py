@@ -183,6 +183,7 @@ class LanguageModel:
             raise
         except Exception as error:
             raise unreadable(self.name, f"its forward pass on text alone fails ({error})") from error
+        self._check_trunk(short)
         cut = len(short)
         # some encoders fill up to whole windows, so states may be longer than the text
         long, alone = long[:, : len(row)], alone[:, :cut]
@@ -228,6 +229,30 @@ class LanguageModel:
         captured = self.run_to(len(self.blocks) - 1, self.sites[1:], ids, mask, cache)
         stacked = torch.stack([captured[site] for site in self.sites[1:]], dim=1)
         return list(stacked)
+
+    def _check_trunk(self, row: list[int]) -> None:
+        """The part that is run must give the states that it has in the whole model (other masks, say, are possible)."""
+        import torch
+
+        if not self.causal or self.trunk is self.model:
+            # of an encoder's whole model a decoder is part, or the head of another task
+            return
+        leaves: list[Any] = []
+
+        def after(module: Any, args: Any, output: Any) -> None:
+            leaves.append(output[0] if isinstance(output, tuple) else output)
+
+        ids, mask = self.pad([row])
+        with torch.no_grad():
+            handle = self.blocks[-1].register_forward_hook(after)
+            try:
+                self.base(ids, mask, None)
+                # as somebody calls it who reads its hidden states
+                self.model(ids)
+            finally:
+                handle.remove()
+        if not (len(leaves) == 2 and self.agrees(leaves[0], leaves[1])):
+            raise unreadable(self.name, "its language part gives other states alone than in the whole model")
 
     def _check_stream(self, row: list[int]) -> Any:
         """Every block must take what the one before it gives, ``(batch, tokens, dim)``: then hooks see the stream.
