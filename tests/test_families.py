@@ -10,6 +10,7 @@ import pytest
 import tiny_models as tiny
 import torch
 import transformers
+from packaging.version import Version
 from test_language_model import brute_force
 
 from elk_stress import cli
@@ -29,6 +30,8 @@ ITEMS = ["the city of paris is in france .", "one two three", "osaka is not in t
 TEXTS = [f"{HOST} {item}" for item in ITEMS]
 # families whose hidden states begin after the first block
 AFTER = ("mamba", "mamba2", "falcon_mamba")
+# families that older transformers cannot run themselves
+FIXED_IN = {"recurrent_gemma (hybrid)": "5.18"}
 WAYS = {"cached": "yes", "whole": "whole"}
 
 
@@ -175,8 +178,9 @@ def lora_cell(subject: LanguageModel, family: str) -> str:
 def test_family_does_what_the_table_says(family: str) -> None:
     model = tiny.built(family)
     documented = table()[family]
-    if documented["read"] == "no":
-        assert documented == dict.fromkeys(documented, "no")
+    broken = family in FIXED_IN and Version(transformers.__version__) < Version(FIXED_IN[family])
+    if documented["read"] == "no" or broken:
+        assert broken or documented == dict.fromkeys(documented, "no")
         with pytest.raises(Unreadable, match=r"cannot be read right: .*--activations"):
             subject_of(family, model)
         return
