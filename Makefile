@@ -25,11 +25,12 @@ MODEL_TESTS := tests/test_families.py tests/test_language_model.py tests/test_lo
 OUT ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: help demo full thoughts pressure zoo install-test test lint fast-tests statistics test-newest bench lock facts clean
+.PHONY: help demo full thoughts pressure zoo install-test test lint fast-tests slow statistics test-newest bench lock facts clean
 
 help:
 	@echo "make demo        install, fetch the model, stress six probes, write $(OUT)"
 	@echo "make test        lint, types, import contracts and the fast tests"
+	@echo "make slow        the fast tests, and which ten of them take longest"
 	@echo "make statistics  coverage of intervals over thousands of repeats (long)"
 	@echo "make test-newest the model tests against the newest releases of everything, without the lock; only reports"
 	@echo "make bench       against rivals, in one run (installs them)"
@@ -96,9 +97,14 @@ lint: $(INSTALLED_TEST)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# one thread each: the workers share the cores
+# one thread each: the workers share the cores. They begin at different files and steal what is left at the end, so that
+# what the tests of a file share is made once, not by every worker
+FAST := -W error -m "not statistics" -n $(WORKERS) --dist worksteal
 fast-tests: $(INSTALLED_TEST)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -W error -m "not statistics" -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST)
+
+slow: $(INSTALLED_TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST) --durations=10
 
 statistics: $(INSTALLED_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -W error -m statistics -n $(WORKERS)
