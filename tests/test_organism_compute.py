@@ -10,9 +10,7 @@ import pytest
 
 from elk_stress.organism import Inputs
 from elk_stress.testbeds.compute_in_superposition import ComputeInSuperposition
-from elk_stress.testing import checks_for_testbed
 
-CHECKS = tuple(checks_for_testbed(ComputeInSuperposition()))
 SPLITS = ("train", "calibration", "test")
 PAPER, CORRELATES = 2, (3, 4)
 
@@ -203,8 +201,3 @@ def test_concepts_are_other_ands_and_common() -> None:
             assert min(i, j) > max(CORRELATES)
             assert np.array_equal(np.asarray(concept.labels), (x[:, i] == 1) & (x[:, j] == 1))
             assert 0.1 <= np.asarray(concept.labels).mean() <= 0.5
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_public_suite(check: str) -> None:
-    checks_for_testbed(_organism())[check]()

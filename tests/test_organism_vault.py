@@ -11,9 +11,7 @@ import pytest
 from elk_stress.organism import Inputs
 from elk_stress.probe import as_fitted
 from elk_stress.testbeds.vault import Vault
-from elk_stress.testing import checks_for_testbed
 
-CHECKS = tuple(checks_for_testbed(Vault()))
 SPLITS = ("train", "calibration", "test")
 
 
@@ -205,8 +203,3 @@ def test_concepts_are_common_and_can_be_read() -> None:
         assert all(0.1 <= found[s][name].mean() <= 0.9 for s in SPLITS), name
         probe = as_fitted("logistic", activations["train"], labels)
         assert _auroc(probe.score(activations["test"]), found["test"][name]) > 0.6, name
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_public_suite(check: str) -> None:
-    checks_for_testbed(_vault())[check]()

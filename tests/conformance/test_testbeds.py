@@ -19,8 +19,8 @@ _ITEMS = {"n_models": 1, "n_train": 256, "n_calibration": 128, "n_test": 256, "n
 SMALL: dict[str, dict[str, Any]] = {
     "statements": {"n_items": 48, "n_contexts": 8},
     "superposition": {**_ITEMS, "n_features": 24, "width": 8, "training_steps": 800},
-    "compute_in_superposition": {**_ITEMS, "training_steps": 1200, "batch_size": 128},
-    "vault": {**_ITEMS, "training_steps": 1500},
+    "compute_in_superposition": {**_ITEMS, "n_models": 2, "training_steps": 1200, "batch_size": 128},
+    "vault": {**_ITEMS, "n_models": 2, "training_steps": 1500},
     "quirky": {**_ITEMS, "training_steps": 2000, "n_known": 4096},
 }
 CHECKS = (
