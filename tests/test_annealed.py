@@ -51,7 +51,7 @@ def test_unbiased_precise_and_covering_on_half_spaces(beta, dim):
 
 
 def test_curved_boundary_where_importance_degenerates():
-    state, centres, bits = paraboloids(11.5, 0.01, 500, 24)
+    state, centres, bits = paraboloids(11.5, 0.014, 250, 24)
     batch = Annealed()(state, seed=1, centres=centres)
     plain = Importance(n_particles=int(batch.evaluations.mean()))(state, seed=1, centres=centres)
     assert np.median(plain.diagnostics["effective"]) < 30

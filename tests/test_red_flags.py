@@ -67,7 +67,8 @@ def run(
     def case() -> Sequence[Flag]:
         here = where()
         chosen = here.testbed.known_probes().get(probe, probe) if isinstance(probe, str) else probe
-        return told(stress(here, chosen, threats=[threat], attacks=attacks, controls=controls, budget=400))
+        options: dict[str, Any] = {"budget": 400, "n_particles": 250, "max_bits": 50.0 if controls else 100.0}
+        return told(stress(here, chosen, threats=[threat], attacks=attacks, controls=controls, **options))
 
     return case
 
@@ -289,12 +290,13 @@ NEAR: dict[str, Any] = {"n_runs": 2, "n_particles": 512}
 SOUND = run("logistic", attacks=["gradient", "natural_thoughts"])
 WEAK = run("paper", attacks=["gradient", "natural_thoughts"])
 ISLAND = run(Island(), islands, attacks=["natural_thoughts"])
+MASKED = run(Masked(), attacks=["gradient", "black_box"])
 LAZY = run("paper", attacks=[Planted("gradient"), "natural_thoughts"])
 
 RAISED: dict[str, Case] = {
     "did_not_engage": LAZY,
     "bounds_violated": run(Trapdoor(), attacks=[Insider()]),
-    "black_box_beats_white_box": run(Masked(), attacks=["gradient", "black_box"]),
+    "black_box_beats_white_box": MASKED,
     "weak_beats_strong": LAZY,
     "runs_disagree": split("RP110", [[4.0, 0.0], [0.0, 5.0]], 200),
     "low_effective_sample_size": weighed(12.0),
@@ -309,7 +311,7 @@ RAISED: dict[str, Case] = {
     "shared_contexts": by_arrays(600, 6),
     "no_contexts": by_arrays(600, 1),
     "massive_dimensions": by_arrays(300, 4, dim=20, largest=1000.0),
-    "saturated": run(Masked()),
+    "saturated": MASKED,
     "catches_nothing": run("rock"),
     "flipped": pointed(-1.0),
     "prediction_failed": run("mass_mean", lambda: scene(Wild)),
