@@ -39,6 +39,7 @@ from elk_stress import registry
 from elk_stress.extras import need
 from elk_stress.files import replace_bytes
 from elk_stress.printable import code, markdown
+from elk_stress.settings import shown
 from elk_stress.probe import FittedProbe, Probe, _Direction
 from elk_stress.tensor_files import mapped, parse_json, tensors_of
 
@@ -47,6 +48,7 @@ __all__ = ["load_probe", "model_card", "pull_probe", "push_probe", "save_probe"]
 NUMBERS, RECORD, CARD = "probe.safetensors", "probe.json", "README.md"
 _KEY = "elk_stress"
 FORMAT = 1
+_ENTRIES = {"format", "name", "recipe", "package", "site", "notes", "dim", "parameters", "digest"}
 _LARGEST_RECORD = 100_000_000
 _LARGEST_TRIAL = 30_000_000
 """Bytes of a record, and numbers in the activations of a trial, beyond which a file is refused."""
@@ -413,6 +415,9 @@ def _fitted(text: str, numbers: dict[str, np.ndarray], source: Path) -> FittedPr
             f"{source} was written in format {version} by a newer elk_stress; this one reads up to {FORMAT}: upgrade "
             "elk_stress"
         )
+    # the name of an entry may be what was damaged, the digest's own among them
+    if version and (strange := sorted(set(record) - _ENTRIES)):
+        raise ValueError(f"{source} is no record of a probe: it has entries of other names, {shown(strange)}")
     _check_numbers(numbers, str(source))
     try:
         site, notes, dim = record["site"], record["notes"], record.get("dim")

@@ -450,6 +450,18 @@ def test_damage_is_refused_or_changes_nothing(
     assert seen["refused"] > 10
 
 
+@pytest.mark.parametrize("entry", ["digest", "dim", "parameters", "format"])
+def test_an_entry_whose_name_was_damaged_is_not_taken_for_absent(entry: str, tmp_path: Path) -> None:
+    probe = quick("lda")
+    path = probe.save(tmp_path / "p.safetensors")
+    whole = path.read_bytes()
+    name = f'\\"{entry}\\"'.encode()
+    assert whole.count(name) == 1
+    path.write_bytes(whole.replace(name, name.replace(entry[:1].encode(), b" ", 1)))
+    with pytest.raises(ValueError, match="entries of other names|digest does not hold"):
+        FittedProbe.load(path)
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_every_bit_of_a_weight_is_in_the_digest(name: str, tmp_path: Path) -> None:
     probe = quick(name)
