@@ -39,8 +39,8 @@ from elk_stress import registry
 from elk_stress.extras import need
 from elk_stress.files import replace_bytes
 from elk_stress.printable import code, markdown
-from elk_stress.settings import shown
 from elk_stress.probe import FittedProbe, Probe, _Direction
+from elk_stress.settings import shown
 from elk_stress.tensor_files import mapped, parse_json, tensors_of
 
 __all__ = ["load_probe", "model_card", "pull_probe", "push_probe", "save_probe"]

@@ -458,7 +458,7 @@ def test_an_entry_whose_name_was_damaged_is_not_taken_for_absent(entry: str, tmp
     name = f'\\"{entry}\\"'.encode()
     assert whole.count(name) == 1
     path.write_bytes(whole.replace(name, name.replace(entry[:1].encode(), b" ", 1)))
-    with pytest.raises(ValueError, match="entries of other names|digest does not hold"):
+    with pytest.raises(ValueError, match=r"entries of other names|digest does not hold"):
         FittedProbe.load(path)
 
 
