@@ -16,7 +16,7 @@ from elk_stress.proposal import Access, Proposal, SpentAs, allows
 if TYPE_CHECKING:
     from elk_stress.mind import Mind
 
-__all__ = ["Access", "Attack", "Need", "Oracle", "Proposal", "Scope", "SpentAs", "allows"]
+__all__ = ["Access", "Attack", "AttackOfAnyKind", "Need", "Oracle", "Proposal", "Scope", "SpentAs", "allows"]
 
 Scope = Literal["item", "universal"]
 Need = Literal["pool", "mind", "output", "model"]
@@ -90,6 +90,16 @@ class Oracle:
             raise PermissionError(
                 f"an attack that declares {self.access!r} access asked for {access!r}; declare the access it needs"
             )
+
+
+@runtime_checkable
+class AttackOfAnyKind(Protocol):
+    """What attacks on activations and on weights have in common."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def scopes(self) -> tuple[str, ...]: ...
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ import numpy as np
 
 from elk_stress import registry
 from elk_stress.arena import arena
-from elk_stress.attack import Attack
+from elk_stress.attack import Attack, AttackOfAnyKind
 from elk_stress.attacking import compare_attacks, run_attack
 from elk_stress.audit import audit
 from elk_stress.bits import Bits, Kind
@@ -244,8 +244,6 @@ def stress_activations(
 
 
 def _attacks(attacks: Sequence[str | Attack] | str) -> tuple[Attack, ...]:
-    from elk_stress.training.protocols import TrainingAttack
-
     if isinstance(attacks, str) and attacks == "all":
         found = (registry.load("attacks", name) for name in registry.names("attacks"))
         # those that move weights have a loop of their own (elk_stress.stress_training); those that write into a
@@ -253,7 +251,7 @@ def _attacks(attacks: Sequence[str | Attack] | str) -> tuple[Attack, ...]:
         return tuple(a for a in found if "weights" not in a.scopes and "model" not in a.needs)
     made = tuple(
         registry.load("attacks", a) if isinstance(a, str) else a
-        for a in listed("attacks", attacks, (str, Attack, TrainingAttack))
+        for a in listed("attacks", attacks, (str, AttackOfAnyKind))
     )
     for attack in made:
         if "weights" in attack.scopes:
@@ -261,6 +259,8 @@ def _attacks(attacks: Sequence[str | Attack] | str) -> tuple[Attack, ...]:
                 f"attack {attack.name!r} trains the model's weights; use elk_stress.stress_training, or "
                 f"`elk-stress train --attack {attack.name}`"
             )
+        if not isinstance(attack, Attack):
+            raise TypeError(f"{attack.name!r} is no attack: it has no propose, access, needs or priors")
     if len({attack.name for attack in made}) < len(made):
         raise ValueError(f"attacks must be named once each, got {[attack.name for attack in made]}")
     return made
