@@ -17,6 +17,7 @@ PIP := $(BIN)/python $(INSTALL) -c $(LOCK)
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 INSTALLED_BENCH := $(VENV)/.installed-bench
+INSTALLED_DOCS := $(VENV)/.installed-docs
 # an environment of its own, without the lock
 NEWEST := .venv-newest
 # what changes with the libraries of language models: reading, moving, adapting and fetching them
@@ -25,7 +26,7 @@ MODEL_TESTS := tests/test_families.py tests/test_language_model.py tests/test_lo
 OUT ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: help demo full thoughts pressure zoo install-test test lint fast-tests slow statistics test-newest bench lock facts clean
+.PHONY: help demo full thoughts pressure zoo install-test test lint fast-tests slow statistics test-newest bench docs lock facts clean
 
 help:
 	@echo "make demo        install, fetch the model, stress six probes, write $(OUT)"
@@ -34,6 +35,7 @@ help:
 	@echo "make statistics  coverage of intervals over thousands of repeats (long)"
 	@echo "make test-newest the model tests against the newest releases of everything, without the lock; only reports"
 	@echo "make bench       against rivals, in one run (installs them)"
+	@echo "make docs        the site, in site/: pages, the API, notebooks executed"
 	@echo "make full        the README's tables (under an hour)"
 	@echo "make thoughts    the README's tables of thought manipulation (about an hour)"
 	@echo "make zoo         the README's tables of all probes (hours)"
@@ -117,6 +119,10 @@ test-newest: | $(NEWEST)/bin/python
 bench: $(INSTALLED_BENCH)
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
+# the two settings silence what other projects announce about their future; a warning about our pages fails the build
+docs: $(INSTALLED_DOCS)
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+
 # torch and what it brings are left out: its builds without a GPU differ by index
 lock: | $(BIN)/python
 	$(BIN)/python $(INSTALL) uv
@@ -129,7 +135,7 @@ facts: $(INSTALLED)
 	$(BIN)/python -m elk_stress.testbeds.collect_facts
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 # the first interpreter that is new enough and can make virtual environments
 $(BIN)/python $(NEWEST)/bin/python:
@@ -152,6 +158,11 @@ $(INSTALLED): pyproject.toml $(LOCK) | $(BIN)/python
 $(INSTALLED_TEST): $(INSTALLED)
 	@echo "installing what the tests need"
 	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	@echo "installing what the site needs"
+	@$(PIP) -e '.[docs]'
 	@touch $@
 
 $(INSTALLED_BENCH): $(INSTALLED_TEST)
