@@ -31,7 +31,9 @@ def paragraph(docstring: str | None) -> str:
 def settings(cls: type) -> str:
     """Hyperparameters with their defaults, as code."""
     fields = [field for field in dataclasses.fields(cls) if field.init]
-    return ", ".join(f"`{field.name} = {field.default!r}`" for field in fields if field.default is not dataclasses.MISSING)
+    return ", ".join(
+        f"`{field.name} = {field.default!r}`" for field in fields if field.default is not dataclasses.MISSING
+    )
 
 
 def card(name: str, thing: object, facts: dict[str, str]) -> str:
@@ -64,7 +66,9 @@ def attacks() -> str:
         }
         lines.append(card(name, made, facts))
     lines += ["# Flags", "", "| flag | raised if | what to do |", "| --- | --- | --- |"]
-    lines += [f"| `{name}`{' (red)' if e.red else ''} | {e.raised_if} | {e.what_to_do} |" for name, e in CATALOGUE.items()]
+    lines += [
+        f"| `{name}`{' (red)' if e.red else ''} | {e.raised_if} | {e.what_to_do} |" for name, e in CATALOGUE.items()
+    ]
     return "\n".join(lines)
 
 
