@@ -48,13 +48,13 @@ def attacks() -> str:
     lines = [
         "# Threats and attacks",
         "",
-        "A threat says what a number of bits is relative to: `scope/prior/tail`, and `/kept` where behaviour must be kept.",
-        "By default:",
+        "A threat says what a number of bits is relative to: `scope/prior/tail`, and `/kept` where behaviour must be",
+        "kept. By default:",
         "",
         *(f"- `{threat.name}`" for threat in default_threats()),
         "",
-        "An attack proposes moves; the engine applies them, scores again, checks behaviour and decides. Each declares what it",
-        "may ask of the probe (*access*).",
+        "An attack proposes moves; the engine applies them, scores again, checks behaviour and decides. Each declares",
+        "what it may ask of the probe (*access*).",
         "",
     ]
     for name in registry.names("attacks"):
