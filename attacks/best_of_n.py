@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
+from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 
 __all__ = ["BestOfN"]
 
@@ -66,6 +66,6 @@ class BestOfN:
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_attack
+    from elk_stress.cli.script import run_attack
 
     sys.exit(run_attack(BestOfN.name))

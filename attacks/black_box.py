@@ -40,7 +40,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
+from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 
 __all__ = ["BlackBox", "BlackBoxLabel"]
 
@@ -396,6 +396,6 @@ class BlackBoxLabel(BlackBox):
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_attack
+    from elk_stress.cli.script import run_attack
 
     sys.exit(run_attack(BlackBox.name))

@@ -35,10 +35,10 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
-from elk_stress.organism import Inputs, Trigger
-from elk_stress.probe import FittedProbe, as_fitted
+from elk_stress.probing.probe import FittedProbe, as_fitted
+from elk_stress.testbeds.organism import Inputs, Trigger
 from elk_stress.training.evasion import SHARPNESS
-from elk_stress.training.program import advance, fresh_state
+from elk_stress.training.gradient_loop import advance, fresh_state
 from elk_stress.training.protocols import Log, State, Subject, Targets
 
 __all__ = ["KINDS", "TRIGGERS", "Chameleon"]
@@ -123,7 +123,7 @@ class Chameleon:
             unseen`` are means over the concepts that are readable at all. Intervals are 95% over models, each row
             by itself.
         """
-        from elk_stress.result import plain
+        from elk_stress.thoughts.result import plain
         from elk_stress.training.measure import auroc_of, scores_of
 
         chosen = _strongest(trainee, weights)
@@ -308,7 +308,7 @@ def _overlap(scores: np.ndarray, seen: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _interval(values: np.ndarray) -> dict[str, float]:
-    from elk_stress.training.results import over_models
+    from elk_stress.training.result import over_models
 
     return dict(zip(("mean", "low", "high"), map(float, over_models(values)), strict=True))
 
@@ -336,6 +336,6 @@ def _verdict(benign: np.ndarray, hidden: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_training_attack
+    from elk_stress.cli.script import run_training_attack
 
     sys.exit(run_training_attack(Chameleon.name))

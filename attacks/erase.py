@@ -23,9 +23,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
-from elk_stress.proposal import Edit
-from elk_stress.testbed import SplitName
+from elk_stress.testbeds.protocol import SplitName
+from elk_stress.thoughts.attacks.proposal import Edit
+from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 
 __all__ = ["Erase"]
 
@@ -71,6 +71,6 @@ class Erase:
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_attack
+    from elk_stress.cli.script import run_attack
 
     sys.exit(run_attack(Erase.name))

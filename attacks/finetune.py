@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from elk_stress.training.program import advance, fresh_state
+from elk_stress.training.gradient_loop import advance, fresh_state
 from elk_stress.training.protocols import Log, State, Subject, Targets
 
 __all__ = ["Finetune"]
@@ -67,6 +67,6 @@ class Finetune:
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_training_attack
+    from elk_stress.cli.script import run_training_attack
 
     sys.exit(run_training_attack(Finetune.name))

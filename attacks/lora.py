@@ -31,7 +31,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from elk_stress.training.evasion import evasion_loss
-from elk_stress.training.program import fresh_state
+from elk_stress.training.gradient_loop import fresh_state
 from elk_stress.training.protocols import Log, State, Subject, Targets
 
 __all__ = ["Lora"]
@@ -127,7 +127,7 @@ class _Losses:
         """Next-token cross-entropy and KL to the original, both in nats per token, of one forward pass."""
         import torch
 
-        from elk_stress.subjects.adapters import divergence
+        from elk_stress.models.adapters import divergence
 
         trainee = self._trainee
         rows = [trainee.ordinary_rows[i] for i in chosen]
@@ -188,6 +188,6 @@ def _rng(seed: int, model: int, step: int) -> np.random.Generator:
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_training_attack
+    from elk_stress.cli.script import run_training_attack
 
     sys.exit(run_training_attack(Lora.name))

@@ -37,10 +37,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from scipy.special import expit
 
-from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
-from elk_stress.mind import Mind
-from elk_stress.proposal import Edit
-from elk_stress.testbed import SplitName
+from elk_stress.testbeds.protocol import SplitName
+from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.proposal import Edit
+from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 
 __all__ = ["Policy", "PolicyScore"]
 
@@ -266,6 +266,6 @@ class PolicyScore(Policy):
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_attack
+    from elk_stress.cli.script import run_attack
 
     sys.exit(run_attack(Policy.name))

@@ -17,7 +17,7 @@ not estimated on* (two folds). Where w is nearly parallel to delta, what survive
 estimated delta, and that is anything but uncorrelated with the truth: only fresh items show it.
 
 Behaviour: the shift is computed from ``c + Q^T (x' - c)``, not assumed: by whole forward passes of a language model
-with both maps built in (:mod:`elk_stress.subjects.recoded`), else by the testbed from what decoding leaves of the edit.
+with both maps built in (:mod:`elk_stress.models.recoded`), else by the testbed from what decoding leaves of the edit.
 Guarantee: none for probes that read lengths around c, which no rotation changes.
 
 Shapes: Q ``(dim, dim)``, W ``(dim, r)``. Units: activations.
@@ -32,12 +32,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
-from elk_stress.detection import auroc
-from elk_stress.mind import Mind
-from elk_stress.proposal import Edit
-from elk_stress.testbed import SplitName
-from elk_stress.testbeds.contexts import after
+from elk_stress.models.contexts import after
+from elk_stress.testbeds.protocol import SplitName
+from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.proposal import Edit
+from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
+from elk_stress.thoughts.conformal import auroc
 
 __all__ = ["Recode"]
 
@@ -189,7 +189,7 @@ def _in_a_language_model(
     mind: Mind, rotation: np.ndarray, centre: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray] | None:
     """Forward passes with both maps built in; ``None`` where there is no language model, or no block to decode in."""
-    from elk_stress.subjects.recoded import can_recode, undone_shift
+    from elk_stress.models.recoded import can_recode, undone_shift
 
     try:
         subject = mind.model("test").subject
@@ -208,6 +208,6 @@ def _in_a_language_model(
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_attack
+    from elk_stress.cli.script import run_attack
 
     sys.exit(run_attack(Recode.name))

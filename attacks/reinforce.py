@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from elk_stress.training.program import advance, fresh_state
+from elk_stress.training.gradient_loop import advance, fresh_state
 from elk_stress.training.protocols import Log, State, Subject, Targets
 
 __all__ = ["Reinforce"]
@@ -81,6 +81,6 @@ def _rewards(evasion: Callable[[Any], Any], flat: Any, sigma: Any, key: Any, *, 
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_training_attack
+    from elk_stress.cli.script import run_training_attack
 
     sys.exit(run_training_attack(Reinforce.name))

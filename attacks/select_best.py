@@ -4,7 +4,7 @@ Threat model: whoever trains many models, or draws many, ships the one that the 
 exactly ``log2 N`` bits, relative to the distribution that the candidates come from:
 
 * ``prior``: draws ``theta_0 + sigma z`` of the Gaussian weight prior, so that the bits are those of the threat, and
-  ``B - log2 N`` is what is left (:func:`elk_stress.bits.selection_guarantee`);
+  ``B - log2 N`` is what is left (:func:`elk_stress.core.bits.selection_guarantee`);
 * ``finetunes``: N real fine-tunes of the original model (other examples in another order, no probe in the loss), a
   prior of its own: its bits compare with nothing but itself.
 
@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from elk_stress.training.program import evade_positives
+from elk_stress.training.gradient_loop import evade_positives
 from elk_stress.training.protocols import Log, State, Subject, Targets
 
 __all__ = ["SelectBest"]
@@ -150,6 +150,6 @@ def _program(attack: SelectBest, trainee: Any, targets: Targets, steps: int) -> 
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_training_attack
+    from elk_stress.cli.script import run_training_attack
 
     sys.exit(run_training_attack(SelectBest.name))

@@ -23,8 +23,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
-from elk_stress.limit_state import BudgetExhausted
+from elk_stress.estimators.limit_state import BudgetExhausted
+from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 
 __all__ = ["SilentThoughts"]
 
@@ -137,6 +137,6 @@ def _filtered(slope: np.ndarray, basis: np.ndarray, singular: np.ndarray, weight
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_attack
+    from elk_stress.cli.script import run_attack
 
     sys.exit(run_attack(SilentThoughts.name))

@@ -26,9 +26,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
-from elk_stress.mind import Mind
-from elk_stress.prefixes import evasion_slope, natural_epsilon, prefix_edit, sentences
+from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.prefixes import evasion_slope, natural_epsilon, prefix_edit, sentences
+from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 
 __all__ = ["SoftPrompt"]
 
@@ -128,6 +128,6 @@ class SoftPrompt:
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_attack
+    from elk_stress.cli.script import run_attack
 
     sys.exit(run_attack(SoftPrompt.name))

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
+from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 
 __all__ = ["Steer", "SteerMeans"]
 
@@ -110,6 +110,6 @@ class SteerMeans(Steer):
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_attack
+    from elk_stress.cli.script import run_attack
 
     sys.exit(run_attack(Steer.name))

@@ -23,9 +23,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
-from elk_stress.mind import Mind
-from elk_stress.prefixes import evasion_loss, evasion_slope, natural_epsilon, prefix_edit, sentences
+from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.prefixes import evasion_loss, evasion_slope, natural_epsilon, prefix_edit, sentences
+from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 
 __all__ = ["TokenPrefix", "TokenPrefixRandom", "TokenPrefixSearch"]
 
@@ -190,6 +190,6 @@ class TokenPrefixRandom(TokenPrefix):
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_attack
+    from elk_stress.cli.script import run_attack
 
     sys.exit(run_attack(TokenPrefix.name))

@@ -12,13 +12,13 @@ the shortest failing move of a linear surrogate ``s = w.x + b`` in the prior's m
 that of any other its design point (:mod:`elk_stress.estimators.design_point`). Nobody told the model where the true
 boundary lies: it proposes each move in several lengths, ``f u_i``. An item that the surrogate would not have caught is
 moved by the median margin of the training positives that it does catch. Where behaviour must be kept, the move is the
-shortest that fails the surrogate and keeps the quadratic shift (:func:`elk_stress.events.nearest_kept`).
+shortest that fails the surrogate and keeps the quadratic shift (:func:`elk_stress.thoughts.events.nearest_kept`).
 
 Universal scope: the shortest move after which the surrogate's recall on training positives is halved.
 
 Shapes: ``moves (problems, factors x surrogates, k)``, shorter factors first and surrogates in the order given;
 ``centre (problems, k)`` the first surrogate's at factor 1. How success depends on what surrogate and probe share:
-:func:`elk_stress.agreement.agreement`.
+:func:`elk_stress.thoughts.attacks.surrogate_agreement.agreement`.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from typing import ClassVar
 
 import numpy as np
 
-from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
-from elk_stress.detection import conformal_threshold
 from elk_stress.estimators.design_point import DesignPoint
-from elk_stress.events import (
+from elk_stress.estimators.limit_state import LimitState, both
+from elk_stress.probing.probe import FittedProbe, Probe
+from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
+from elk_stress.thoughts.baseline import score_gradients
+from elk_stress.thoughts.conformal import conformal_threshold
+from elk_stress.thoughts.events import (
     item_event,
     kept_event,
     nearest_kept,
     nearest_of_linear,
     universal_recall_event,
 )
-from elk_stress.limit_state import LimitState, both
-from elk_stress.mind import Mind
-from elk_stress.probe import FittedProbe, Probe
-from elk_stress.situation import score_gradients
 
 __all__ = ["Transfer"]
 
@@ -128,6 +128,6 @@ def _threshold(mind: Mind, surrogate: FittedProbe, fpr: float) -> float:
 
 
 if __name__ == "__main__":
-    from elk_stress.script import run_attack
+    from elk_stress.cli.script import run_attack
 
     sys.exit(run_attack(Transfer.name))

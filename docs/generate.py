@@ -8,11 +8,11 @@ from pathlib import Path
 import mkdocs_gen_files
 
 import elk_stress
-from elk_stress import registry
-from elk_stress.flags import CATALOGUE
+from elk_stress.core import registry
+from elk_stress.core.flags import CATALOGUE
 from elk_stress.testing import scores, shared  # noqa: F401
 from elk_stress.testing.probes import checks_for_probe
-from elk_stress.threat import default_threats
+from elk_stress.threats.threat import default_threats
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,46 +9,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elk_stress.bits import Bits as Bits
-    from elk_stress.bits import Kind as Kind
-    from elk_stress.engine import StressResult as StressResult
-    from elk_stress.engine import Threat as Threat
-    from elk_stress.engine import compare as compare
-    from elk_stress.engine import stress as stress
-    from elk_stress.engine import stress_activations as stress_activations
+    from elk_stress.core.bits import Bits as Bits
+    from elk_stress.core.bits import Kind as Kind
+    from elk_stress.core.flags import Flag as Flag
     from elk_stress.estimators import estimate_bits as estimate_bits
-    from elk_stress.flags import Flag as Flag
-    from elk_stress.incidental import incidental_fraction as incidental_fraction
-    from elk_stress.ledger import BudgetExceeded as BudgetExceeded
-    from elk_stress.ledger import Ledger as Ledger
-    from elk_stress.probe import FittedProbe as FittedProbe
-    from elk_stress.probe import direction as direction
+    from elk_stress.ledger.ledger import BudgetExceeded as BudgetExceeded
+    from elk_stress.ledger.ledger import Ledger as Ledger
+    from elk_stress.probing.probe import FittedProbe as FittedProbe
+    from elk_stress.probing.probe import direction as direction
+    from elk_stress.probing.wrapping import wrap as wrap
+    from elk_stress.thoughts.engine import StressResult as StressResult
+    from elk_stress.thoughts.engine import Threat as Threat
+    from elk_stress.thoughts.engine import compare as compare
+    from elk_stress.thoughts.engine import stress as stress
+    from elk_stress.thoughts.engine import stress_activations as stress_activations
+    from elk_stress.thoughts.incidental import incidental_fraction as incidental_fraction
     from elk_stress.training.comparison import compare_pressure as compare_pressure
-    from elk_stress.training.pressure import stress_training as stress_training
-    from elk_stress.training.results import PressureResult as PressureResult
-    from elk_stress.wrapping import wrap as wrap
+    from elk_stress.training.loop import stress_training as stress_training
+    from elk_stress.training.result import PressureResult as PressureResult
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Bits": "elk_stress.bits",
-    "Kind": "elk_stress.bits",
-    "Flag": "elk_stress.flags",
-    "FittedProbe": "elk_stress.probe",
-    "direction": "elk_stress.probe",
+    "Bits": "elk_stress.core.bits",
+    "Kind": "elk_stress.core.bits",
+    "Flag": "elk_stress.core.flags",
+    "FittedProbe": "elk_stress.probing.probe",
+    "direction": "elk_stress.probing.probe",
     "estimate_bits": "elk_stress.estimators",
-    "incidental_fraction": "elk_stress.incidental",
-    "BudgetExceeded": "elk_stress.ledger",
-    "Ledger": "elk_stress.ledger",
-    "StressResult": "elk_stress.engine",
-    "Threat": "elk_stress.engine",
-    "compare": "elk_stress.engine",
-    "stress": "elk_stress.engine",
-    "stress_activations": "elk_stress.engine",
-    "PressureResult": "elk_stress.training.results",
+    "incidental_fraction": "elk_stress.thoughts.incidental",
+    "BudgetExceeded": "elk_stress.ledger.ledger",
+    "Ledger": "elk_stress.ledger.ledger",
+    "StressResult": "elk_stress.thoughts.engine",
+    "Threat": "elk_stress.thoughts.engine",
+    "compare": "elk_stress.thoughts.engine",
+    "stress": "elk_stress.thoughts.engine",
+    "stress_activations": "elk_stress.thoughts.engine",
+    "PressureResult": "elk_stress.training.result",
     "compare_pressure": "elk_stress.training.comparison",
-    "stress_training": "elk_stress.training.pressure",
-    "wrap": "elk_stress.wrapping",
+    "stress_training": "elk_stress.training.loop",
+    "wrap": "elk_stress.probing.wrapping",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

@@ -22,7 +22,7 @@ and adds the moved copy beside its row. Rows keep their label; the base chooses 
 
 Choice of r, on training rows: for each radius the robust logistic regression is fitted on two thirds of the items and
 judged on the rest by the bits that it keeps per positive at false-positive rate ``fpr``
-(:mod:`elk_stress.fitting.held_out`), on 20,000 of many rows. Other bases use the radius that this linear problem
+(:mod:`elk_stress.probing.fit.held_out`), on 20,000 of many rows. Other bases use the radius that this linear problem
 prefers. The prior was fitted on all training items, held-out ones too: what leaks is a covariance, the same for every
 radius.
 
@@ -37,14 +37,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from elk_stress import registry
-from elk_stress.fitting.folds import stretches
-from elk_stress.fitting.held_out import held_out, kept_bits
-from elk_stress.fitting.scaling import standardization
-from elk_stress.probe import FittedProbe, Probe, Traits
+from elk_stress.core import registry
+from elk_stress.probing.fit.folds import stretches
+from elk_stress.probing.fit.held_out import held_out, kept_bits
+from elk_stress.probing.fit.scaling import standardization
+from elk_stress.probing.probe import FittedProbe, Probe, Traits
 
 if TYPE_CHECKING:
-    from elk_stress.priors import EllipticalPrior
+    from elk_stress.threats.priors import EllipticalPrior
 
 __all__ = ["AdversariallyTrained"]
 

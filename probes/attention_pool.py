@@ -10,7 +10,8 @@ item without tokens scores b.
 
 Fit: the class-balanced mean log-loss plus ``(l2 / 2) (||sd * q||^2 + ||sd * w||^2)`` in standardized coordinates, by
 Adam from w = 0 and a random unit q (at q = w = 0 the loss has no slope in q). l2 is the one of the least held-out loss
-on folds of items; that fit on all rows which descended beside the folds' is kept (:mod:`elk_stress.fitting.descent`).
+on folds of items; that fit on all rows which descended beside the folds' is kept
+(:mod:`elk_stress.probing.fit.descent`).
 
 Masked tokens touch neither the score nor its gradient, whatever they hold.
 
@@ -27,10 +28,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.descent import Trials, checked_options, choose, cross_fit
-from elk_stress.fitting.folds import cross_weights
-from elk_stress.fitting.pooling import lowest, standardized_tokens
-from elk_stress.probe import FittedProbe, Traits
+from elk_stress.probing.fit.descent import Trials, checked_options, choose, cross_fit
+from elk_stress.probing.fit.folds import cross_weights
+from elk_stress.probing.fit.pooling import lowest, standardized_tokens
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["AttentionPool"]
 

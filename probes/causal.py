@@ -28,9 +28,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.held_out import fewest_columns
-from elk_stress.probe import FittedProbe, Traits
 from elk_stress.probes.logistic import Logistic
+from elk_stress.probing.fit.held_out import fewest_columns
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["Causal"]
 

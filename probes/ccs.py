@@ -33,8 +33,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.pairs import agreement, checked_pairs, normalized_halves
-from elk_stress.probe import FittedProbe, Traits
+from elk_stress.probing.fit.pairs import agreement, checked_pairs, normalized_halves
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["CCS"]
 

@@ -3,7 +3,8 @@ r"""The mean score over several reads of an item: neutral contexts that the moni
 Idea: a natural thought has a part that every context shares and a part of its own; averaging T reads divides the
 variance of the latter by T and leaves the margin as it is. An attacker must move the mean, so bits grow with T until
 the shared part dominates: with independent reads of equal spread ``beta_T = sqrt(T) beta_1``, hence about T times the
-bits. Whether reads *are* independent is the prior's to say (moves of all reads together, :mod:`elk_stress.tokens`).
+bits. Whether reads *are* independent is the prior's to say (moves of all reads together,
+:mod:`elk_stress.probing.multi_read`).
 
 Equations: ``score(x_1..x_T) = mean over present t of base(x_t)``, the base fitted on every present read with its item's
 label repeated. With a linear base this is ``mean_t x_t . w + b``. Where the mask leaves no read, the score is 0.
@@ -23,8 +24,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress import registry
-from elk_stress.probe import FittedProbe, Probe, Traits
+from elk_stress.core import registry
+from elk_stress.probing.probe import FittedProbe, Probe, Traits
 
 __all__ = ["ContextAverage"]
 

@@ -25,10 +25,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress import registry
-from elk_stress.fitting.folds import rows_per_item
-from elk_stress.fitting.scaling import score_scale
-from elk_stress.probe import FittedProbe, Probe, Traits, as_fitted
+from elk_stress.core import registry
+from elk_stress.probing.fit.folds import rows_per_item
+from elk_stress.probing.fit.scaling import score_scale
+from elk_stress.probing.probe import FittedProbe, Probe, Traits, as_fitted
 
 __all__ = ["Ensemble"]
 

@@ -34,9 +34,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.density import leading_axes, negatives_of, on_axes
-from elk_stress.fitting.folds import stretches
-from elk_stress.probe import FittedProbe, Traits
+from elk_stress.probing.fit.density import leading_axes, negatives_of, on_axes
+from elk_stress.probing.fit.folds import stretches
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["Flow"]
 

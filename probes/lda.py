@@ -1,9 +1,9 @@
 """Linear discriminant analysis with shrunk correlations; works with fewer rows than dimensions, in any units.
 
 Equations: class means m1, m0; rows centred on their own class mean, each class given half of the total weight; S their
-covariance with its correlations shrunk towards zero (:mod:`elk_stress.fitting.density`): ``S' = D ((1 - a) R + a I) D``
-for S = D R D. Then ``w = S'^-1 (m1 - m0)`` and ``score(x) = w . (x - (m0 + m1) / 2)``: the log-odds if both classes are
-Gaussian with covariance S' and equally frequent.
+covariance with its correlations shrunk towards zero (:mod:`elk_stress.probing.fit.density`): ``S' = D ((1 - a) R + a I)
+D`` for S = D R D. Then ``w = S'^-1 (m1 - m0)`` and ``score(x) = w . (x - (m0 + m1) / 2)``: the log-odds if both classes
+are Gaussian with covariance S' and equally frequent.
 
 a is the oracle-approximating share for ``4 / (1/n1 + 1/n0)`` rows, as many as a mean of two covariances of n1 and n0
 rows is worth. Rows are one per (item, context); rows of one item are correlated, so a is somewhat smaller than for
@@ -23,10 +23,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.density import shrunk
-from elk_stress.moments import Moments
-from elk_stress.probe import FittedProbe, Traits
-from elk_stress.streaming import Fitter
+from elk_stress.probing.fit.density import shrunk
+from elk_stress.probing.fit.moments import Moments
+from elk_stress.probing.fit.streaming import Fitter
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["LDA"]
 
@@ -64,7 +64,7 @@ class LDA:
         return fitter.fit(seed=seed)
 
     def fitter(self) -> Fitter:
-        """The same, batch by batch (:mod:`elk_stress.streaming`)."""
+        """The same, batch by batch (:mod:`elk_stress.probing.fit.streaming`)."""
         return Fitter(self._finish, "scatter")
 
     def _finish(self, moments: tuple[Moments, Moments], rows: object, seed: int) -> FittedProbe:

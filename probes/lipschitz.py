@@ -15,12 +15,12 @@ Bound (:meth:`Lipschitz.lipschitz`), for *any* factor M, since the judge's prior
 with: ``|score(x + M u) - score(x + M v)| <= ||A_0 W M||_2 ||A_1||_2 ... ||v|| ||u - v||``, from the spectral norms of
 the stored float64 parameters. It uses A_0 W as one matrix: the judge's moves in directions that the first layer does
 not read cost nothing, where ``||A_0|| ||W M||`` would charge the worst of them. The isoperimetric inequality turns it
-into bits that hold against every attack (:mod:`elk_stress.certificate`).
+into bits that hold against every attack (:mod:`elk_stress.thoughts.certificate`).
 
 Fit: class-balanced hinge loss ``max(0, m - y score)``, Adam with a step that falls along a cosine, from a network that
 is the linear score ``z . delta / ||delta||`` of the whitened class means (all units read it). Capacity is limited by
 the norms alone; the margin m is chosen on training rows: the one whose fit on two thirds of the items keeps the most
-bits per positive on the rest (:mod:`elk_stress.fitting.held_out`), counted by the bound L = 1.
+bits per positive on the rest (:mod:`elk_stress.probing.fit.held_out`), counted by the bound L = 1.
 
 Shapes: activations ``(*batch, d)`` -> ``(*batch,)``. Units: standard deviations of natural thoughts.
 """
@@ -34,12 +34,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.held_out import held_out, kept_bits
-from elk_stress.fitting.scaling import standardization
-from elk_stress.probe import FittedProbe, Traits
+from elk_stress.probing.fit.held_out import held_out, kept_bits
+from elk_stress.probing.fit.scaling import standardization
+from elk_stress.probing.probe import FittedProbe, Traits
 
 if TYPE_CHECKING:
-    from elk_stress.priors import EllipticalPrior
+    from elk_stress.threats.priors import EllipticalPrior
 
 __all__ = ["Lipschitz"]
 

@@ -30,11 +30,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.held_out import item_folds
-from elk_stress.fitting.scaling import deviations
-from elk_stress.moments import Moments
-from elk_stress.probe import FittedProbe, Traits
-from elk_stress.streaming import Fitter, Keep, Rows
+from elk_stress.probing.fit.held_out import item_folds
+from elk_stress.probing.fit.moments import Moments
+from elk_stress.probing.fit.scaling import deviations
+from elk_stress.probing.fit.streaming import Fitter, Keep, Rows
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["Logistic"]
 
@@ -82,7 +82,8 @@ class Logistic:
         return fitter.fit(seed=seed)
 
     def fitter(self, folder: str | Path | None = None) -> Fitter:
-        """The same, batch by batch (:mod:`elk_stress.streaming`); rows are spooled to a file in ``folder``."""
+        """The same, batch by batch (:mod:`elk_stress.probing.fit.streaming`); rows are spooled to a file in
+        ``folder``."""
         return self._gather("file", folder)
 
     def _gather(self, keep: Keep, folder: str | Path | None = None) -> Fitter:

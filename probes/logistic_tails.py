@@ -1,9 +1,9 @@
 r"""A density with fitted elliptical tails on the negatives; the score is -log p: a detector that never saw a positive.
 
 Activations have heavier tails than a Gaussian; a few far rows then swell its covariance. Here the negatives are a scale
-mixture, ``x = m + s L v`` with ``v ~ N(0, I_d)``, ``L L^T = C`` and the random scale s of :mod:`elk_stress.tails`: with
-s = 2K sqrt(3)/pi every projection is exactly logistic (Andrews & Mallows 1974), with ``sqrt((nu-2)/chi2_nu)`` a
-Student-t. Both have ``E s^2 = 1``, so C is the covariance.
+mixture, ``x = m + s L v`` with ``v ~ N(0, I_d)``, ``L L^T = C`` and the random scale s of
+:mod:`elk_stress.threats.tails`: with s = 2K sqrt(3)/pi every projection is exactly logistic (Andrews & Mallows 1974),
+with ``sqrt((nu-2)/chi2_nu)`` a Student-t. Both have ``E s^2 = 1``, so C is the covariance.
 
 Equations, with ``q = (x - m)^T C^-1 (x - m)`` and the scale's distribution on a fine grid of s_j with weights p_j,
 
@@ -38,11 +38,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from elk_stress.fitting.density import negatives_of, shrunk, spectrum
-from elk_stress.fitting.folds import stretches
-from elk_stress.moments import Moments
-from elk_stress.probe import FittedProbe, Traits
-from elk_stress.tails import Logistic, StudentT, Tail, scale_table
+from elk_stress.probing.fit.density import negatives_of, shrunk, spectrum
+from elk_stress.probing.fit.folds import stretches
+from elk_stress.probing.fit.moments import Moments
+from elk_stress.probing.probe import FittedProbe, Traits
+from elk_stress.threats.tails import Logistic, StudentT, Tail, scale_table
 
 __all__ = ["LogisticTails"]
 

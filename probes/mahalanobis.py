@@ -1,7 +1,7 @@
 r"""Mahalanobis distance from the negatives: a detector of anomalies that never saw a positive (Lee et al. 1807.03888).
 
 Equations: with the negatives' mean m and covariance C, its correlations shrunk as ``C' = D ((1 - a) R + a I) D`` with
-the oracle-approximating share a of Chen, Wiesel, Eldar & Hero 2010 (0907.4698; :mod:`elk_stress.fitting.density`),
+the oracle-approximating share a of Chen, Wiesel, Eldar & Hero 2010 (0907.4698; :mod:`elk_stress.probing.fit.density`),
 
     score(x) = sqrt(1 + (x - m)^T C'^-1 (x - m)).
 
@@ -27,10 +27,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.density import enough_negatives, shrunk, spectrum
-from elk_stress.moments import Moments
-from elk_stress.probe import FittedProbe, Traits
-from elk_stress.streaming import Fitter
+from elk_stress.probing.fit.density import enough_negatives, shrunk, spectrum
+from elk_stress.probing.fit.moments import Moments
+from elk_stress.probing.fit.streaming import Fitter
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["Mahalanobis"]
 
@@ -68,7 +68,7 @@ class Mahalanobis:
         return fitter.fit(seed=seed)
 
     def fitter(self) -> Fitter:
-        """The same, batch by batch (:mod:`elk_stress.streaming`)."""
+        """The same, batch by batch (:mod:`elk_stress.probing.fit.streaming`)."""
         return Fitter(self._finish, "scatter", negatives_only=True)
 
     def _finish(self, moments: tuple[Moments, Moments], rows: object, seed: int) -> FittedProbe:

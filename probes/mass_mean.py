@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.moments import Moments
-from elk_stress.probe import FittedProbe, Traits
-from elk_stress.streaming import Fitter
+from elk_stress.probing.fit.moments import Moments
+from elk_stress.probing.fit.streaming import Fitter
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["MassMean"]
 
@@ -41,7 +41,7 @@ class MassMean:
         return fitter.fit(seed=seed)
 
     def fitter(self) -> Fitter:
-        """The same, batch by batch (:mod:`elk_stress.streaming`)."""
+        """The same, batch by batch (:mod:`elk_stress.probing.fit.streaming`)."""
         return Fitter(self._finish)
 
     def _finish(self, moments: tuple[Moments, Moments], rows: object, seed: int) -> FittedProbe:

@@ -10,7 +10,7 @@ Fit, as in learning from bags whose positive instances are unknown: the class-ba
 score plus ``(l2 / 2) ||sd * w||^2``, where the pool is annealed over the first half of the descent from the mean to the
 maximum, ``tau log mean_t exp(s_t / tau)``: with a maximum from the start, whichever token happens to lead would be the
 only one ever taught. The second half descends on the score itself. l2 is the one of the least held-out loss on folds of
-items; that fit on all rows which descended beside the folds' is kept (:mod:`elk_stress.fitting.descent`).
+items; that fit on all rows which descended beside the folds' is kept (:mod:`elk_stress.probing.fit.descent`).
 
 Masked tokens touch neither the score nor its gradient, whatever they hold.
 
@@ -28,10 +28,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.descent import Trials, checked_options, choose, cross_fit
-from elk_stress.fitting.folds import cross_weights
-from elk_stress.fitting.pooling import annealed_max, lowest, standardized_tokens
-from elk_stress.probe import FittedProbe, Traits
+from elk_stress.probing.fit.descent import Trials, checked_options, choose, cross_fit
+from elk_stress.probing.fit.folds import cross_weights
+from elk_stress.probing.fit.pooling import annealed_max, lowest, standardized_tokens
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["MaxPool"]
 

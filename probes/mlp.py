@@ -12,11 +12,11 @@ Fit: the rows are cut into K folds; member k descends the class-balanced logisti
 decoupled weight decay, and keeps the step, and the factor on its logit, at which the loss on its own fold was least (a
 constant is the first candidate). The weight decay is the one whose members do best on their own folds. So all of these
 are chosen on training rows alone, no row is lost to the choice, and nothing is fitted twice. Folds are stretches of
-consecutive items of a class (:mod:`elk_stress.fitting.folds`), so that a row does not vouch for a member that saw the
-same item in another context.
+consecutive items of a class (:mod:`elk_stress.probing.fit.folds`), so that a row does not vouch for a member that saw
+the same item in another context.
 
-The second moment of Adam is shared by all weights that enter a unit (:mod:`elk_stress.fitting.descent` says why). With
-1,000 rows of 576 independent features, three of which tell the classes apart, that is an AUROC of 0.87 (logistic
+The second moment of Adam is shared by all weights that enter a unit (:mod:`elk_stress.probing.fit.descent` says why).
+With 1,000 rows of 576 independent features, three of which tell the classes apart, that is an AUROC of 0.87 (logistic
 regression: 0.87) instead of 0.59.
 
 All decays and members descend together, in one compiled program (one matrix product forward, one back) whose cost
@@ -36,10 +36,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.descent import adam_by_unit, dealer
-from elk_stress.fitting.folds import balanced, stretch_folds
-from elk_stress.fitting.scaling import standardization
-from elk_stress.probe import FittedProbe, Traits
+from elk_stress.probing.fit.descent import adam_by_unit, dealer
+from elk_stress.probing.fit.folds import balanced, stretch_folds
+from elk_stress.probing.fit.scaling import standardization
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["MLP"]
 

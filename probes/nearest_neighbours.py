@@ -37,9 +37,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.arrays import k_smallest
-from elk_stress.fitting.density import axes_factor, leading_axes, negatives_of, on_axes
-from elk_stress.probe import FittedProbe, Traits
+from elk_stress.core.arrays import k_smallest
+from elk_stress.probing.fit.density import axes_factor, leading_axes, negatives_of, on_axes
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["NearestNeighbours"]
 

@@ -35,10 +35,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.held_out import auroc, held_out
-from elk_stress.fitting.scaling import standardization
-from elk_stress.probe import FittedProbe, Traits
 from elk_stress.probes.logistic import Logistic
+from elk_stress.probing.fit.held_out import auroc, held_out
+from elk_stress.probing.fit.scaling import standardization
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["OrthogonalEnsemble"]
 

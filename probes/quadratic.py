@@ -10,10 +10,10 @@ which itself favours a low rank. ``R = 0`` is among the ranks to choose from: th
 
 Start: w = 0 and v_r along the eigenvectors of ``sum_i c_i y_i z_i z_i^T`` with the largest eigenvalues in size (c_i
 half in each class, y = +-1), s_r their signs: by that matrix the loss falls at first when the quadratic form grows from
-zero. Then Adam, one step size per column, all trials in one compiled program (:mod:`elk_stress.fitting.descent`).
+zero. Then Adam, one step size per column, all trials in one compiled program (:mod:`elk_stress.probing.fit.descent`).
 
-Rank and l2 are those of the least held-out loss on folds of *items* (:mod:`elk_stress.fitting.folds`), start included
-in the fold; the fit on all rows descends beside the folds' and is the one that is kept.
+Rank and l2 are those of the least held-out loss on folds of *items* (:mod:`elk_stress.probing.fit.folds`), start
+included in the fold; the fit on all rows descends beside the folds' and is the one that is kept.
 
 Shapes: activations ``(*batch, d)`` -> ``(*batch,)``. Float32 while fitting. Not Lipschitz: the score's slope grows
 with distance, so no certificate. References: truncated polynomials as monitors, of which this is the second order with
@@ -29,10 +29,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.descent import Trials, choose, cross_fit
-from elk_stress.fitting.folds import cross_weights
-from elk_stress.fitting.scaling import standardization
-from elk_stress.probe import FittedProbe, Traits
+from elk_stress.probing.fit.descent import Trials, choose, cross_fit
+from elk_stress.probing.fit.folds import cross_weights
+from elk_stress.probing.fit.scaling import standardization
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["Quadratic"]
 

@@ -12,7 +12,7 @@ So windows that reach into padding are ignored, padding at either end changes no
 the mean of what it has, as it does where there is no room for W tokens at all. An item without tokens scores b.
 
 Fit: W and l2 are those of the least held-out loss on folds of items; every W descends as ``max_pool`` does, its pool
-annealed from the mean over windows to the maximum (:mod:`elk_stress.fitting.pooling`).
+annealed from the mean over windows to the maximum (:mod:`elk_stress.probing.fit.pooling`).
 
 Shapes: activations ``(*batch, tokens, d)``, mask ``(*batch, tokens)`` or ``None`` -> ``(*batch,)``; any number of
 tokens. Float32 while fitting. References: means over a sliding window of token scores as a monitor of a text that is
@@ -28,10 +28,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.descent import Trials, checked_options, choose, cross_fit
-from elk_stress.fitting.folds import cross_weights
-from elk_stress.fitting.pooling import annealed_max, lowest, standardized_tokens
-from elk_stress.probe import FittedProbe, Traits
+from elk_stress.probing.fit.descent import Trials, checked_options, choose, cross_fit
+from elk_stress.probing.fit.folds import cross_weights
+from elk_stress.probing.fit.pooling import annealed_max, lowest, standardized_tokens
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["RollingMean"]
 

@@ -42,8 +42,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.fitting.pairs import Halves, checked_pairs, normalized_halves, oriented
-from elk_stress.probe import FittedProbe, Traits
+from elk_stress.probing.fit.pairs import Halves, checked_pairs, normalized_halves, oriented
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["VINC"]
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from elk_stress.bits import Bits, BitsBatch, Kind
-from elk_stress.flags import flag
-from elk_stress.result import (
+from elk_stress.core.bits import Bits, BitsBatch, Kind
+from elk_stress.core.flags import flag
+from elk_stress.thoughts.result import (
     AttackResult,
     Audit,
     AuditStage,
@@ -20,7 +20,7 @@ from elk_stress.result import (
     StressResult,
     ThreatResult,
 )
-from elk_stress.threat import Threat, default_threats
+from elk_stress.threats.threat import Threat, default_threats
 
 MAX_BITS = 40.0
 

@@ -12,9 +12,9 @@ import fabricated
 import numpy as np
 import pytest
 
-from elk_stress.comparison import compare_all
-from elk_stress.result import StressResult
-from elk_stress.testbed import Items
+from elk_stress.testbeds.protocol import Items
+from elk_stress.thoughts.comparison import compare_all
+from elk_stress.thoughts.result import StressResult
 
 
 class FakeTestbed:
@@ -51,7 +51,8 @@ def light(probe: str, half_life: float = 12.0) -> StressResult:
 def install(
     monkeypatch: pytest.MonkeyPatch, behaviour: Mapping[str, BaseException | Callable[[], StressResult]] | None = None
 ) -> list[dict[str, Any]]:
-    """Put a fake ``elk_stress.engine`` in place; returns the calls made. ``behaviour``: probe -> error or result."""
+    """Put a fake ``elk_stress.thoughts.engine`` in place; returns the calls made. ``behaviour``: probe -> error or
+    result."""
     calls: list[dict[str, Any]] = []
     acts = dict(behaviour or {})
 
@@ -70,7 +71,7 @@ def install(
             raise act
         return f"scene {seed}"
 
-    engine = ModuleType("elk_stress.engine")
+    engine = ModuleType("elk_stress.thoughts.engine")
     vars(engine).update(stress=stress, prepare_scene=prepare_scene, compare_all=compare_all)
-    monkeypatch.setitem(sys.modules, "elk_stress.engine", engine)
+    monkeypatch.setitem(sys.modules, "elk_stress.thoughts.engine", engine)
     return calls

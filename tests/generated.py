@@ -2,7 +2,7 @@
 
 Python: every name of ``elk_stress.__all__`` that can be called (and the methods of :class:`~elk_stress.Ledger`). A call
 starts from arguments that are right (by the parameter's name); one or two of them are replaced by draws that follow
-from the parameter's annotation and from the declared domains (:data:`elk_stress.settings.SETTINGS`, registries,
+from the parameter's annotation and from the declared domains (:data:`elk_stress.core.settings.SETTINGS`, registries,
 ``Literal``). The command line: every option of every command, from its argparse action, with files as hostile as
 arrays.
 
@@ -35,14 +35,15 @@ import numpy as np
 from hypothesis import strategies as st
 
 import elk_stress
-from elk_stress import cli, registry
-from elk_stress.engine import prepare_scene
+from elk_stress import cli
+from elk_stress.core import registry
+from elk_stress.core.settings import SETTINGS
 from elk_stress.estimators import METHODS
-from elk_stress.ledger import BudgetExceeded, BudgetWarning, Ledger, LedgerError, Terms
-from elk_stress.priors import EllipticalPrior
-from elk_stress.settings import SETTINGS
+from elk_stress.ledger.ledger import BudgetExceeded, BudgetWarning, Ledger, LedgerError, Terms
 from elk_stress.testbeds.arrays import Arrays
 from elk_stress.testbeds.linear import Linear
+from elk_stress.thoughts.engine import prepare_scene
+from elk_stress.threats.priors import EllipticalPrior
 
 D = 4
 N = 160
@@ -370,7 +371,7 @@ CONTAINERS = {
     "BudgetExceeded": "an error; made by the ledger",
     "Kind": "an enumeration",
     "Bits": "a result; its numbers are checked, the rest is the estimator's",
-    "Flag": "a row of a result; made by elk_stress.flags.flag",
+    "Flag": "a row of a result; made by elk_stress.core.flags.flag",
     "FittedProbe": "a result of fit; made by direction, wrap and the recipes",
 }
 """Exports that nobody calls with input of their own."""

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
-from elk_stress.subjects import activation_cache
-from elk_stress.subjects.activation_cache import ActivationCache, DamagedCache
-from elk_stress.subjects.language_model import LanguageModel
+from elk_stress.models import activation_cache
+from elk_stress.models.activation_cache import ActivationCache, DamagedCache
+from elk_stress.models.language_model import LanguageModel
 
 TEXTS = ["the red cat is in paris .", "the blue dog is in peru ?", "tea and rain"]
 BLOCK = np.random.default_rng(0).standard_normal((40, 24)).astype(np.float32)
@@ -33,7 +33,7 @@ def flipped(content: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.filterwarnings("ignore::elk_stress.subjects.activation_cache.DamagedCache")
+@pytest.mark.filterwarnings("ignore::elk_stress.models.activation_cache.DamagedCache")
 def test_no_flipped_bit_gives_other_numbers(stored: tuple[ActivationCache, Path]) -> None:
     cache, file = stored
     content = file.read_bytes()
@@ -50,7 +50,7 @@ def test_no_flipped_bit_gives_other_numbers(stored: tuple[ActivationCache, Path]
     assert np.array_equal(cache.load("key"), BLOCK)  # type: ignore[arg-type]
 
 
-@pytest.mark.filterwarnings("ignore::elk_stress.subjects.activation_cache.DamagedCache")
+@pytest.mark.filterwarnings("ignore::elk_stress.models.activation_cache.DamagedCache")
 @pytest.mark.parametrize("change", ["cut", "more", "empty", "zeros", "swapped", "no digest", "folder"])
 def test_other_damage_counts_as_absent_too(stored: tuple[ActivationCache, Path], change: str) -> None:
     cache, file = stored

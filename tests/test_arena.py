@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 from stub_attacks import Stub
 
-from elk_stress import registry
-from elk_stress.arena import Arena, arena
-from elk_stress.attack import Oracle, Proposal
-from elk_stress.attacking import run_attack
-from elk_stress.crowd import judged_on, searched_on
-from elk_stress.detection import auroc
-from elk_stress.events import nearest_of_linear
-from elk_stress.limit_state import BudgetExhausted
-from elk_stress.priors import EllipticalPrior, Gaussian, StudentT
-from elk_stress.probe import direction
-from elk_stress.proposal import Edit
-from elk_stress.scene import Scene, fit_probe, prepare_scene
-from elk_stress.situation import situation
+from elk_stress.core import registry
+from elk_stress.estimators.limit_state import BudgetExhausted
+from elk_stress.probing.probe import direction
 from elk_stress.testbeds.linear import Linear
 from elk_stress.testing import check_attack
-from elk_stress.threat import Threat
+from elk_stress.thoughts.attacks.proposal import Edit
+from elk_stress.thoughts.attacks.protocol import Oracle, Proposal
+from elk_stress.thoughts.attacks.runner import run_attack
+from elk_stress.thoughts.attacks.target import Arena, arena
+from elk_stress.thoughts.baseline import situation
+from elk_stress.thoughts.conformal import auroc
+from elk_stress.thoughts.events import nearest_of_linear
+from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.thoughts.universal_items import judged_on, searched_on
+from elk_stress.threats.priors import EllipticalPrior, Gaussian, StudentT
+from elk_stress.threats.threat import Threat
 
 
 @cache
@@ -348,7 +348,7 @@ def test_planted_probes_are_found_by_name() -> None:
 
 
 def test_what_broke_it_is_told_with_the_least_access_first() -> None:
-    from elk_stress.engine import stress
+    from elk_stress.thoughts.engine import stress
 
     names = ["gradient", "transfer", "silent_thoughts", "erase"]
     result = stress(_scene(), "paper", threats=[Threat()], attacks=names, controls=False, n_particles=200)

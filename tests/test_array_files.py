@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from elk_stress.array_files import read_array
-from elk_stress.tensor_files import parse_json, tensors_of
+from elk_stress.core.tensor_files import parse_json, tensors_of
+from elk_stress.testbeds.array_loading import read_array
 
 NUMBERS = np.arange(12.0, dtype=np.float32).reshape(3, 4)
 

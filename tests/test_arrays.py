@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from elk_stress.arrays import k_smallest
+from elk_stress.core.arrays import k_smallest
 
 _MAKE: dict[str, Any] = {
     "numpy": np.asarray,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from elk_stress.attack import Access, Oracle
-from elk_stress.limit_state import BudgetExhausted, LimitState
+from elk_stress.estimators.limit_state import BudgetExhausted, LimitState
+from elk_stress.thoughts.attacks.protocol import Access, Oracle
 
 ORDER: tuple[Access, ...] = ("none", "label", "score", "gradient", "weights")
 

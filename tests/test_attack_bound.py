@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import log_ndtr
 
-from elk_stress.training.evidence import attack_bound
+from elk_stress.training.upper_bound import attack_bound
 
 MODELS = 400
 

@@ -10,19 +10,19 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from elk_stress import audit as module
-from elk_stress import registry
-from elk_stress.arena import arena
-from elk_stress.attacking import run_attack
-from elk_stress.audit import CANDIDATES, audit, audit_edit
-from elk_stress.probe import FittedProbe, Traits
-from elk_stress.proposal import Edit
-from elk_stress.result import AttackResult, Audit
-from elk_stress.scene import Scene, fit_probe, prepare_scene
-from elk_stress.situation import situation
-from elk_stress.testbed import SplitName
+from elk_stress.core import registry
+from elk_stress.probing.probe import FittedProbe, Traits
 from elk_stress.testbeds.arrays import Arrays
-from elk_stress.threat import Threat
+from elk_stress.testbeds.protocol import SplitName
+from elk_stress.thoughts import audit as module
+from elk_stress.thoughts.attacks.proposal import Edit
+from elk_stress.thoughts.attacks.runner import run_attack
+from elk_stress.thoughts.attacks.target import arena
+from elk_stress.thoughts.audit import CANDIDATES, audit, audit_edit
+from elk_stress.thoughts.baseline import situation
+from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.thoughts.result import AttackResult, Audit
+from elk_stress.threats.threat import Threat
 
 LINEAR = tuple(name for name in CANDIDATES if name != "mlp")
 

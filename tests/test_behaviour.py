@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from elk_stress.behaviour import Behaviour, joint_of_failed, kept_bits, searched_joint
-from elk_stress.bits import BitsBatch, Kind
+from elk_stress.core.bits import BitsBatch, Kind
 from elk_stress.estimators.closed_form import ClosedForm
-from elk_stress.events import failures_of_linear, item_event, kept_event, nearest_kept
-from elk_stress.limit_state import both
-from elk_stress.probe import direction
+from elk_stress.estimators.limit_state import both
+from elk_stress.probing.probe import direction
 from elk_stress.testbeds.linear import Linear
+from elk_stress.thoughts.behaviour import Behaviour, joint_of_failed, kept_bits, searched_joint
+from elk_stress.thoughts.events import failures_of_linear, item_event, kept_event, nearest_kept
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def bed() -> Linear:
 
 def setting(bed: Linear, probe_name: str, margins: tuple[float, ...], tail: str = "gaussian"):  # type: ignore[no-untyped-def]
     """Items at chosen margins, in prior standard deviations."""
-    from elk_stress.priors import Gaussian, Logistic
+    from elk_stress.threats.priors import Gaussian, Logistic
 
     known = bed.known_probes()
     probe = known["paper" if probe_name == "mixed" else probe_name]

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from elk_stress.bits import Kind, best_of_n_half_chance
+from elk_stress.core.bits import Kind, best_of_n_half_chance
 from elk_stress.estimators.best_of_n import BestOfN, holds, observed_curve, predicted_curve
-from elk_stress.limit_state import LimitState
+from elk_stress.estimators.limit_state import LimitState
 
 
 def test_holds_is_the_share_of_subsets_without_a_failure() -> None:

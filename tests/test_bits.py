@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, norm
 
-from elk_stress.bits import (
+from elk_stress.core.bits import (
     GUARANTEES,
     Bits,
     BitsBatch,
@@ -25,7 +25,7 @@ from elk_stress.bits import (
     renyi_guarantee,
     selection_guarantee,
 )
-from elk_stress.flags import flag
+from elk_stress.core.flags import flag
 
 
 def bits(

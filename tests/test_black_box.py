@@ -10,17 +10,17 @@ import pytest
 from known_answers import KNOWN, RP
 from scipy.special import log_ndtr
 
-from elk_stress.arena import arena
-from elk_stress.attack import Access, Oracle, Proposal
-from elk_stress.attacking import run_attack
 from elk_stress.attacks.black_box import BlackBox
 from elk_stress.attacks.gradient import Gradient
-from elk_stress.limit_state import LimitState, from_function
-from elk_stress.scene import Scene, fit_probe, prepare_scene
-from elk_stress.situation import situation
+from elk_stress.estimators.limit_state import LimitState, from_function
 from elk_stress.testbeds.linear import Linear
 from elk_stress.testing import check_attack, checks_for_attack
-from elk_stress.threat import Threat
+from elk_stress.thoughts.attacks.protocol import Access, Oracle, Proposal
+from elk_stress.thoughts.attacks.runner import run_attack
+from elk_stress.thoughts.attacks.target import arena
+from elk_stress.thoughts.baseline import situation
+from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.threats.threat import Threat
 
 Feedback = Literal["score", "label"]
 BOTH: tuple[Feedback, ...] = ("score", "label")

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from scipy.stats import beta as beta_distribution
 
-from elk_stress.bits import Kind
-from elk_stress.certificate import certified_bits, is_certifiable
+from elk_stress.core.bits import Kind
 from elk_stress.estimators import estimate_batch
 from elk_stress.estimators.closed_form import ClosedForm
 from elk_stress.estimators.design_point import DesignPoint
-from elk_stress.events import item_event, kept_event, universal_auroc_event, universal_recall_event
-from elk_stress.limit_state import both
-from elk_stress.priors import EllipticalPrior, Logistic
-from elk_stress.probe import FittedProbe, Traits, direction
+from elk_stress.estimators.limit_state import both
+from elk_stress.probing.probe import FittedProbe, Traits, direction
+from elk_stress.thoughts.certificate import certified_bits, is_certifiable
+from elk_stress.thoughts.events import item_event, kept_event, universal_auroc_event, universal_recall_event
+from elk_stress.threats.priors import EllipticalPrior, Logistic
 
 DIM = 6
 

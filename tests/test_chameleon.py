@@ -13,11 +13,11 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from elk_stress.attacks.chameleon import KINDS, TRIGGERS, Chameleon, _strongest, _verdict
-from elk_stress.organism import Concept, Organism
-from elk_stress.probe import as_fitted
+from elk_stress.probing.probe import as_fitted
+from elk_stress.testbeds.organism import Concept, Organism
 from elk_stress.testbeds.superposition import Superposition
 from elk_stress.training.checkpoint import Checkpoints
-from elk_stress.training.weights import OrganismTrainee
+from elk_stress.training.organism_trainee import OrganismTrainee
 
 _STRENGTHS = np.array([0.0, 1.0], dtype=np.float32)
 

@@ -170,8 +170,8 @@ _RUN = '''
 import json, sys
 from elk_stress.attacks.finetune import Finetune
 from elk_stress.testbeds.superposition import Superposition
-from elk_stress.training.pressure import stress_training
-from elk_stress.training.weights import OrganismTrainee
+from elk_stress.training.loop import stress_training
+from elk_stress.training.organism_trainee import OrganismTrainee
 
 class Tell:
     """A progress bar that says when a checkpoint was kept, and goes on when told to (or when nobody is there)."""

@@ -14,9 +14,10 @@ import pytest
 from fake_engine import FakeTestbed, install, light
 from test_printable import rendered
 
-from elk_stress import cli, registry
-from elk_stress.printable import printable
-from elk_stress.probe import direction
+from elk_stress import cli
+from elk_stress.core import registry
+from elk_stress.core.printable import printable
+from elk_stress.probing.probe import direction
 
 Calls = list[dict[str, Any]]
 
@@ -261,7 +262,8 @@ def test_threads_are_set_before_anything_heavy_loads() -> None:
         "        assert os.environ.get('OMP_WAIT_POLICY') == 'PASSIVE', 'torch before threads'\n"
         "    return real(name, *rest, **more)\n"
         "builtins.__import__ = watch\n"
-        "from elk_stress import cli, registry\n"
+        "from elk_stress import cli\n"
+        "from elk_stress.core import registry\n"
         "def load(*a, **k):\n"
         "    import torch\n"
         "    raise ValueError('seen')\n"
@@ -432,7 +434,7 @@ def test_a_saved_probe_meets_a_testbed_too(engine: Calls, monkeypatch: pytest.Mo
         seen.extend([testbed.name, *probes])
         raise ValueError("enough")
 
-    monkeypatch.setattr("elk_stress.run.run", run)
+    monkeypatch.setattr("elk_stress.runs.stress.run", run)
     direction(np.ones(4), name="mine").save("p.safetensors")
     assert cli.main(["run", "--probe", "p.safetensors", "--no-progress"]) == 2
     assert cli.main(["run", "--probe", "p.safetensors", "--probes", "lda", "--no-progress"]) == 2
@@ -443,7 +445,7 @@ def test_a_saved_probe_meets_a_testbed_too(engine: Calls, monkeypatch: pytest.Mo
 def test_arrays_are_mapped_and_equal(kind: str, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    from elk_stress.array_files import read_array
+    from elk_stress.testbeds.array_loading import read_array
 
     for dtype in ("float16", "float32", "float64", "int64", "bool"):
         array = (np.arange(24).reshape(2, 3, 4) % 7).astype(dtype)
@@ -458,7 +460,7 @@ def test_arrays_are_mapped_and_equal(kind: str, tmp_path: Path) -> None:
 def test_of_several_tensors_one_must_be_called_activations(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    from elk_stress.array_files import read_array
+    from elk_stress.testbeds.array_loading import read_array
 
     save_file({"a": np.ones(2), "b": np.ones(3)}, str(tmp_path / "two.safetensors"))
     with pytest.raises(ValueError, match=r"holds 2 tensors \(a, b\); expected one, or one called 'activations'"):

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from elk_stress import cli, registry
+from elk_stress import cli
 from elk_stress.attacks.finetune import Finetune
-from elk_stress.script import run_training_attack
+from elk_stress.cli.script import run_training_attack
+from elk_stress.core import registry
+from elk_stress.runs import train as suite
 from elk_stress.testbeds.superposition import Superposition
-from elk_stress.training import suite
-from elk_stress.training.pressure import as_trainee
+from elk_stress.training.loop import as_trainee
+from elk_stress.training.organism_trainee import OrganismTrainee
 from elk_stress.training.protocols import Trainee
-from elk_stress.training.weights import OrganismTrainee
 
 _SMALL = ["train", "--no-progress", "--models", "2", "--steps", "10", "--checkpoints", "2", "--no-bits"]
 _PROBES = ["--probes", "mass_mean", "--strengths", "1"]

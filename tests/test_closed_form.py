@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from elk_stress.bits import Kind
+from elk_stress.core.bits import Kind
 from elk_stress.estimators.closed_form import ClosedForm, conditional_limit
-from elk_stress.limit_state import LimitState, Linear
-from elk_stress.priors import EllipticalPrior, Gaussian, Logistic, StudentT
+from elk_stress.estimators.limit_state import LimitState, Linear
 from elk_stress.testbeds.linear_exact import joint_bits
+from elk_stress.threats.priors import EllipticalPrior, Gaussian, Logistic, StudentT
 
 TAILS = {"gaussian": Gaussian(), "logistic": Logistic(), "t4": StudentT(4)}
 

@@ -7,9 +7,9 @@ import pytest
 from known_answers import KNOWN
 from scipy.optimize import minimize
 
-from elk_stress.bits import Kind, bits_of_beta
+from elk_stress.core.bits import Kind, bits_of_beta
 from elk_stress.estimators.design_point import DesignPoint, distinct
-from elk_stress.limit_state import LimitState, from_function
+from elk_stress.estimators.limit_state import LimitState, from_function
 
 
 def centres_of(function, dim, **config):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from elk_stress.detection import (
+from elk_stress.thoughts.conformal import (
     auroc,
     check_negatives,
     conformal_threshold,

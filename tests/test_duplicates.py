@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elk_stress.duplicates import conflicts, joined, names_items, near_copies, recur, row_keys
-from elk_stress.scene import prepare_scene
-from elk_stress.testbed import SplitName
 from elk_stress.testbeds.arrays import Arrays
+from elk_stress.testbeds.duplicates import conflicts, joined, names_items, near_copies, recur, row_keys
+from elk_stress.testbeds.protocol import SplitName
 from elk_stress.testbeds.user_data import load_jsonl
+from elk_stress.thoughts.prepared import prepare_scene
 
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "test")
 
@@ -81,7 +81,7 @@ def test_keys_do_not_depend_on_the_memory_order_or_the_chunks(monkeypatch: pytes
     rows = np.repeat(noise(30, 7)[0], 2, axis=0)
     whole = row_keys(rows)
     np.testing.assert_array_equal(whole, np.arange(60) // 2)
-    monkeypatch.setattr("elk_stress.duplicates._CHUNK", 100)
+    monkeypatch.setattr("elk_stress.testbeds.duplicates._CHUNK", 100)
     np.testing.assert_array_equal(row_keys(np.asfortranarray(rows)), whole)
     assert len(row_keys(rows[:0])) == 0
 

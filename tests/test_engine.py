@@ -12,21 +12,21 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 import elk_stress
-from elk_stress import registry
-from elk_stress.bits import Kind
-from elk_stress.comparison import holm
-from elk_stress.engine import Scene, compare, compare_all, prepare_scene, stress, stress_activations
-from elk_stress.events import universal_recall_event
-from elk_stress.memory import Memory
-from elk_stress.probe import FittedProbe, Traits, direction
-from elk_stress.result import StressResult
-from elk_stress.scene import fit_probe
-from elk_stress.situation import situation
-from elk_stress.survival import half_life
-from elk_stress.testbeds.bundle import Bundle
+from elk_stress.core import registry
+from elk_stress.core.bits import Kind
+from elk_stress.probing.probe import FittedProbe, Traits, direction
 from elk_stress.testbeds.linear import Linear
-from elk_stress.threat import Threat, default_threats, parse_threat
-from elk_stress.universal import bits_of_levels
+from elk_stress.testbeds.repeated_reads import Bundle
+from elk_stress.thoughts.baseline import situation
+from elk_stress.thoughts.comparison import holm
+from elk_stress.thoughts.engine import Scene, compare, compare_all, prepare_scene, stress, stress_activations
+from elk_stress.thoughts.events import universal_recall_event
+from elk_stress.thoughts.memory import Memory
+from elk_stress.thoughts.prepared import fit_probe
+from elk_stress.thoughts.result import StressResult
+from elk_stress.thoughts.survival import half_life
+from elk_stress.thoughts.universal_scope import bits_of_levels
+from elk_stress.threats.threat import Threat, default_threats, parse_threat
 
 FREE = tuple(t for t in default_threats() if not t.kept)
 

@@ -10,10 +10,10 @@ from known_answers import KNOWN, half_space
 from scipy.special import log_ndtr
 
 import elk_stress
-from elk_stress.bits import Kind
+from elk_stress.core.bits import Kind
 from elk_stress.estimators import METHODS, estimate_batch, estimate_bits
-from elk_stress.estimators.verdict import Estimate, Evidence, decide
-from elk_stress.limit_state import LimitState, Linear
+from elk_stress.estimators.arbitration import Estimate, Evidence, decide
+from elk_stress.estimators.limit_state import LimitState, Linear
 
 LIGHT = {"n_runs": 4}
 

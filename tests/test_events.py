@@ -8,7 +8,8 @@ from scipy.optimize import minimize
 from scipy.stats import kstest, norm
 from sklearn.metrics import roc_auc_score
 
-from elk_stress.events import (
+from elk_stress.probing.probe import FittedProbe, direction
+from elk_stress.thoughts.events import (
     failures_of_linear,
     item_event,
     kept_event,
@@ -18,8 +19,7 @@ from elk_stress.events import (
     universal_auroc_event,
     universal_recall_event,
 )
-from elk_stress.priors import EllipticalPrior, Gaussian, Logistic, StudentT
-from elk_stress.probe import FittedProbe, direction
+from elk_stress.threats.priors import EllipticalPrior, Gaussian, Logistic, StudentT
 
 TAILS = {"gaussian": Gaussian(), "logistic": Logistic(), "student_t": StudentT(5.0)}
 D = 5
@@ -30,7 +30,7 @@ class Quadratic:
 
     name = "quadratic_of_tests"
 
-    from elk_stress.probe import Traits
+    from elk_stress.probing.probe import Traits
 
     traits = Traits()
 

@@ -10,10 +10,10 @@ from known_answers import KNOWN
 from scipy import stats
 from scipy.special import log_ndtr
 
-from elk_stress.bits import Kind
+from elk_stress.core.bits import Kind
 from elk_stress.estimators.design_point import DesignPoint
 from elk_stress.estimators.evidence_bound import EvidenceBound, bound_of, level_of
-from elk_stress.limit_state import LimitState, from_function
+from elk_stress.estimators.limit_state import LimitState, from_function
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elk_stress import extras
+from elk_stress.core import extras
 
 # stands in for an installation of the core alone: nothing that the extra installs can be found or imported
 WITHOUT = f"""
@@ -56,7 +56,9 @@ def test_arrays_are_stressed_by_the_core_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["probes", "attacks", "testbeds", "threats"])
 def test_what_there_is_is_listed_by_the_core_alone(command: str) -> None:
     if command == "threats":
-        done = _without("import elk_stress, elk_stress.threat; print(elk_stress.threat.default_threats())")
+        done = _without(
+            "import elk_stress, elk_stress.threats.threat; print(elk_stress.threats.threat.default_threats())"
+        )
     else:
         done = _command(command)
     assert done.returncode == 0, done.stderr
@@ -80,8 +82,8 @@ def test_a_language_model_without_the_extra_is_one_clear_line(arguments: tuple[s
 @pytest.mark.parametrize(
     "code",
     [
-        "from elk_stress.subjects.models import resolve; resolve()",
-        "from elk_stress.subjects.language_model import LanguageModel; LanguageModel()",
+        "from elk_stress.models.sources import resolve; resolve",
+        "from elk_stress.models.language_model import LanguageModel; LanguageModel",
         "import elk_stress; elk_stress.FittedProbe.pull('owner/name')",
         "import elk_stress; elk_stress.direction([1.0]).push('owner/name')",
     ],
@@ -89,7 +91,7 @@ def test_a_language_model_without_the_extra_is_one_clear_line(arguments: tuple[s
 def test_every_door_to_a_language_model_or_the_hub_names_the_extra(code: str) -> None:
     done = _without(code)
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("elk_stress.extras.MissingExtra")
+    assert last.startswith("elk_stress.core.extras.MissingExtra")
     assert "elk-stress[lm]" in last
 
 

@@ -14,14 +14,14 @@ from packaging.version import Version
 from test_language_model import brute_force
 
 from elk_stress import cli
-from elk_stress.engine import stress
-from elk_stress.subjects.adapted import LoraTrainee
-from elk_stress.subjects.adapters import AdaptedModel
-from elk_stress.subjects.language_model import LanguageModel, Unreadable, is_decoder
-from elk_stress.subjects.moved import MovedModel, way_to_move
-from elk_stress.subjects.prefixed import PrefixedModel, way_to_prefix
+from elk_stress.models.adapters import AdaptedModel
+from elk_stress.models.language_model import LanguageModel, Unreadable, is_decoder
+from elk_stress.models.patched import MovedModel, way_to_move
+from elk_stress.models.prefixed import PrefixedModel, way_to_prefix
 from elk_stress.testbeds.statements import Statements
-from elk_stress.threat import Threat
+from elk_stress.thoughts.engine import stress
+from elk_stress.threats.threat import Threat
+from elk_stress.training.language_model_trainee import LoraTrainee
 
 TABLE = Path(__file__).parent.parent / "docs" / "models.md"
 HOST = "we and you and the red cat ."

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elk_stress.fitting.density import leading_axes, negatives_of, on_axes, shrunk, spectrum
-from elk_stress.fitting.descent import Trials, adam_by_unit, checked_options, choose, cross_fit, dealer
-from elk_stress.fitting.folds import balanced, cross_weights, rows_per_item, stretch_folds, stretches
-from elk_stress.fitting.pairs import agreement, checked_pairs, normalized_halves, oriented
-from elk_stress.fitting.pooling import lowest, standardized_tokens
-from elk_stress.fitting.scaling import score_scale, standardization
+from elk_stress.probing.fit.density import leading_axes, negatives_of, on_axes, shrunk, spectrum
+from elk_stress.probing.fit.descent import Trials, adam_by_unit, checked_options, choose, cross_fit, dealer
+from elk_stress.probing.fit.folds import balanced, cross_weights, rows_per_item, stretch_folds, stretches
+from elk_stress.probing.fit.pairs import agreement, checked_pairs, normalized_halves, oriented
+from elk_stress.probing.fit.pooling import lowest, standardized_tokens
+from elk_stress.probing.fit.scaling import score_scale, standardization
 
 
 def _rng(seed: int) -> np.random.Generator:
@@ -26,7 +26,7 @@ MODULES = ("folds", "scaling", "descent", "pooling", "pairs", "density")
 
 def test_importing_loads_nothing_heavy() -> None:
     """Recipes are listed, and their options checked, without any of it."""
-    code = "import sys\n" + "".join(f"import elk_stress.fitting.{name}\n" for name in MODULES)
+    code = "import sys\n" + "".join(f"import elk_stress.probing.fit.{name}\n" for name in MODULES)
     code += "print([n for n in ('jax', 'optax', 'torch', 'sklearn', 'scipy') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from elk_stress.flags import CATALOGUE, flag
+from elk_stress.core.flags import CATALOGUE, flag
 
 ROOT = Path(__file__).parent.parent
 

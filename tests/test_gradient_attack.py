@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from known_answers import KNOWN
 
-from elk_stress.arena import arena
-from elk_stress.attack import Oracle
 from elk_stress.attacks.gradient import Gradient
-from elk_stress.events import linear_weight, nearest_kept, nearest_of_linear
-from elk_stress.limit_state import LimitState, from_function
-from elk_stress.scene import Scene, fit_probe, prepare_scene
-from elk_stress.situation import Situation, situation
+from elk_stress.estimators.limit_state import LimitState, from_function
 from elk_stress.testbeds.linear import Linear
-from elk_stress.threat import Threat
+from elk_stress.thoughts.attacks.protocol import Oracle
+from elk_stress.thoughts.attacks.target import arena
+from elk_stress.thoughts.baseline import Situation, situation
+from elk_stress.thoughts.events import linear_weight, nearest_kept, nearest_of_linear
+from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.threats.threat import Threat
 
 
 def search(

@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from elk_stress.fitting.held_out import auroc, fewest_columns, held_out, held_out_auroc, item_folds, kept_bits
 from elk_stress.probes.mass_mean import MassMean
+from elk_stress.probing.fit.held_out import auroc, fewest_columns, held_out, held_out_auroc, item_folds, kept_bits
 
 
 @pytest.mark.parametrize("contexts", [1, 3, 7])

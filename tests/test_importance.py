@@ -10,11 +10,11 @@ from known_answers import KNOWN
 from scipy import stats
 from scipy.special import log_ndtr
 
-from elk_stress.bits import Kind
+from elk_stress.core.bits import Kind
 from elk_stress.estimators.design_point import DesignPoint
 from elk_stress.estimators.importance import Importance, weighted_interval
+from elk_stress.estimators.limit_state import LimitState, from_function
 from elk_stress.estimators.mixture import Mixture
-from elk_stress.limit_state import LimitState, from_function
 
 
 def half_spaces(beta: float, dim: int, repeats: int) -> tuple[LimitState, np.ndarray, float]:

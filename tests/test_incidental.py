@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import elk_stress
-from elk_stress import incidental
-from elk_stress.incidental import incidental_fraction, silent_bits
-from elk_stress.priors import StudentT
-from elk_stress.probe import direction
-from elk_stress.result import IncidentalFraction
-from elk_stress.scene import Scene, fit_probe, prepare_scene
+from elk_stress.probing.probe import direction
 from elk_stress.testbeds.arrays import Arrays
 from elk_stress.testbeds.linear import Linear
+from elk_stress.thoughts import incidental
+from elk_stress.thoughts.incidental import incidental_fraction, silent_bits
+from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.thoughts.result import IncidentalFraction
+from elk_stress.threats.priors import StudentT
 
 
 @cache

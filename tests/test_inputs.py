@@ -15,16 +15,16 @@ import torch
 
 import elk_stress
 from elk_stress import cli
-from elk_stress.engine import stress_activations
-from elk_stress.inputs import as_activations, as_groups, as_labels, as_numbers, check_activations
-from elk_stress.origin import moved
-from elk_stress.priors import EllipticalPrior
-from elk_stress.probe import FittedProbe
-from elk_stress.run import run
-from elk_stress.scene import fit_probe, prepare_scene
-from elk_stress.settings import SETTINGS, option, setting, settings
+from elk_stress.core.inputs import as_activations, as_groups, as_labels, as_numbers, check_activations
+from elk_stress.core.settings import SETTINGS, option, setting, settings
+from elk_stress.probing.origin import moved
+from elk_stress.probing.probe import FittedProbe
+from elk_stress.runs.stress import run
 from elk_stress.testbeds.arrays import Arrays
-from elk_stress.threat import Threat, parse_threat
+from elk_stress.thoughts.engine import stress_activations
+from elk_stress.thoughts.prepared import fit_probe, prepare_scene
+from elk_stress.threats.priors import EllipticalPrior
+from elk_stress.threats.threat import Threat, parse_threat
 
 ITEM = "item/natural/gaussian"
 D = 8
@@ -427,7 +427,7 @@ def test_the_check_reads_in_chunks_and_finds_the_last_row(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("n", [12, 17, 40])
 def test_a_wrong_sign_shows_on_few_items(n: int) -> None:
-    from elk_stress.situation import _flipped
+    from elk_stress.thoughts.baseline import _flipped
 
     rng = np.random.default_rng(n)
     labels = np.repeat([0, 1], n)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from known_answers import KNOWN, half_space
 from scipy import stats
 
-from elk_stress.bits import Kind, beta_of_bits
+from elk_stress.core.bits import Kind, beta_of_bits
 from elk_stress.estimators.isoperimetric_bound import IsoperimetricBound
-from elk_stress.limit_state import LimitState, from_function
+from elk_stress.estimators.limit_state import LimitState, from_function
 
 
 @pytest.mark.parametrize("beta", [2.0, 5.0, 20.0])

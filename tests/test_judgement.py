@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from stub_attacks import Stub
 
-from elk_stress import registry
-from elk_stress.arena import Arena, arena
-from elk_stress.attack import Oracle, Proposal
-from elk_stress.attacking import run_attack
-from elk_stress.proposal import Edit
-from elk_stress.scene import prepare_scene
-from elk_stress.situation import situation
+from elk_stress.core import registry
 from elk_stress.testbeds.linear import Linear
-from elk_stress.threat import Threat
+from elk_stress.thoughts.attacks.proposal import Edit
+from elk_stress.thoughts.attacks.protocol import Oracle, Proposal
+from elk_stress.thoughts.attacks.runner import run_attack
+from elk_stress.thoughts.attacks.target import Arena, arena
+from elk_stress.thoughts.baseline import situation
+from elk_stress.thoughts.prepared import prepare_scene
+from elk_stress.threats.threat import Threat
 
 
 @cache

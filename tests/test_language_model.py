@@ -10,9 +10,9 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from elk_stress.subjects.activation_cache import ActivationCache
-from elk_stress.subjects.language_model import LanguageModel, Unreadable
-from elk_stress.subjects.moved import CONTINUATION, MovedModel
+from elk_stress.models.activation_cache import ActivationCache
+from elk_stress.models.language_model import LanguageModel, Unreadable
+from elk_stress.models.patched import CONTINUATION, MovedModel
 
 TEXTS = [
     "we and you and the red cat . the city of paris is in france .",
@@ -139,7 +139,7 @@ def test_anything_that_matters_changes_the_key(tmp_path: Path, change: str) -> N
         other.read(TEXTS[:-1] if change == "texts" else TEXTS, ["layers.2" if change == "site" else "layers.1"])
 
 
-@pytest.mark.filterwarnings("ignore::elk_stress.subjects.activation_cache.DamagedCache")
+@pytest.mark.filterwarnings("ignore::elk_stress.models.activation_cache.DamagedCache")
 def test_damaged_and_partial_files_count_as_absent(tmp_path: Path) -> None:
     expected = cached(tmp_path).read(TEXTS, ["layers.1"])["layers.1"]
     (file,) = tmp_path.glob("*.npy")

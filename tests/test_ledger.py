@@ -27,10 +27,14 @@ from hypothesis import strategies as st
 from scipy.special import ndtri
 from scipy.stats import norm, t
 
-from elk_stress import bits as guarantees
-from elk_stress import cli, ledger, ledger_cli, ledger_store
-from elk_stress.bits import Bits, BitsBatch, Kind
-from elk_stress.budget import (
+from elk_stress import cli
+from elk_stress.cli import ledger as ledger_cli
+from elk_stress.core import bits as guarantees
+from elk_stress.core.bits import Bits, BitsBatch, Kind
+from elk_stress.core.printable import printable
+from elk_stress.ledger import ledger
+from elk_stress.ledger import store as ledger_store
+from elk_stress.ledger.budget import (
     deflated,
     lost_to_kl,
     lost_to_mean_shift,
@@ -39,7 +43,7 @@ from elk_stress.budget import (
     remaining_mean_shift,
     remaining_selection,
 )
-from elk_stress.ledger import (
+from elk_stress.ledger.ledger import (
     Account,
     BudgetExceeded,
     BudgetWarning,
@@ -50,9 +54,8 @@ from elk_stress.ledger import (
     Terms,
     fingerprint,
 )
-from elk_stress.printable import printable
-from elk_stress.priors import StudentT
-from elk_stress.probe import direction
+from elk_stress.probing.probe import direction
+from elk_stress.threats.priors import StudentT
 
 ITEM = "item/natural/gaussian"
 # all B_i = 13 and 1/8 tolerated: exactly 10 bits of selection, 0.625 bits of KL, beta(13) - 1.15 of shift
@@ -1309,7 +1312,7 @@ def test_reading_only(path: Path) -> None:
 
 READ_ONLY = """
 import os, sys
-from elk_stress.ledger import Ledger, LedgerError, Terms
+from elk_stress.ledger.ledger import Ledger, LedgerError, Terms
 folder = sys.argv[1]
 if os.geteuid() == 0:
     os.setuid(65534)  # root may write anywhere
@@ -1389,7 +1392,7 @@ def test_threads_share_one_ledger(path: Path) -> None:
 
 WRITER = """
 import sys
-from elk_stress.ledger import BudgetExceeded, Ledger, Terms
+from elk_stress.ledger.ledger import BudgetExceeded, Ledger, Terms
 heavy = {"torch", "jax", "scipy", "sklearn"} & set(sys.modules)
 assert not heavy, heavy
 path, name, low, count = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
@@ -1460,7 +1463,7 @@ def test_sixteen_processes_never_overdraw(path: Path) -> None:
 
 KILLED = """
 import sys
-from elk_stress.ledger import Ledger, Terms
+from elk_stress.ledger.ledger import Ledger, Terms
 ledger = Ledger(sys.argv[1], Terms("p", "v", "t", (1e6,), tolerated=0.5, warn_at=1.0), timeout=60.0)
 while True:
     charge = ledger.spend("selection", 1, note=sys.argv[2])
@@ -1505,12 +1508,12 @@ def test_kill_9_loses_nothing_acknowledged(path: Path) -> None:
 
 SUICIDE = """
 import os, signal, sys
-from elk_stress.ledger import Ledger, Terms
+from elk_stress.ledger.ledger import Ledger, Terms
 path, steps, stage = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 if stage == "make":
-    import elk_stress.ledger_store as store
+    import elk_stress.ledger.store as store
     if steps == 0:
         store.os.link = die
     else:
@@ -1589,7 +1592,7 @@ def test_kill_9_while_the_file_is_made_leaves_none_half_made(path: Path, steps: 
 def test_a_forked_child_opens_its_own_connection(path: Path) -> None:
     script = """
 import os, sys
-from elk_stress.ledger import Ledger, Terms
+from elk_stress.ledger.ledger import Ledger, Terms
 ledger = Ledger(sys.argv[1], Terms("p", "v", "t", (1e6,), tolerated=0.5, warn_at=1.0))
 ledger.spend("selection", 1)
 children = []

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 from scipy.special import gammaln
 
-from elk_stress.left_tail import LeftTail, fit_left_tail
+from elk_stress.thoughts.power_law import LeftTail, fit_left_tail
 
 
 def _counts(a: float, b: float, n_items: int, n_draws: int, seed: int = 0) -> np.ndarray:
@@ -163,7 +163,7 @@ def test_no_tail_where_nothing_or_everything_fails(count: int) -> None:
 
 def test_a_probes_tail_binds_the_items_of_an_entity() -> None:
     """Two positives an entity, and each may be counted on both halves of the contexts."""
-    from elk_stress import prediction
+    from elk_stress.thoughts import best_of_n as prediction
 
     rng = np.random.default_rng(np.random.SeedSequence(8))
     scores = rng.normal(1.0, 1.0, (60, 12))
@@ -184,7 +184,7 @@ def test_a_probes_tail_binds_the_items_of_an_entity() -> None:
 
 def test_contexts_that_sway_all_items_alike_widen_the_band() -> None:
     """The same margins, and the same spread in a context; either all items share it or each has its own."""
-    from elk_stress import prediction
+    from elk_stress.thoughts import best_of_n as prediction
 
     rng = np.random.default_rng(np.random.SeedSequence(9))
     margin, n = rng.normal(1.5, 0.5, (80, 1)), np.array([1, 8])

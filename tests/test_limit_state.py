@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elk_stress import limit_state as module
-from elk_stress.limit_state import BudgetExhausted, LimitState, Meter, both, from_function
+from elk_stress.estimators import limit_state as module
+from elk_stress.estimators.limit_state import BudgetExhausted, LimitState, Meter, both, from_function
 
 DIM = 3
 

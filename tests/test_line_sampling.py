@@ -9,10 +9,10 @@ import pytest
 from known_answers import KNOWN
 from scipy.special import log_ndtr, ndtr
 
-from elk_stress.bits import Kind
+from elk_stress.core.bits import Kind
 from elk_stress.estimators.design_point import DesignPoint
+from elk_stress.estimators.limit_state import LimitState, from_function
 from elk_stress.estimators.line_sampling import LineSampling
-from elk_stress.limit_state import LimitState, from_function
 
 
 @pytest.mark.parametrize("beta", [0.3, 4.0, 19.6])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from elk_stress import registry
-from elk_stress import testbed as contract
-from elk_stress.priors import EllipticalPrior, Gaussian, Logistic, StudentT, natural, origins
+from elk_stress.core import registry
+from elk_stress.testbeds import protocol as contract
 from elk_stress.testbeds.linear import Linear
 from elk_stress.testbeds.linear_exact import joint_bits
+from elk_stress.threats.priors import EllipticalPrior, Gaussian, Logistic, StudentT, natural, origins
 
 
 class TestContract:

@@ -18,9 +18,9 @@ import tiny_models as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from elk_stress.subjects import loading
-from elk_stress.subjects.language_model import LanguageModel
-from elk_stress.subjects.models import ModelUnavailable, resolve
+from elk_stress.models import loading
+from elk_stress.models.language_model import LanguageModel
+from elk_stress.models.sources import ModelUnavailable, resolve
 
 TEXT = ["the red cat"]
 

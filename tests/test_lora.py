@@ -13,21 +13,21 @@ import pytest
 import tiny_models
 
 from elk_stress.attacks.lora import Lora
-from elk_stress.detection import auroc
-from elk_stress.priors import natural
-from elk_stress.probe import FittedProbe, as_fitted
+from elk_stress.models.language_model import LanguageModel
 from elk_stress.probes.ccs import CCS
-from elk_stress.subjects.adapted import LoraTrainee
-from elk_stress.subjects.language_model import LanguageModel
-from elk_stress.subjects.prior_scale import calibrate
-from elk_stress.subjects.trainee_texts import limited, true_statements
-from elk_stress.testbed import Items
+from elk_stress.probing.probe import FittedProbe, as_fitted
 from elk_stress.testbeds import facts
+from elk_stress.testbeds.protocol import Items
 from elk_stress.testbeds.statements import Statements
+from elk_stress.thoughts.conformal import auroc
+from elk_stress.threats.priors import natural
 from elk_stress.training.evasion import targets_from
+from elk_stress.training.language_model_trainee import LoraTrainee
+from elk_stress.training.loop import as_trainee
 from elk_stress.training.measure import fit_cells
-from elk_stress.training.pressure import as_trainee
+from elk_stress.training.prior_scale import calibrate
 from elk_stress.training.protocols import Targets, Trainee, TrainingAttack
+from elk_stress.training.trainee_texts import limited, true_statements
 
 _SITE = "layers.2"
 _SHORT = Lora(steps=6, learning_rate=3e-3, batch_size=4)

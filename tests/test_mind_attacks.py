@@ -14,10 +14,6 @@ import pytest
 import tiny_models as tiny
 from scipy.stats import spearmanr
 
-from elk_stress.agreement import agreement
-from elk_stress.arena import Arena, arena
-from elk_stress.attack import Attack, Oracle, Proposal
-from elk_stress.attacking import run_attack
 from elk_stress.attacks.erase import Erase
 from elk_stress.attacks.gradient import Gradient
 from elk_stress.attacks.policy import Policy
@@ -25,23 +21,27 @@ from elk_stress.attacks.recode import Recode
 from elk_stress.attacks.silent_thoughts import SilentThoughts
 from elk_stress.attacks.steer import Steer
 from elk_stress.attacks.transfer import Transfer
-from elk_stress.bits import bits_of_beta
-from elk_stress.detection import auroc
-from elk_stress.mind import Mind
-from elk_stress.probe import FittedProbe, Traits
-from elk_stress.proposal import Edit
-from elk_stress.result import AttackResult
-from elk_stress.scene import Scene, fit_probe, prepare_scene
-from elk_stress.situation import situation
-from elk_stress.subjects.language_model import LanguageModel
-from elk_stress.subjects.moved import CONTINUATION
-from elk_stress.subjects.prefixed import PrefixedModel
-from elk_stress.subjects.recoded import can_recode, recoded, undone_shift
-from elk_stress.testbed import SplitName
+from elk_stress.core.bits import bits_of_beta
+from elk_stress.models.language_model import LanguageModel
+from elk_stress.models.patched import CONTINUATION
+from elk_stress.models.prefixed import PrefixedModel
+from elk_stress.models.recoded import can_recode, recoded, undone_shift
+from elk_stress.probing.probe import FittedProbe, Traits
 from elk_stress.testbeds.linear import Linear
+from elk_stress.testbeds.protocol import SplitName
 from elk_stress.testbeds.statements import Statements
 from elk_stress.testing import checks_for_attack
-from elk_stress.threat import Threat
+from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.proposal import Edit
+from elk_stress.thoughts.attacks.protocol import Attack, Oracle, Proposal
+from elk_stress.thoughts.attacks.runner import run_attack
+from elk_stress.thoughts.attacks.surrogate_agreement import agreement
+from elk_stress.thoughts.attacks.target import Arena, arena
+from elk_stress.thoughts.baseline import situation
+from elk_stress.thoughts.conformal import auroc
+from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.thoughts.result import AttackResult
+from elk_stress.threats.threat import Threat
 
 ATTACKS: dict[str, Attack] = {
     "transfer": Transfer(),
@@ -636,7 +636,7 @@ def test_recode_in_a_language_model_is_judged_by_forward_passes(
     threat = Threat(kept=True, epsilon=1e-6)
     here = arena(stage, situation(stage, fit_probe(stage, "logistic"), threat, 0.1), 1e-6)
     judged: list[int] = []
-    import elk_stress.subjects.recoded as module
+    import elk_stress.models.recoded as module
 
     passes = module.undone_shift
 

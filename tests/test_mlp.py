@@ -7,12 +7,12 @@ import warnings
 import numpy as np
 import pytest
 
-from elk_stress import registry
-from elk_stress.detection import auroc
-from elk_stress.fitting.folds import stretch_folds
-from elk_stress.probe import FittedProbe, as_fitted
+from elk_stress.core import registry
 from elk_stress.probes.mlp import MLP, _program
+from elk_stress.probing.fit.folds import stretch_folds
+from elk_stress.probing.probe import FittedProbe, as_fitted
 from elk_stress.testing import planted_classes
+from elk_stress.thoughts.conformal import auroc
 
 
 def signs(n: int, seed: int, dim: int = 12) -> tuple[np.ndarray, np.ndarray]:

@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
-from elk_stress.subjects import activation_cache, file_digests, models
-from elk_stress.subjects.models import DEFAULT_MODEL, ModelUnavailable, resolve
-from elk_stress.subjects.threads import configure_threads
+from elk_stress.models import activation_cache, file_digests
+from elk_stress.models import sources as models
+from elk_stress.models.sources import DEFAULT_MODEL, ModelUnavailable, resolve
+from elk_stress.models.threads import configure_threads
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -81,7 +82,7 @@ def test_name_of_no_place_is_one_clear_error(name: str) -> None:
 
 
 def test_folder_loads_as_a_language_model(folder: Path) -> None:
-    from elk_stress.subjects.language_model import LanguageModel
+    from elk_stress.models.language_model import LanguageModel
 
     subject = LanguageModel(folder, cache=None)
     assert subject.causal
@@ -203,7 +204,7 @@ def test_hub_that_does_not_answer_is_given_up_soon(hub: dict[str, Any]) -> None:
 def test_revision_is_asked_for_and_recorded(hub: dict[str, Any], revision: str) -> None:
     from urllib.parse import quote
 
-    from elk_stress.subjects.language_model import LanguageModel
+    from elk_stress.models.language_model import LanguageModel
 
     found = resolve("owner/tiny", revision=revision)
     assert found.fingerprint == f"owner/tiny@{COMMIT}"
@@ -345,7 +346,7 @@ def test_default_model_comes_from_the_package_index_once(index: dict[str, Any], 
 def test_conversion_gives_the_model_that_was_written(index: dict[str, Any]) -> None:
     import torch
 
-    from elk_stress.subjects.language_model import LanguageModel
+    from elk_stress.models.language_model import LanguageModel
 
     subject = LanguageModel(cache=None)
     original = tiny.causal()
@@ -422,7 +423,7 @@ def test_damaged_conversion_is_said_and_made_anew(index: dict[str, Any], file: s
     assert index["downloads"] == 7
 
 
-@pytest.mark.filterwarnings("ignore::elk_stress.subjects.activation_cache.DamagedCache")
+@pytest.mark.filterwarnings("ignore::elk_stress.models.activation_cache.DamagedCache")
 @pytest.mark.parametrize("change", ["cut", "lost", "more", "record lost", "record deep", "record list"])
 def test_other_damage_of_the_conversion_is_found_too(index: dict[str, Any], change: str) -> None:
     made = resolve()
@@ -440,7 +441,7 @@ def test_other_damage_of_the_conversion_is_found_too(index: dict[str, Any], chan
     assert resolve().source == "user cache"
 
 
-@pytest.mark.filterwarnings("ignore::elk_stress.subjects.activation_cache.DamagedCache")
+@pytest.mark.filterwarnings("ignore::elk_stress.models.activation_cache.DamagedCache")
 def test_damaged_conversion_without_an_index_is_never_used(index: dict[str, Any]) -> None:
     made = resolve()
     flip(made.path / "model.safetensors", 9999)
@@ -450,7 +451,7 @@ def test_damaged_conversion_without_an_index_is_never_used(index: dict[str, Any]
     assert not made.path.exists()
 
 
-@pytest.mark.filterwarnings("ignore::elk_stress.subjects.activation_cache.DamagedCache")
+@pytest.mark.filterwarnings("ignore::elk_stress.models.activation_cache.DamagedCache")
 def test_damaged_conversion_that_cannot_be_deleted_is_named(
     index: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -476,7 +477,7 @@ def test_copy_of_a_conversion_is_held_against_its_record(index: dict[str, Any], 
 
 
 def test_what_a_folder_says_of_itself_replaces_no_fact(index: dict[str, Any], tmp_path: Path) -> None:
-    from elk_stress.subjects.language_model import LanguageModel
+    from elk_stress.models.language_model import LanguageModel
 
     copy = Path(shutil.copytree(resolve().path, tmp_path / "copy"))
     record = json.loads((copy / "elk_stress.json").read_text())
@@ -535,7 +536,7 @@ def test_damaged_file_in_the_hubs_cache_is_named(hub: dict[str, Any], size: int)
 _CONVERTS = """
 import hashlib, subprocess, sys
 from pathlib import Path
-from elk_stress.subjects import activation_cache, file_digests, models
+from elk_stress.models import activation_cache, file_digests, sources as models
 wheel = Path(sys.argv[1])
 models._WHEEL_SHA256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
 def pip(command, **_):
@@ -624,7 +625,7 @@ def test_wait_policy_is_set_before_torch_is_loaded_and_the_users_wins() -> None:
     import sys
 
     program = (
-        "from elk_stress.subjects.threads import configure_threads; import os, sys; n = configure_threads();"
+        "from elk_stress.models.threads import configure_threads; import os, sys; n = configure_threads();"
         "assert 'torch' not in sys.modules; print(n, os.environ['OMP_WAIT_POLICY'], os.environ['KMP_BLOCKTIME'])"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "KMP_"))}

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from known_answers import KNOWN
 from scipy import stats
 
-from elk_stress.bits import Kind
+from elk_stress.core.bits import Kind
+from elk_stress.estimators.limit_state import LimitState, from_function
 from elk_stress.estimators.monte_carlo import MonteCarlo, clopper_pearson
-from elk_stress.limit_state import LimitState, from_function
 
 
 @pytest.mark.parametrize("name", ["RP31", "RP33", "RP54", "RP63", "RP89", "half_space_d2_b5"])

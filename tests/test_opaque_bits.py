@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 from elk_stress import wrap
-from elk_stress.bits import Kind
-from elk_stress.estimators.verdict import Estimate, Evidence, decide
-from elk_stress.event_bits import event_bits
-from elk_stress.events import item_event
-from elk_stress.flags import flag
-from elk_stress.per_item import stress_items
-from elk_stress.priors import EllipticalPrior
-from elk_stress.probe import FittedProbe, direction
-from elk_stress.scene import fit_probe, prepare_scene
-from elk_stress.situation import situation
-from elk_stress.survival import _upper
+from elk_stress.core.bits import Kind
+from elk_stress.core.flags import flag
+from elk_stress.estimators.arbitration import Estimate, Evidence, decide
+from elk_stress.probing.probe import FittedProbe, direction
 from elk_stress.testbeds.linear import Linear
-from elk_stress.threat import Threat
+from elk_stress.thoughts.baseline import situation
+from elk_stress.thoughts.event_bits import event_bits
+from elk_stress.thoughts.events import item_event
+from elk_stress.thoughts.item_scope import stress_items
+from elk_stress.thoughts.prepared import fit_probe, prepare_scene
+from elk_stress.thoughts.survival import _upper
+from elk_stress.threats.priors import EllipticalPrior
+from elk_stress.threats.threat import Threat
 
 DIM, FLAT = 24, Evidence(Estimate(math.inf, 10.0, math.inf), settled=False)
 
@@ -109,7 +109,7 @@ def _evidence(weighed: Estimate, trusted: bool) -> Evidence:
 
 
 def test_disputed_items_enter_the_best_case_with_their_high_end() -> None:
-    from elk_stress.bits import Bits
+    from elk_stress.core.bits import Bits
 
     plain = Bits(10.0, 5.0, 18.0, Kind.ESTIMATE, "union")
     assert _upper(plain) == 10.0

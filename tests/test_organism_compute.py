@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elk_stress.organism import Inputs
 from elk_stress.testbeds.compute_in_superposition import ComputeInSuperposition
+from elk_stress.testbeds.organism import Inputs
 
 SPLITS = ("train", "calibration", "test")
 PAPER, CORRELATES = 2, (3, 4)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from elk_stress.probe import as_fitted
+from elk_stress.probing.probe import as_fitted
 from elk_stress.testbeds.quirky import Quirky
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elk_stress.organism import Inputs
-from elk_stress.probe import as_fitted
+from elk_stress.probing.probe import as_fitted
+from elk_stress.testbeds.organism import Inputs
 from elk_stress.testbeds.vault import Vault
 
 SPLITS = ("train", "calibration", "test")

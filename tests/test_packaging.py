@@ -260,4 +260,4 @@ def test_a_planted_violation_is_caught(tree: Path, planted: str) -> None:
     finally:
         victim.write_text(clean)
     assert done.returncode == 1
-    assert "elk_stress.survival -> elk_stress." in done.stdout
+    assert "elk_stress.thoughts.survival -> elk_stress." in done.stdout

@@ -39,7 +39,7 @@ def _python(installed: Path | None, code: str, *arguments: str) -> str:
 
 LIST = """
 import json
-from elk_stress import registry
+from elk_stress.core import registry
 print(json.dumps({group: registry.describe(group) for group in ("probes", "attacks")}))
 """
 
@@ -62,10 +62,10 @@ def test_conforms_and_runs(installed: Path) -> None:
     """The public suites, saving and loading by name included, and its attack against its probe."""
     code = """
 import numpy as np
-from elk_stress import registry
-from elk_stress.attack import Oracle
-from elk_stress.limit_state import LimitState
-from elk_stress.probe import as_fitted
+from elk_stress.core import registry
+from elk_stress.thoughts.attacks.protocol import Oracle
+from elk_stress.estimators.limit_state import LimitState
+from elk_stress.probing.probe import as_fitted
 from elk_stress.testing import check_attack, check_probe, planted_classes
 
 probe, attack = registry.load("probes", "median_difference"), registry.load("attacks", "first_order", overshoot=0.02)
@@ -114,7 +114,7 @@ ATTACKS = {
 
 BREAK = """
 import json, sys
-from elk_stress import registry
+from elk_stress.core import registry
 from elk_stress.testing import check_attack, check_probe
 
 said = {}

@@ -14,21 +14,21 @@ import pytest
 import tiny_models as tiny
 from scipy.stats import wilcoxon
 
-from elk_stress.arena import Arena, arena
-from elk_stress.attack import Access, Attack, Oracle, Proposal
-from elk_stress.attacking import run_attack
 from elk_stress.attacks.soft_prompt import SoftPrompt
 from elk_stress.attacks.token_prefix import TokenPrefix
-from elk_stress.mind import Mind
-from elk_stress.prefixes import evasion_loss, natural_epsilon, prefix_edit, sentences
-from elk_stress.scene import Scene, fit_probe, prepare_scene
-from elk_stress.situation import situation
-from elk_stress.subjects.language_model import LanguageModel
-from elk_stress.subjects.prefixed import PrefixedModel
-from elk_stress.testbed import SplitName
+from elk_stress.models.language_model import LanguageModel
+from elk_stress.models.prefixed import PrefixedModel
 from elk_stress.testbeds.linear import Linear
+from elk_stress.testbeds.protocol import SplitName
 from elk_stress.testbeds.statements import Statements
-from elk_stress.threat import Threat
+from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.prefixes import evasion_loss, natural_epsilon, prefix_edit, sentences
+from elk_stress.thoughts.attacks.protocol import Access, Attack, Oracle, Proposal
+from elk_stress.thoughts.attacks.runner import run_attack
+from elk_stress.thoughts.attacks.target import Arena, arena
+from elk_stress.thoughts.baseline import situation
+from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.threats.threat import Threat
 
 TOKENS = TokenPrefix(length=5, steps=6, candidates=12, sentences=6, top=8)
 SOFT = SoftPrompt(length=4, steps=40, rate=0.1, sentences=6)
@@ -319,7 +319,7 @@ def test_behaviour_weighs_in_where_it_is_constrained(name: str, monkeypatch: pyt
 
 
 def test_natural_epsilon_is_three_times_an_ordinary_change_of_context() -> None:
-    from elk_stress.testbeds.contexts import contexts
+    from elk_stress.models.contexts import contexts
 
     mind = mind_for("none", kept=True)
     model = mind.model("test")

@@ -7,9 +7,9 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from elk_stress.subjects.language_model import LanguageModel
-from elk_stress.subjects.moved import CONTINUATION
-from elk_stress.subjects.prefixed import PrefixedModel
+from elk_stress.models.language_model import LanguageModel
+from elk_stress.models.patched import CONTINUATION
+from elk_stress.models.prefixed import PrefixedModel
 
 HOST = "we and you and the red cat ."
 TEXTS = [
@@ -98,10 +98,10 @@ def test_order_repetition_and_batching_change_nothing(monkeypatch: pytest.Monkey
     again = model.read_tokens(prefixes[::-1], shuffled)
     np.testing.assert_allclose(again, found[::-1][:, shuffled], rtol=0, atol=rounding)
     for module in ("language_model", "prefixed"):
-        monkeypatch.setattr(f"elk_stress.subjects.{module}._BATCH_TOKENS", 13)
+        monkeypatch.setattr(f"elk_stress.models.{module}._BATCH_TOKENS", 13)
     np.testing.assert_allclose(model.read_tokens(prefixes, ITEMS), found, rtol=0, atol=rounding)
     shift = model.shift_tokens(prefixes[0], ITEMS)
-    monkeypatch.setattr("elk_stress.subjects.prefixed._ROWS", 1)
+    monkeypatch.setattr("elk_stress.models.prefixed._ROWS", 1)
     np.testing.assert_allclose(prefixed().shift_tokens(prefixes[0], shuffled), shift[shuffled], rtol=1e-4, atol=1e-6)
 
 
@@ -281,7 +281,7 @@ def test_vocabulary_holds_ordinary_printable_tokens_and_their_moments(kind: str)
 
 
 def test_words_that_are_not_printable_are_no_part_of_a_prefix() -> None:
-    from elk_stress.subjects.prefixed import _printable
+    from elk_stress.models.prefixed import _printable
 
     assert [word for word in (" cat", "\n", "", "  ", "a\ufffd", "é", "\x00") if _printable(word)] == [" cat", "é"]
 

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from elk_stress import printable as module
-from elk_stress.printable import check_name, code, label, markdown, printable
+from elk_stress.core import printable as module
+from elk_stress.core.printable import check_name, code, label, markdown, printable
 from elk_stress.report.sections import table
 
 HOSTILE = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from elk_stress.priors import (
+from elk_stress.threats.priors import (
     ChoicePrior,
     EllipticalPrior,
     Gaussian,

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import elk_stress
-from elk_stress import registry
-from elk_stress.probe import FittedProbe, as_fitted, check_activations, check_training_data, direction
-from elk_stress.registry import UnknownName
+from elk_stress.core import registry
+from elk_stress.core.registry import UnknownName
+from elk_stress.probing.probe import FittedProbe, as_fitted, check_activations, check_training_data, direction
 from elk_stress.testing import planted_classes
 
 FINITE = st.floats(-1e3, 1e3, width=32)

@@ -23,14 +23,14 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.numpy import save
 
-from elk_stress import registry
-from elk_stress.probe import FittedProbe, Traits, as_fitted, direction
-from elk_stress.probe_files import model_card
-from elk_stress.registry import UnknownName
+from elk_stress.core import registry
+from elk_stress.core.registry import UnknownName
+from elk_stress.probing.multi_read import Flat, flatten
+from elk_stress.probing.probe import FittedProbe, Traits, as_fitted, direction
+from elk_stress.probing.saving import model_card
+from elk_stress.probing.wrapping.layers import Layers
 from elk_stress.testing import planted_classes
 from elk_stress.testing.case import Case
-from elk_stress.tokens import Flat, flatten
-from elk_stress.wrapping.layers import Layers
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = np.random.default_rng(np.random.SeedSequence(1)).standard_normal((5, 16))
@@ -204,7 +204,7 @@ def test_what_cannot_be_stored_says_why(tmp_path: Path) -> None:
 
 
 def test_somebodys_function_is_not_saved(tmp_path: Path) -> None:
-    from elk_stress.wrapping import wrap
+    from elk_stress.probing.wrapping import wrap
 
     probe = wrap(lambda rows: rows.sum(axis=-1), dim=16)
     with pytest.raises(ValueError, match=r"cannot be (saved|stored)"):

@@ -17,22 +17,23 @@ import numpy as np
 import pytest
 from known_answers import KNOWN
 
-from elk_stress import estimate_bits, registry, stress, stress_activations
-from elk_stress.attack import Access, Attack, Oracle, Proposal
+from elk_stress import estimate_bits, stress, stress_activations
 from elk_stress.attacks.finetune import Finetune
+from elk_stress.core import registry
+from elk_stress.core.flags import CATALOGUE, Flag
 from elk_stress.estimators import estimate_batch, load_method
-from elk_stress.flags import CATALOGUE, Flag
-from elk_stress.limit_state import from_function
-from elk_stress.probe import FittedProbe, Traits
-from elk_stress.result import StressResult
-from elk_stress.scene import Scene, prepare_scene
-from elk_stress.testbed import ContextSet, Items, SplitName
+from elk_stress.estimators.limit_state import from_function
+from elk_stress.probing.probe import FittedProbe, Traits
 from elk_stress.testbeds.arrays import Arrays
 from elk_stress.testbeds.linear import Linear
+from elk_stress.testbeds.protocol import ContextSet, Items, SplitName
 from elk_stress.testbeds.superposition import Superposition
-from elk_stress.threat import Threat
-from elk_stress.training.pressure import stress_training
-from elk_stress.training.weights import OrganismTrainee
+from elk_stress.thoughts.attacks.protocol import Access, Attack, Oracle, Proposal
+from elk_stress.thoughts.prepared import Scene, prepare_scene
+from elk_stress.thoughts.result import StressResult
+from elk_stress.threats.threat import Threat
+from elk_stress.training.loop import stress_training
+from elk_stress.training.organism_trainee import OrganismTrainee
 
 ROOT = Path(__file__).parent.parent
 

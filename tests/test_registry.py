@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from elk_stress import registry
-from elk_stress.registry import Group, UnknownName
+from elk_stress.core import registry
+from elk_stress.core.registry import Group, UnknownName
 
 
 @pytest.mark.parametrize(

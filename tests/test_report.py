@@ -15,16 +15,16 @@ import pytest
 from rich.console import Console
 from test_printable import HOSTILE, rendered
 
-from elk_stress.bits import Bits, Kind
-from elk_stress.comparison import Comparison
-from elk_stress.flags import CATALOGUE, flag
-from elk_stress.printable import printable
+from elk_stress.core.bits import Bits, Kind
+from elk_stress.core.flags import CATALOGUE, flag
+from elk_stress.core.printable import printable
 from elk_stress.report import plots, tables, words
-from elk_stress.report.folder import UnusableFolder, check_folder, write_folder
 from elk_stress.report.markdown import report
-from elk_stress.result import Curve, IncidentalFraction, StressResult
-from elk_stress.run import RunResult
-from elk_stress.threat import Threat
+from elk_stress.runs.folder import UnusableFolder, check_folder, write_folder
+from elk_stress.thoughts.comparison import Comparison
+from elk_stress.thoughts.result import Curve, IncidentalFraction, StressResult
+from elk_stress.thoughts.run_result import RunResult
+from elk_stress.threats.threat import Threat
 
 
 def printed(results: list[StressResult], width: int) -> str:

@@ -17,16 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elk_stress import engine, memory, records, registry
-from elk_stress.bits import Bits, BitsBatch, Kind
 from elk_stress.cli import main
-from elk_stress.engine import prepare_scene, stress
-from elk_stress.flags import FlagEntry, flag
-from elk_stress.incidental import IncidentalFraction
-from elk_stress.left_tail import LeftTail
-from elk_stress.memory import Memory, identity
-from elk_stress.probe import FittedProbe
-from elk_stress.result import (
+from elk_stress.core import registry
+from elk_stress.core.bits import Bits, BitsBatch, Kind
+from elk_stress.core.flags import FlagEntry, flag
+from elk_stress.probing.probe import FittedProbe
+from elk_stress.runs.stress import PIECES, Interrupted, RunResult, run
+from elk_stress.testbeds.linear import Linear
+from elk_stress.thoughts import engine, memory, records
+from elk_stress.thoughts.engine import prepare_scene, stress
+from elk_stress.thoughts.incidental import IncidentalFraction
+from elk_stress.thoughts.memory import Memory, identity
+from elk_stress.thoughts.power_law import LeftTail
+from elk_stress.thoughts.result import (
     AttackResult,
     Audit,
     AuditStage,
@@ -37,9 +40,7 @@ from elk_stress.result import (
     StressResult,
     ThreatResult,
 )
-from elk_stress.run import PIECES, Interrupted, RunResult, run
-from elk_stress.testbeds.linear import Linear
-from elk_stress.threat import Threat
+from elk_stress.threats.threat import Threat
 
 THREATS = (Threat(), Threat(scope="universal"))
 ATTACKS = ("natural_thoughts", "gradient")
@@ -507,7 +508,7 @@ class Alone:
     priors: tuple[str, ...] = ()
 
     def propose(self, oracle: Any, *, seed: int) -> Any:
-        from elk_stress.attack import Proposal
+        from elk_stress.thoughts.attacks.protocol import Proposal
 
         return Proposal(np.full((oracle.n_problems, 2, oracle.dim), 0.5))
 

@@ -11,8 +11,8 @@ import pytest
 
 import elk_stress
 from elk_stress import wrap
-from elk_stress.probe import FittedProbe, Traits
-from elk_stress.rowwise import check_rows
+from elk_stress.probing.probe import FittedProbe, Traits
+from elk_stress.probing.rowwise import check_rows
 
 DIM = 8
 WEIGHT = np.array([2.0] + [0.3] * 7)
@@ -217,8 +217,8 @@ def test_what_works_in_place_leaves_the_callers_rows_alone() -> None:
 
 
 def test_a_score_that_is_no_number_on_moved_activations_names_the_probe_and_the_move() -> None:
-    from elk_stress.events import item_event
-    from elk_stress.priors import EllipticalPrior
+    from elk_stress.thoughts.events import item_event
+    from elk_stress.threats.priors import EllipticalPrior
 
     probe = wrap(_plain(lambda x: np.log(x).sum(axis=1)), dim=2, name="mine")
     state = item_event(probe, EllipticalPrior(np.eye(2), name="test"), np.full((1, 2), 2.0), 0.0)
@@ -263,8 +263,8 @@ def test_a_score_made_of_its_rounding_is_told_from_one_that_looks_at_other_rows(
 
 def test_a_module_in_single_precision_is_not_refused_for_activations_far_from_zero() -> None:
     torch = pytest.importorskip("torch")
-    from elk_stress.scene import fit_probe, prepare_scene
     from elk_stress.testbeds.arrays import Arrays
+    from elk_stress.thoughts.prepared import fit_probe, prepare_scene
 
     weight = torch.tensor(np.r_[2.0, np.full(299, 0.05)], dtype=torch.float32)
     for offset in (0.0, 1e3, 1e5):

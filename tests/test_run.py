@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from fake_engine import FakeTestbed, install, light
 
-from elk_stress.flags import flag
-from elk_stress.report.folder import UnusableFolder
-from elk_stress.run import Interrupted, run
+from elk_stress.core.flags import flag
+from elk_stress.runs.folder import UnusableFolder
+from elk_stress.runs.stress import Interrupted, run
 from elk_stress.testbeds.arrays import Arrays
 from elk_stress.testbeds.linear import Linear
-from elk_stress.threat import parse_threat
+from elk_stress.threats.threat import parse_threat
 
 
 def saved(folder: Path) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def test_red_flags_make_a_run_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_disk_that_fills_up_meanwhile_loses_no_finished_probe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from elk_stress import run as module
+    from elk_stress.runs import stress as module
 
     install(monkeypatch)
     tries: list[int] = []

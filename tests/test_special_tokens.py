@@ -11,9 +11,9 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from elk_stress.subjects.language_model import LanguageModel
-from elk_stress.subjects.special_tokens import surrounding, templates_in
-from elk_stress.testbeds import contexts
+from elk_stress.models import contexts
+from elk_stress.models.language_model import LanguageModel
+from elk_stress.models.special_tokens import surrounding, templates_in
 from elk_stress.testbeds.statements import Statements
 
 CHAT = (
@@ -217,7 +217,7 @@ def test_template_is_refused_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from elk_stress.cli import main
-    from elk_stress.subjects import language_model
+    from elk_stress.models import language_model
 
     folder = tmp_path / "model"
     llama(chat_tokenizer()).model.save_pretrained(folder)

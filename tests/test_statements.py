@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
-from elk_stress import registry
-from elk_stress import testbed as contract
-from elk_stress.subjects.language_model import LanguageModel
-from elk_stress.testbed import check_splits
-from elk_stress.testbeds import contexts, facts
+from elk_stress.core import registry
+from elk_stress.models import contexts
+from elk_stress.models.language_model import LanguageModel
+from elk_stress.testbeds import facts
+from elk_stress.testbeds import protocol as contract
+from elk_stress.testbeds.protocol import check_splits
 from elk_stress.testbeds.statements import Statements
 from elk_stress.testbeds.user_data import load_jsonl
 
@@ -450,7 +451,7 @@ def test_real_model_is_read_and_moved_as_plain_passes_say(smollm2: LanguageModel
         expected = smollm2.model(ids, output_hidden_states=True).hidden_states[16][0, -1].numpy()
     np.testing.assert_allclose(found[1], expected, atol=1e-4 * np.abs(expected).max())
 
-    from elk_stress.subjects.moved import MovedModel
+    from elk_stress.models.patched import MovedModel
 
     moved = MovedModel(smollm2, site, texts, found)
     rng = np.random.default_rng(0)

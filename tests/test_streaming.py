@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elk_stress import registry
-from elk_stress.moments import Moments
-from elk_stress.streaming import Fitter, Rows, fit_streaming
+from elk_stress.core import registry
+from elk_stress.probing.fit.moments import Moments
+from elk_stress.probing.fit.streaming import Fitter, Rows, fit_streaming
 
 NAMES = [name for name in registry.names("probes") if registry.load("probes", name).traits.streams]
 
@@ -300,7 +300,7 @@ def test_memory_does_not_grow_with_the_rows(name: str) -> None:
 
 def test_streaming_loads_nothing_heavy() -> None:
     code = (
-        "import sys, elk_stress.streaming\n"
+        "import sys, elk_stress.probing.fit.streaming\n"
         "assert not {'torch', 'jax', 'sklearn', 'scipy'} & set(sys.modules), 'heavy'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -10,10 +10,10 @@ import pytest
 from known_answers import KNOWN, half_space
 from scipy import stats
 
-from elk_stress.bits import Kind
+from elk_stress.core.bits import Kind
+from elk_stress.estimators.limit_state import LimitState, from_function
 from elk_stress.estimators.splitting_kernels import KERNELS, Moved, Normals, Scratch
 from elk_stress.estimators.subset_simulation import SubsetSimulation
-from elk_stress.limit_state import LimitState, from_function
 
 # the multimodal trap is judged by its flag, below
 SMOOTH = [name for name in KNOWN if name != "RP110"]

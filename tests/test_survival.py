@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from elk_stress.bits import Bits, BitsBatch, Kind
-from elk_stress.priors import Gaussian, Logistic, StudentT, Tail
-from elk_stress.survival import (
+from elk_stress.core.bits import Bits, BitsBatch, Kind
+from elk_stress.thoughts.survival import (
     ItemReplicates,
     Resamples,
     curve_from_items,
@@ -24,6 +23,7 @@ from elk_stress.survival import (
     weighted_half_life,
     wide_interval,
 )
+from elk_stress.threats.priors import Gaussian, Logistic, StudentT, Tail
 
 finite_bits = arrays(float, st.integers(1, 30), elements=st.floats(0, 90))
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from elk_stress.priors import EllipticalPrior, Gaussian, Logistic, StudentT, fit_tails
-from elk_stress.tails import Tail, scale_table
+from elk_stress.threats.priors import EllipticalPrior, Gaussian, Logistic, StudentT, fit_tails
+from elk_stress.threats.tails import Tail, scale_table
 
 TAILS: dict[str, Tail] = {
     "gaussian": Gaussian(),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from elk_stress.bits import BitsBatch, Kind
+from elk_stress.core.bits import BitsBatch, Kind
 from elk_stress.training.comparison import _sign_flips, compare_pressure, per_point
 
 

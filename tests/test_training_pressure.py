@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from elk_stress import registry
 from elk_stress.attacks.finetune import Finetune
 from elk_stress.attacks.gradient import Gradient
 from elk_stress.attacks.lora import Lora
-from elk_stress.bits import Kind
-from elk_stress.flags import Flag
-from elk_stress.probe import FittedProbe, as_fitted
+from elk_stress.core import registry
+from elk_stress.core.bits import Kind
+from elk_stress.core.flags import Flag
 from elk_stress.probes.lda import LDA
+from elk_stress.probing.probe import FittedProbe, as_fitted
+from elk_stress.probing.wrapping import direction
 from elk_stress.testbeds.linear import Linear
 from elk_stress.testbeds.superposition import Superposition
 from elk_stress.training.checkpoint import Checkpoints
-from elk_stress.training.pressure import stress_training
+from elk_stress.training.loop import stress_training
+from elk_stress.training.organism_trainee import OrganismTrainee, calibrate
 from elk_stress.training.protocols import Trainee
-from elk_stress.training.results import PressureResult
-from elk_stress.training.weights import OrganismTrainee, calibrate
-from elk_stress.wrapping import direction
+from elk_stress.training.result import PressureResult
 
 _STRENGTHS = (0.3, 3.0)
 _ATTACK = Finetune(learning_rate=1e-2, batch_size=64)

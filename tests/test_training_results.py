@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from elk_stress.bits import Bits, BitsBatch, Kind
-from elk_stress.flags import flag
-from elk_stress.result import plain
-from elk_stress.training.results import WeightBits, median_bits, over_models
+from elk_stress.core.bits import Bits, BitsBatch, Kind
+from elk_stress.core.flags import flag
+from elk_stress.thoughts.result import plain
+from elk_stress.training.result import WeightBits, median_bits, over_models
 
 
 def rng(*seed: int) -> np.random.Generator:

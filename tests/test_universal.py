@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elk_stress.bits import BitsBatch, Kind
-from elk_stress.crowd import judged_on
-from elk_stress.engine import prepare_scene
-from elk_stress.event_bits import event_bits
-from elk_stress.probe import FittedProbe, Traits, direction
-from elk_stress.result import ThreatResult
-from elk_stress.scene import Scene
-from elk_stress.situation import situation
+from elk_stress.core.bits import BitsBatch, Kind
+from elk_stress.probing.probe import FittedProbe, Traits, direction
 from elk_stress.testbeds.linear import Linear
-from elk_stress.threat import Threat
-from elk_stress.universal import _descending, bits_of_levels, stress_universal, universal_event
+from elk_stress.thoughts.baseline import situation
+from elk_stress.thoughts.engine import prepare_scene
+from elk_stress.thoughts.event_bits import event_bits
+from elk_stress.thoughts.prepared import Scene
+from elk_stress.thoughts.result import ThreatResult
+from elk_stress.thoughts.universal_items import judged_on
+from elk_stress.thoughts.universal_scope import _descending, bits_of_levels, stress_universal, universal_event
+from elk_stress.threats.threat import Threat
 
 FREE = Threat(scope="universal")
 

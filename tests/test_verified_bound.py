@@ -8,13 +8,13 @@ from functools import cache
 import numpy as np
 import pytest
 
-from elk_stress.arena import Arena, arena, judged_event
 from elk_stress.estimators.evidence_bound import EvidenceBound
-from elk_stress.events import nearest_of_linear
-from elk_stress.scene import prepare_scene
-from elk_stress.situation import situation
 from elk_stress.testbeds.linear import Linear
-from elk_stress.threat import Threat
+from elk_stress.thoughts.attacks.target import Arena, arena, judged_event
+from elk_stress.thoughts.baseline import situation
+from elk_stress.thoughts.events import nearest_of_linear
+from elk_stress.thoughts.prepared import prepare_scene
+from elk_stress.threats.threat import Threat
 
 _EPSILON = 0.5
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from elk_stress.bits import BitsBatch, Kind
+from elk_stress.core.bits import BitsBatch, Kind
 from elk_stress.training.weight_bits import _headline, _smooth
 
 

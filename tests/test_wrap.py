@@ -20,9 +20,9 @@ from sklearn.svm import SVC, LinearSVC
 
 import elk_stress
 from elk_stress import wrap
-from elk_stress.event_bits import event_bits
-from elk_stress.events import item_event
-from elk_stress.priors import EllipticalPrior
+from elk_stress.thoughts.event_bits import event_bits
+from elk_stress.thoughts.events import item_event
+from elk_stress.threats.priors import EllipticalPrior
 
 DIM = 12
 _RNG = np.random.default_rng(np.random.SeedSequence([5, 0x3A9]))
@@ -369,7 +369,7 @@ def test_a_torch_module_of_ones_own_has_the_bits_of_its_converted_twin() -> None
 
 
 def test_without_a_slope_no_corner_is_known() -> None:
-    from elk_stress.events import nearest_kept
+    from elk_stress.thoughts.events import nearest_kept
 
     prior = EllipticalPrior(np.eye(4), name="test")
     corner = nearest_kept(prior, np.zeros((2, 4)), np.ones(2), np.ones((2, 1, 4)), 0.1)

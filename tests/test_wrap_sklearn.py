@@ -35,7 +35,7 @@ from sklearn.svm import SVC, LinearSVC, OneClassSVM
 from sklearn.utils import all_estimators
 
 from elk_stress import wrap
-from elk_stress.probe import FittedProbe
+from elk_stress.probing.probe import FittedProbe
 
 DIM = 5
 _RNG = np.random.default_rng(np.random.SeedSequence([17, 3]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elk_stress.probe import FittedProbe
+from elk_stress.probing.probe import FittedProbe
 
 
 def every_library_agrees(

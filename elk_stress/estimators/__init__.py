@@ -1,7 +1,7 @@
 """Estimators of bits: one answer, ten methods of different reach, and ``auto``, which combines them.
 
-Every estimator is a frozen configuration called on a :class:`~elk_stress.limit_state.LimitState`, batched over its
-problems: ``Importance(n_particles=4096)(limit_state, seed=0, centres=centres) -> BitsBatch``.
+Every estimator is a frozen configuration called on a :class:`~elk_stress.estimators.limit_state.LimitState`, batched
+over its problems: ``Importance(n_particles=4096)(limit_state, seed=0, centres=centres) -> BitsBatch``.
 
     >>> from elk_stress import estimate_bits
     >>> bits = estimate_bits(lambda u: 5.0 - u[:, 0], dim=3)  # B = -log2 Phi(-5) = 21.7
@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from elk_stress.bits import Bits, BitsBatch
-from elk_stress.limit_state import Backend, LimitState, from_function
-from elk_stress.settings import one_of, setting, shown
+from elk_stress.core.bits import Bits, BitsBatch
+from elk_stress.core.settings import one_of, setting, shown
+from elk_stress.estimators.limit_state import Backend, LimitState, from_function
 
 __all__ = ["METHODS", "estimate_batch", "estimate_bits", "load_method"]
 
@@ -88,8 +88,8 @@ def estimate_bits(
 
     Raises:
         TypeError: no function.
-        ValueError: an unknown method, a setting outside what it may be (:mod:`elk_stress.settings`), a missing ``dim``,
-            several problems, or a limit state that returns NaN.
+        ValueError: an unknown method, a setting outside what it may be (:mod:`elk_stress.core.settings`), a missing
+            ``dim``, several problems, or a limit state that returns NaN.
     """
     one_of("backend", backend, ["auto", "numpy", "jax", "torch"])
     dim, seed = setting("dim", dim, optional=True), setting("seed", seed)

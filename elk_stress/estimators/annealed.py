@@ -42,11 +42,11 @@ import numpy as np
 from scipy import stats
 from scipy.special import betaincinv, gammaincinv, logsumexp
 
-from elk_stress.bits import LN2, BitsBatch, Kind
+from elk_stress.core.bits import LN2, BitsBatch, Kind
+from elk_stress.core.flags import Flag, flag
 from elk_stress.estimators.annealed_path import FEWEST, Found, Path
+from elk_stress.estimators.limit_state import LimitState, Meter
 from elk_stress.estimators.mixture import Mixture, blocks, check_centres
-from elk_stress.flags import Flag, flag
-from elk_stress.limit_state import LimitState, Meter
 
 __all__ = ["Annealed"]
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from scipy.special import logsumexp
 
+from elk_stress.estimators.limit_state import Meter
 from elk_stress.estimators.mixture import Mixture
-from elk_stress.limit_state import Meter
-
-if TYPE_CHECKING:
-    from elk_stress.estimators.annealed import Annealed
 
 __all__ = ["FEWEST", "Found", "Path"]
 
@@ -31,6 +28,21 @@ _CHUNK_ELEMENTS = 1 << 22
 _TARGET_ALONG, _TARGET_BOTH = 0.44, 0.35
 # outward steps of one standard deviation that the start may take
 _OUTWARD = 12
+
+
+class Schedule(Protocol):
+    """What the path needs of :class:`~elk_stress.estimators.annealed.Annealed`, which has the meaning of each."""
+
+    @property
+    def n_runs(self) -> int: ...
+    @property
+    def n_moves(self) -> int: ...
+    @property
+    def max_moves(self) -> int: ...
+    @property
+    def forget(self) -> float: ...
+    @property
+    def keep(self) -> float: ...
 
 
 @dataclass
@@ -113,7 +125,7 @@ class _Rows:
 class Path:
     """One block of problems on the way from t = 1 to t = 0."""
 
-    config: Annealed
+    config: Schedule
     meter: Meter
     mixture: Mixture
     block: np.ndarray

@@ -31,17 +31,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import betaincinv
 
-from elk_stress.bits import BitsBatch, Kind
+from elk_stress.core.bits import BitsBatch, Kind
+from elk_stress.estimators.arbitration import Estimate, Evidence, agree, decide
 from elk_stress.estimators.closed_form import ClosedForm
 from elk_stress.estimators.design_point import DesignPoint, distinct
 from elk_stress.estimators.evidence_bound import EvidenceBound
 from elk_stress.estimators.importance import Importance
+from elk_stress.estimators.limit_state import LimitState, Meter
 from elk_stress.estimators.mixture import Mixture
 from elk_stress.estimators.particles import draw_from, far_apart, with_means
 from elk_stress.estimators.subset_simulation import SubsetSimulation
 from elk_stress.estimators.typical import typical_centres
-from elk_stress.estimators.verdict import Estimate, Evidence, agree, decide
-from elk_stress.limit_state import LimitState, Meter
 
 __all__ = ["Auto", "restrict"]
 

@@ -28,10 +28,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy.special import gammaln
 
-from elk_stress.bits import BitsBatch, Kind
+from elk_stress.core.bits import BitsBatch, Kind
+from elk_stress.core.flags import flag
+from elk_stress.estimators.limit_state import LimitState, Meter
 from elk_stress.estimators.monte_carlo import clopper_pearson
-from elk_stress.flags import flag
-from elk_stress.limit_state import LimitState, Meter
 
 __all__ = ["BestOfN", "Curve", "holds", "observed_curve", "predicted_curve"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from elk_stress.limit_state import Meter
+from elk_stress.estimators.limit_state import Meter
 
 __all__ = ["cross"]
 

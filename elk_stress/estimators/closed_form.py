@@ -1,7 +1,7 @@
 r"""Closed forms: a linear probe under an elliptical prior, and its limit when behaviour must be kept exactly.
 
 For ``g(u) = offset + s(z) (weight . v)`` with standardized margin ``z = offset/||weight||`` the probability of failure
-is the prior's one-dimensional tail beyond z, exactly (:mod:`elk_stress.tails`):
+is the prior's one-dimensional tail beyond z, exactly (:mod:`elk_stress.threats.tails`):
 
 Gaussian ``-log2 Phi(-z)``; elliptical logistic ``log2(1 + exp(pi z/sqrt 3))``; elliptical t
 ``-log2 T_nu(-z sqrt(nu/(nu-2)))``.
@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from elk_stress.bits import LN2, BitsBatch, Kind
-from elk_stress.limit_state import LimitState
-from elk_stress.tails import Gaussian, Tail, scale_table
+from elk_stress.core.bits import LN2, BitsBatch, Kind
+from elk_stress.estimators.limit_state import LimitState
+from elk_stress.threats.tails import Gaussian, Tail, scale_table
 
 __all__ = ["ClosedForm", "conditional_limit"]
 

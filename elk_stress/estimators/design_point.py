@@ -29,10 +29,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elk_stress.bits import BitsBatch, Kind, bits_of_beta
+from elk_stress.core.bits import BitsBatch, Kind, bits_of_beta
+from elk_stress.core.flags import Flag, flag
 from elk_stress.estimators.boundary import cross
-from elk_stress.flags import Flag, flag
-from elk_stress.limit_state import BudgetExhausted, LimitState, Meter
+from elk_stress.estimators.limit_state import BudgetExhausted, LimitState, Meter
 
 __all__ = ["DesignPoint", "distinct"]
 

@@ -28,10 +28,10 @@ from typing import Any, Literal
 import numpy as np
 from scipy.special import betaincinv
 
-from elk_stress.bits import LN2, BitsBatch, Kind
+from elk_stress.core.bits import LN2, BitsBatch, Kind
+from elk_stress.core.flags import Flag, flag
+from elk_stress.estimators.limit_state import LimitState, Meter
 from elk_stress.estimators.mixture import Mixture, affordable, blocks, check_centres
-from elk_stress.flags import Flag, flag
-from elk_stress.limit_state import LimitState, Meter
 
 __all__ = ["EvidenceBound", "bound_of", "level_of"]
 

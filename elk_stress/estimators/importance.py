@@ -26,10 +26,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import gammaincinv, logsumexp, stdtrit
 
-from elk_stress.bits import LN2, BitsBatch, Kind
+from elk_stress.core.bits import LN2, BitsBatch, Kind
+from elk_stress.core.flags import Flag, flag
+from elk_stress.estimators.limit_state import LimitState, Meter
 from elk_stress.estimators.mixture import Mixture, affordable, blocks, check_centres
-from elk_stress.flags import Flag, flag
-from elk_stress.limit_state import LimitState, Meter
 
 __all__ = ["Importance", "weighted_interval"]
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from elk_stress.bits import BitsBatch, Kind, bits_of_beta
-from elk_stress.flags import flag
-from elk_stress.limit_state import LimitState, Meter
+from elk_stress.core.bits import BitsBatch, Kind, bits_of_beta
+from elk_stress.core.flags import flag
+from elk_stress.estimators.limit_state import LimitState, Meter
 
 __all__ = ["IsoperimetricBound"]
 

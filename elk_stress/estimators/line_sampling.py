@@ -26,12 +26,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import log_ndtr, logsumexp
 
-from elk_stress.bits import LN2, BitsBatch, Kind
+from elk_stress.core.bits import LN2, BitsBatch, Kind
+from elk_stress.core.flags import Flag, flag
 from elk_stress.estimators.boundary import cross
 from elk_stress.estimators.importance import weighted_interval
+from elk_stress.estimators.limit_state import BudgetExhausted, LimitState, Meter
 from elk_stress.estimators.mixture import affordable, blocks, check_centres
-from elk_stress.flags import Flag, flag
-from elk_stress.limit_state import BudgetExhausted, LimitState, Meter
 
 __all__ = ["LineSampling"]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import log_ndtr, logsumexp
 
-from elk_stress.limit_state import LimitState, Meter
+from elk_stress.estimators.limit_state import LimitState, Meter
 
 __all__ = ["Mixture", "affordable", "blocks", "check_centres"]
 

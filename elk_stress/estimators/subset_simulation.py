@@ -57,10 +57,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from elk_stress.bits import LN2, BitsBatch, Kind, bits_of_beta
+from elk_stress.core.bits import LN2, BitsBatch, Kind, bits_of_beta
+from elk_stress.core.flags import Flag, flag
+from elk_stress.estimators.limit_state import LimitState
 from elk_stress.estimators.splitting_kernels import KERNELS, Normals, Scratch
-from elk_stress.flags import Flag, flag
-from elk_stress.limit_state import LimitState
 
 __all__ = ["SubsetSimulation"]
 

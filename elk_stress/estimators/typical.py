@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from elk_stress.limit_state import BudgetExhausted, Meter
+from elk_stress.estimators.limit_state import BudgetExhausted, Meter
 
 __all__ = ["typical_centres"]
 

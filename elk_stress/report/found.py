@@ -6,15 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from elk_stress.bits import Bits, Kind
-from elk_stress.comparison import Comparison
-from elk_stress.printable import code, markdown
+from elk_stress.core.bits import Bits, Kind
+from elk_stress.core.printable import code, markdown
 from elk_stress.report import words
 from elk_stress.report.sections import COMPARED, probability
-from elk_stress.result import StressResult
+from elk_stress.thoughts.comparison import Comparison
+from elk_stress.thoughts.result import StressResult
 
 if TYPE_CHECKING:
-    from elk_stress.run import RunResult
+    from elk_stress.thoughts.run_result import RunResult
 
 __all__ = ["belief", "found"]
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from elk_stress.printable import code, markdown, printable
+from elk_stress.core.printable import code, markdown, printable
 from elk_stress.report import found, overview, sections
-from elk_stress.result import plain
+from elk_stress.thoughts.result import plain
 
 if TYPE_CHECKING:
-    from elk_stress.run import RunResult
+    from elk_stress.thoughts.run_result import RunResult
 
 __all__ = ["report"]
 

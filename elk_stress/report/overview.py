@@ -16,12 +16,12 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from elk_stress.bits import Bits, Kind
-from elk_stress.printable import code, label
+from elk_stress.core.bits import Bits, Kind
+from elk_stress.core.printable import code, label
 from elk_stress.report import words
 from elk_stress.report.plots import blank, title_and_legend
 from elk_stress.report.sections import table
-from elk_stress.result import StressResult, ThreatResult
+from elk_stress.thoughts.result import StressResult, ThreatResult
 
 __all__ = ["bits", "certificates"]
 

@@ -30,10 +30,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from elk_stress.printable import label
+from elk_stress.core.printable import label
 from elk_stress.report import words
-from elk_stress.result import BestOfNCurves, Curve, StressResult, ThreatResult
-from elk_stress.threat import Threat
+from elk_stress.thoughts.result import BestOfNCurves, Curve, StressResult, ThreatResult
+from elk_stress.threats.threat import Threat
 
 __all__ = ["COLOURS", "LINES", "best_of_n", "blank", "incidental", "save", "survival", "title_and_legend"]
 

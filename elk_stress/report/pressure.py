@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elk_stress.bits import Bits, Kind
-from elk_stress.flags import CATALOGUE
-from elk_stress.printable import code, label, markdown, printable
+from elk_stress.core.bits import Bits, Kind
+from elk_stress.core.flags import CATALOGUE
+from elk_stress.core.printable import code, label, markdown, printable
 from elk_stress.report.sections import table
 from elk_stress.training.comparison import per_point
-from elk_stress.training.results import PressureResult
+from elk_stress.training.result import PressureResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-    from elk_stress.training.suite import TrainingRun
+    from elk_stress.training.run_result import TrainingRun
 
 __all__ = ["COLUMNS", "figure", "report", "row", "show"]
 

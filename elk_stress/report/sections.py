@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from elk_stress.bits import GUARANTEES, Bits
-from elk_stress.comparison import Comparison
-from elk_stress.flags import CATALOGUE, Flag
-from elk_stress.printable import code, markdown
+from elk_stress.core.bits import GUARANTEES, Bits
+from elk_stress.core.flags import CATALOGUE, Flag
+from elk_stress.core.printable import code, markdown
 from elk_stress.report import words
-from elk_stress.result import AttackResult, StressResult, ThreatResult
+from elk_stress.thoughts.comparison import Comparison
+from elk_stress.thoughts.result import AttackResult, StressResult, ThreatResult
 
 __all__ = [
     "COMPARED",

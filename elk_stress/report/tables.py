@@ -15,11 +15,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from elk_stress.bits import Kind
-from elk_stress.flags import CATALOGUE, Flag
-from elk_stress.printable import printable
+from elk_stress.core.bits import Kind
+from elk_stress.core.flags import CATALOGUE, Flag
+from elk_stress.core.printable import printable
 from elk_stress.report import words
-from elk_stress.result import AttackResult, StressResult, ThreatResult
+from elk_stress.thoughts.result import AttackResult, StressResult, ThreatResult
 
 __all__ = ["attack_table", "flag_legend", "probe_table", "show"]
 

@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from elk_stress.bits import Bits, Kind, best_of_n_half_chance, beta_of_bits
-from elk_stress.flags import CATALOGUE, Flag
-from elk_stress.result import StressResult, ThreatResult
-from elk_stress.threat import Threat
+from elk_stress.core.bits import Bits, Kind, best_of_n_half_chance, beta_of_bits
+from elk_stress.core.flags import CATALOGUE, Flag
+from elk_stress.thoughts.result import StressResult, ThreatResult
+from elk_stress.threats.threat import Threat
 
 __all__ = [
     "FLAG_CODES",

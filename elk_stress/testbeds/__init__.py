@@ -1,0 +1,1 @@
+"""Models, their data and the known truth about what a probe should report."""

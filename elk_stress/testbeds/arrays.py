@@ -5,7 +5,7 @@ own scale (:attr:`Arrays.prior`), and so are the default threats (:attr:`Arrays.
 
 Everything after is computed in float32, which has 24 bits a number. Where a feature lies far from 0 for its spread
 these would go to the offset: :attr:`Arrays.origin` is taken off in the precision that came, before the cast, and probes
-that were given score ``x + origin`` (:func:`elk_stress.origin.moved`).
+that were given score ``x + origin`` (:func:`elk_stress.probing.origin.moved`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from elk_stress.duplicates import conflicts, joined, names_items, recur, row_keys
-from elk_stress.inputs import as_activations, as_groups, as_labels
-from elk_stress.priors import EllipticalPrior
-from elk_stress.probe import FittedProbe
-from elk_stress.settings import setting, settings
-from elk_stress.testbed import ContextSet, Items, SplitName
-from elk_stress.threat import Threat, default_threats
+from elk_stress.core.inputs import as_activations, as_groups, as_labels
+from elk_stress.core.settings import setting, settings
+from elk_stress.probing.probe import FittedProbe
+from elk_stress.testbeds.duplicates import conflicts, joined, names_items, recur, row_keys
+from elk_stress.testbeds.protocol import ContextSet, Items, SplitName
+from elk_stress.threats.priors import EllipticalPrior
+from elk_stress.threats.threat import Threat, default_threats
 
 __all__ = ["Arrays", "shares_for"]
 
@@ -48,7 +48,7 @@ class Arrays:
             ``(n, contexts, tokens, d)`` for probes of tokens. Any library's array; a memory map stays mapped.
         labels: ``(n,)`` in {0, 1}, 1 = positive, or truth values, or with ``positive`` any two values.
         groups: ``(n,)`` entities, numbers or names; split together. By default every item is its own. Items of equal
-            activations are always one entity (:mod:`elk_stress.duplicates`).
+            activations are always one entity (:mod:`elk_stress.testbeds.duplicates`).
         shares: shares of the entities for training, calibration and test.
         observed_contexts: how many of the last contexts are held back to observe best-of-n.
         seed: of the split.
@@ -56,7 +56,7 @@ class Arrays:
 
     Raises:
         TypeError, ValueError: what is no array of numbers, labels or groups, or does not fit the rest
-            (:mod:`elk_stress.inputs`); too few items for three splits of both classes.
+            (:mod:`elk_stress.core.inputs`); too few items for three splits of both classes.
     """
 
     data: np.ndarray

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from elk_stress.inputs import as_labels
+from elk_stress.core.inputs import as_labels
 
 __all__ = ["read_items"]
 

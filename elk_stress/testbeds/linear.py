@@ -25,11 +25,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from elk_stress.bits import Bits, Kind
-from elk_stress.priors import EllipticalPrior, Gaussian, Tail
-from elk_stress.probe import FittedProbe, direction
-from elk_stress.testbed import ContextSet, Items, SplitName
+from elk_stress.core.bits import Bits, Kind
+from elk_stress.probing.probe import FittedProbe, direction
 from elk_stress.testbeds.linear_exact import joint_bits
+from elk_stress.testbeds.protocol import ContextSet, Items, SplitName
+from elk_stress.threats.priors import EllipticalPrior, Gaussian, Tail
 
 __all__ = ["Linear"]
 

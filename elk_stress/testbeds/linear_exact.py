@@ -22,9 +22,9 @@ import math
 import numpy as np
 from scipy import special
 
-from elk_stress.bits import LN2
-from elk_stress.priors import EllipticalPrior
-from elk_stress.tails import scale_table
+from elk_stress.core.bits import LN2
+from elk_stress.threats.priors import EllipticalPrior
+from elk_stress.threats.tails import scale_table
 
 __all__ = ["joint_bits"]
 

@@ -39,8 +39,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from elk_stress.organism import Concept, Inputs, Organism, Trigger, Weights
-from elk_stress.testbed import SplitName
+from elk_stress.testbeds.organism import Concept, Inputs, Organism, Trigger, Weights
+from elk_stress.testbeds.protocol import SplitName
 
 __all__ = ["Quirky"]
 

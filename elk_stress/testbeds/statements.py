@@ -1,7 +1,7 @@
 """True and false statements read by a real language model; the monitor must catch the false ones.
 
 Items are statements from packaged facts (:mod:`elk_stress.testbeds.facts`) or a user's own (``data``). Every item is
-read alone (``bare``) and after neutral contexts (:mod:`elk_stress.testbeds.contexts`): A for the prior, B for
+read alone (``bare``) and after neutral contexts (:mod:`elk_stress.models.contexts`): A for the prior, B for
 observation, disjoint. The activation is the one at the item's last token at one site.
 
 Splits. No entity crosses. ``demo`` has 80 items (24 train, 32 calibration of which 24 negative, 24 test) and 8 + 8
@@ -16,7 +16,7 @@ other split; calibration and test are never looked at.
 
 Behaviour. :meth:`Statements.shift` hosts every item in one context of A (the medoid: the context whose mean activation
 is nearest to the mean over contexts), replaces its last token's activation by ``origin + move`` and measures nats per
-token over the next token and 8 more (:mod:`elk_stress.subjects.moved`). The origin is the item's mean over A.
+token over the next token and 8 more (:mod:`elk_stress.models.patched`). The origin is the item's mean over A.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from elk_stress.extras import need
-from elk_stress.probe import FittedProbe
-from elk_stress.settings import setting
-from elk_stress.testbed import ContextSet, Items, SplitName
-from elk_stress.testbeds import contexts as neutral
+from elk_stress.core.extras import need
+from elk_stress.core.settings import setting
+from elk_stress.models import contexts as neutral
+from elk_stress.probing.probe import FittedProbe
 from elk_stress.testbeds import facts
+from elk_stress.testbeds.protocol import ContextSet, Items, SplitName
 from elk_stress.testbeds.user_data import load_jsonl
 
 if TYPE_CHECKING:
-    from elk_stress.subjects.language_model import LanguageModel
-    from elk_stress.subjects.moved import MovedModel
-    from elk_stress.subjects.prefixed import PrefixedModel
+    from elk_stress.models.language_model import LanguageModel
+    from elk_stress.models.patched import MovedModel
+    from elk_stress.models.prefixed import PrefixedModel
 
 __all__ = ["Statements"]
 
@@ -176,14 +176,14 @@ class Statements:
     @cached_property
     def silent(self) -> str:
         """Why moves have no output here, tried on a few tokens; empty where they have one."""
-        from elk_stress.subjects.moved import way_to_move
+        from elk_stress.models.patched import way_to_move
 
         return _refusal(way_to_move, self._loaded())
 
     @cached_property
     def no_prefix(self) -> str:
         """Why nothing can be read behind a free prefix, tried on a few tokens; empty where it can."""
-        from elk_stress.subjects.prefixed import way_to_prefix
+        from elk_stress.models.prefixed import way_to_prefix
 
         return _refusal(way_to_prefix, self._loaded())
 
@@ -287,7 +287,7 @@ class Statements:
         if self.no_prefix:
             raise LookupError(self.no_prefix)
         if split not in self._prefixed:
-            from elk_stress.subjects.prefixed import PrefixedModel
+            from elk_stress.models.prefixed import PrefixedModel
 
             texts = self._splits[split].texts or ()
             self._prefixed[split] = PrefixedModel(self._loaded(), self.site, texts, self.host_context)
@@ -295,7 +295,7 @@ class Statements:
 
     def _moved_model(self, split: SplitName) -> MovedModel:
         if split not in self._moved:
-            from elk_stress.subjects.moved import MovedModel
+            from elk_stress.models.patched import MovedModel
 
             texts = [neutral.after(self.host_context, text) for text in self._splits[split].texts or ()]
             origins = self.activations(split, "prior").mean(axis=1)
@@ -338,7 +338,7 @@ class Statements:
         if not self._admitted:
             self._admit()
         if self._subject is None:
-            from elk_stress.subjects.language_model import LanguageModel
+            from elk_stress.models.language_model import LanguageModel
 
             self._subject = LanguageModel(self._model, **self._model_options)
         return self._subject
@@ -348,14 +348,14 @@ class Statements:
         if self._subject is not None:
             tokenizer = self._subject.tokenizer
         else:
-            from elk_stress.subjects.loading import load_tokenizer
-            from elk_stress.subjects.models import resolve
-            from elk_stress.subjects.threads import configure_threads
+            from elk_stress.models.loading import load_tokenizer
+            from elk_stress.models.sources import resolve
+            from elk_stress.models.threads import configure_threads
 
             configure_threads(self._model_options["threads"])
             found = resolve(self._model, revision=self._model_options["revision"])
             tokenizer = load_tokenizer(found.model_id, found.path)
-        from elk_stress.subjects.special_tokens import templates_in
+        from elk_stress.models.special_tokens import templates_in
 
         brought = [
             (int(name.split()[-1]), name, marker)

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from elk_stress.duplicates import conflicts, joined
-from elk_stress.testbed import Items, SplitName
+from elk_stress.testbeds.duplicates import conflicts, joined
 from elk_stress.testbeds.json_lines import read_items
+from elk_stress.testbeds.protocol import Items, SplitName
 
 __all__ = ["load_jsonl"]
 

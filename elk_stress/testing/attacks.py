@@ -24,9 +24,9 @@ from typing import get_args
 
 import numpy as np
 
-from elk_stress.attack import Access, Attack, Need, Oracle, Proposal
-from elk_stress.limit_state import LimitState
+from elk_stress.estimators.limit_state import LimitState
 from elk_stress.testing.shared import Checks, declared, no_hidden_state, read_only, refuses, run_checks, settings
+from elk_stress.thoughts.attacks.protocol import Access, Attack, Need, Oracle, Proposal
 
 __all__ = ["check_attack", "checks_for_attack"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from elk_stress.arrays import to_numpy
-from elk_stress.probe import FittedProbe, Probe
+from elk_stress.core.arrays import to_numpy
+from elk_stress.probing.probe import FittedProbe, Probe
 from elk_stress.testing.data import PlantedClasses, planted_classes
 from elk_stress.testing.shared import no_hidden_state, read_only
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elk_stress.probe import FittedProbe, Probe, as_fitted
+from elk_stress.probing.probe import FittedProbe, Probe, as_fitted
 
 if TYPE_CHECKING:
-    from elk_stress.priors import EllipticalPrior
+    from elk_stress.threats.priors import EllipticalPrior
 
 __all__ = ["PlantedClasses", "planted_classes"]
 
@@ -61,7 +61,7 @@ class PlantedClasses:
     def prior(self) -> EllipticalPrior:
         """How differently the model could have thought: a Gaussian of known covariance (see the module)."""
         # loads scipy
-        from elk_stress.priors import EllipticalPrior
+        from elk_stress.threats.priors import EllipticalPrior
 
         basis = self._directions
         sizes = np.ones(self.dim)

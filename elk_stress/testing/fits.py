@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from elk_stress import registry
-from elk_stress.probe import FittedProbe
+from elk_stress.core import registry
+from elk_stress.probing.probe import FittedProbe
 from elk_stress.testing.case import Case, close, score, spread, take
 from elk_stress.testing.shared import declared, no_hidden_state, read_only, refuses, rotation, settings
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from elk_stress.arena import Arena, arena
-from elk_stress.attack import Attack, Oracle, Proposal
-from elk_stress.attacking import run_attack
-from elk_stress.mind import Mind
-from elk_stress.result import AttackResult
-from elk_stress.scene import Scene, prepare_scene
-from elk_stress.situation import situation
 from elk_stress.testbeds.linear import Linear
 from elk_stress.testing.shared import no_hidden_state
-from elk_stress.threat import Threat
+from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.protocol import Attack, Oracle, Proposal
+from elk_stress.thoughts.attacks.runner import run_attack
+from elk_stress.thoughts.attacks.target import Arena, arena
+from elk_stress.thoughts.baseline import situation
+from elk_stress.thoughts.prepared import Scene, prepare_scene
+from elk_stress.thoughts.result import AttackResult
+from elk_stress.threats.threat import Threat
 
 __all__ = ["checks_for_mind"]
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 
-from elk_stress.probe import Probe, check_recipe
+from elk_stress.probing.probe import Probe, check_recipe
 from elk_stress.testing import controls, fits, scores
 from elk_stress.testing.case import Case
 from elk_stress.testing.shared import Checks, run_checks

@@ -26,10 +26,10 @@ import json
 
 import numpy as np
 
-from elk_stress.probe import FittedProbe, as_fitted
-from elk_stress.testbed import ContextSet, Testbed, check_splits
+from elk_stress.probing.multi_read import flatten, tokens_of
+from elk_stress.probing.probe import FittedProbe, as_fitted
+from elk_stress.testbeds.protocol import ContextSet, Testbed, check_splits
 from elk_stress.testing.shared import Checks, auroc, no_global_randomness, run_checks, settings
-from elk_stress.tokens import flatten, tokens_of
 
 __all__ = ["check_testbed", "checks_for_testbed"]
 

@@ -1,0 +1,1 @@
+"""Training pressure: the weights move against a probe."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from elk_stress.files import replace_bytes
+from elk_stress.core.files import replace_bytes
 
 __all__ = ["Checkpoints", "ForeignRun", "digest"]
 

@@ -24,10 +24,10 @@ from itertools import combinations
 
 import numpy as np
 
-from elk_stress.bits import Kind
-from elk_stress.comparison import holm
-from elk_stress.settings import listed, pairs_of, shown
-from elk_stress.training.results import PressureResult, over_models
+from elk_stress.core.bits import Kind
+from elk_stress.core.settings import listed, pairs_of, shown
+from elk_stress.thoughts.comparison import holm
+from elk_stress.training.result import PressureResult, over_models
 
 __all__ = ["PressureComparison", "compare_pressure", "per_point"]
 

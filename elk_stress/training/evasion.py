@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from elk_stress.arrays import namespace
-from elk_stress.probe import FittedProbe, Probe, direction
+from elk_stress.core.arrays import namespace
+from elk_stress.probing.probe import FittedProbe, Probe, direction
 from elk_stress.training.protocols import Targets
 
 __all__ = ["SHARPNESS", "evasion_loss", "plain_recipe", "stacked", "targets_from"]

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
-from elk_stress import registry
-from elk_stress.probe import FittedProbe, Probe, as_fitted
+from elk_stress.core import registry
+from elk_stress.probing.probe import FittedProbe, Probe, as_fitted
 from elk_stress.training.protocols import Trainee
 
 __all__ = [

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from elk_stress.probe import Probe, Traits
-from elk_stress.testbed import Items, SplitName
+from elk_stress.probing.probe import Probe, Traits
+from elk_stress.testbeds.protocol import Items, SplitName
 
 __all__ = ["Log", "State", "Subject", "Targets", "Trainee", "TrainingAttack"]
 
@@ -78,7 +78,7 @@ class Trainee(Protocol):
 
     def knowledge(self, model: int, traits: Traits) -> Mapping[str, Any]:
         """What a recipe with these traits is fitted with beside activations (``prior``, ``behaviour``), of the
-        original model: :func:`~elk_stress.knowledge.knowledge_of`."""
+        original model: :func:`~elk_stress.testbeds.defence_knowledge.knowledge_of`."""
         ...
 
     @property

@@ -24,18 +24,18 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
-from elk_stress.bits import Bits, BitsBatch, Kind
+from elk_stress.core.bits import Bits, BitsBatch, Kind
+from elk_stress.core.flags import flag
 from elk_stress.estimators.annealed import Annealed
 from elk_stress.estimators.evidence_bound import EvidenceBound
 from elk_stress.estimators.importance import Importance
-from elk_stress.flags import flag
-from elk_stress.limit_state import LimitState
-from elk_stress.probe import FittedProbe, Probe
+from elk_stress.estimators.limit_state import LimitState
+from elk_stress.probing.probe import FittedProbe, Probe
 from elk_stress.training.evasion import plain_recipe, stacked
 from elk_stress.training.measure import clean_auroc, half_advantage
-from elk_stress.training.results import WeightBits, estimated, median_bits
-from elk_stress.training.search import WeightSearch
-from elk_stress.training.weights import OrganismTrainee
+from elk_stress.training.organism_trainee import OrganismTrainee
+from elk_stress.training.result import WeightBits, estimated, median_bits
+from elk_stress.training.weight_search import WeightSearch
 
 __all__ = ["WeightsEvent", "measure_weight_bits", "weight_bits"]
 
@@ -156,7 +156,8 @@ def weight_bits(
     n_particles: int = 2048,
     seed: int = 0,
 ) -> tuple[BitsBatch, np.ndarray, np.ndarray]:
-    """B at half advantage per model, at the centres that :class:`~elk_stress.training.search.WeightSearch` finds.
+    """B at half advantage per model, at the centres that :class:`~elk_stress.training.weight_search.WeightSearch`
+    finds.
 
     Importance sampling first; where its effective sample is too small to carry an estimate, annealed importance
     sampling from the same centre. An estimate above the rigorous bound is flagged. Models of more than 4,000 weights

@@ -20,7 +20,7 @@ import numpy as np
 from elk_stress.estimators import estimate_batch
 from elk_stress.estimators.design_point import DesignPoint
 from elk_stress.estimators.importance import Importance
-from elk_stress.limit_state import LimitState
+from elk_stress.estimators.limit_state import LimitState
 
 DIM, HIDDEN = 384, 64
 

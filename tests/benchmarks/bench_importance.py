@@ -19,7 +19,7 @@ from scipy.special import log_ndtr, ndtri_exp
 
 from elk_stress.estimators.design_point import DesignPoint
 from elk_stress.estimators.importance import Importance
-from elk_stress.limit_state import LimitState, from_function
+from elk_stress.estimators.limit_state import LimitState, from_function
 
 LOG_P = math.log(1e-12)
 

@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from elk_stress.attacks.finetune import Finetune
-from elk_stress.subjects.threads import configure_threads
+from elk_stress.models.threads import configure_threads
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
     from elk_stress.testbeds.superposition import Superposition
     from elk_stress.training.evasion import targets_from
     from elk_stress.training.measure import fit_cells
-    from elk_stress.training.weights import OrganismTrainee
+    from elk_stress.training.organism_trainee import OrganismTrainee
 
     trainee = OrganismTrainee(Superposition(n_models=options.models))
     strengths = np.concatenate([[0.0], np.geomspace(0.01, 10.0, options.strengths - 1)]).astype(np.float32)

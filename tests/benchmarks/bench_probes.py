@@ -80,9 +80,9 @@ def timed(fit: Callable[[], Any], score: Callable[[Any, np.ndarray], np.ndarray]
 
 
 def ours(name: str, data: Data) -> Outcome:
-    from elk_stress import registry
-    from elk_stress.priors import EllipticalPrior
-    from elk_stress.probe import as_fitted
+    from elk_stress.core import registry
+    from elk_stress.probing.probe import as_fitted
+    from elk_stress.threats.priors import EllipticalPrior
 
     recipe = registry.load("probes", name)
 
@@ -199,7 +199,7 @@ def shown(outcome: Outcome | None) -> str:
 
 
 def main() -> None:
-    from elk_stress import registry
+    from elk_stress.core import registry
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import numpy as np
 from bench_design_points import DIM, best_of, limit_state, trained_probe
 
-from elk_stress.attack import Attack, Oracle
 from elk_stress.attacks.black_box import BlackBox
 from elk_stress.attacks.gradient import Gradient
-from elk_stress.limit_state import LimitState
+from elk_stress.estimators.limit_state import LimitState
+from elk_stress.thoughts.attacks.protocol import Attack, Oracle
 
 # foolbox's data range: 20 standard deviations never clip; C&W's steps are shares of it
 _BOUND = 20.0

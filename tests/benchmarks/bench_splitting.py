@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from elk_stress.estimators.limit_state import LimitState
 from elk_stress.estimators.subset_simulation import SubsetSimulation
-from elk_stress.limit_state import LimitState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from known_answers import KnownAnswer, half_space

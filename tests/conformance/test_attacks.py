@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from known_answers import KNOWN
 
-from elk_stress import registry
-from elk_stress.attack import Access, Attack, Need, Oracle, Proposal, Scope
-from elk_stress.limit_state import LimitState, both, from_function
+from elk_stress.core import registry
+from elk_stress.estimators.limit_state import LimitState, both, from_function
 from elk_stress.testing import check_attack, checks_for_attack
+from elk_stress.thoughts.attacks.protocol import Access, Attack, Need, Oracle, Proposal, Scope
 
 # those that move weights have a suite of their own, test_training_attacks, which also sees that none is left out
 NAMES = [name for name in registry.names("attacks") if registry.load("attacks", name).scopes != ("weights",)]

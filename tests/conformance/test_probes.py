@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from elk_stress import registry
-from elk_stress.probe import FittedProbe, Probe, Traits, as_fitted
+from elk_stress.core import registry
+from elk_stress.probing.probe import FittedProbe, Probe, Traits, as_fitted
 from elk_stress.testing import check_probe, checks_for_probe, planted_classes, run_checks
 
 NAMES = registry.names("probes")
@@ -409,7 +409,7 @@ def test_control_that_learns_is_caught() -> None:
 
 def test_bad_data_that_is_accepted_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine refuses for all probes; where it stops to, the suite says so."""
-    monkeypatch.setattr("elk_stress.probe.check_training_data", lambda *_, **__: None)
+    monkeypatch.setattr("elk_stress.probing.probe.check_training_data", lambda *_, **__: None)
     with pytest.raises(AssertionError, match="expected a ValueError that speaks of 'NaN'"):
         checks_for_probe(Broken("none"))["bad_data_is_refused"]()
 
@@ -470,7 +470,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from elk_stress.probe import FittedProbe, Traits
+from elk_stress.probing.probe import FittedProbe, Traits
 from elk_stress.testing import check_probe
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elk_stress import registry, testbed
-from elk_stress.probe import direction
+from elk_stress.core import registry
+from elk_stress.probing.probe import direction
+from elk_stress.testbeds import protocol as testbed
 from elk_stress.testing import check_testbed, checks_for_testbed
 
 # the default language model reads these

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import tiny_models
 
-from elk_stress import registry
-from elk_stress.attack import Attack
 from elk_stress.attacks.finetune import Finetune
-from elk_stress.subjects.adapted import LoraTrainee
-from elk_stress.subjects.language_model import LanguageModel
-from elk_stress.testbed import Items
+from elk_stress.core import registry
+from elk_stress.models.language_model import LanguageModel
 from elk_stress.testbeds.compute_in_superposition import ComputeInSuperposition
+from elk_stress.testbeds.protocol import Items
 from elk_stress.testbeds.superposition import Superposition
 from elk_stress.testing import check_training_attack, checks_for_training_attack
+from elk_stress.thoughts.attacks.protocol import Attack
+from elk_stress.training.language_model_trainee import LoraTrainee
+from elk_stress.training.organism_trainee import OrganismTrainee
 from elk_stress.training.protocols import Log, State, Subject, Targets, Trainee, TrainingAttack
-from elk_stress.training.weights import OrganismTrainee
 
 ALL = {name: registry.load("attacks", name) for name in registry.names("attacks")}
 MOVING_WEIGHTS = [name for name, attack in ALL.items() if attack.scopes == ("weights",)]

@@ -19,10 +19,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from elk_stress import registry
-from elk_stress.priors import EllipticalPrior
-from elk_stress.probe import as_fitted
-from elk_stress.streaming import fit_streaming
+from elk_stress.core import registry
+from elk_stress.probing.fit.streaming import fit_streaming
+from elk_stress.probing.probe import as_fitted
+from elk_stress.threats.priors import EllipticalPrior
 
 DIM = 24
 # what their docstrings define is a length in the units of the activations

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from elk_stress import registry
-from elk_stress.bits import bits_of_beta
-from elk_stress.priors import EllipticalPrior, natural
-from elk_stress.probe import FittedProbe, as_fitted
+from elk_stress.core import registry
+from elk_stress.core.bits import bits_of_beta
 from elk_stress.probes.adversarially_trained import robust_logistic, worst_rows
+from elk_stress.probing.probe import FittedProbe, as_fitted
 from elk_stress.testbeds.linear import Linear
+from elk_stress.threats.priors import EllipticalPrior, natural
 
 
 def data(seed: int = 0):  # type: ignore[no-untyped-def]

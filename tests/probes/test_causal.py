@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from elk_stress import registry
-from elk_stress.probe import as_fitted
+from elk_stress.core import registry
+from elk_stress.probing.probe import as_fitted
 from elk_stress.testbeds.linear import Linear
 
 

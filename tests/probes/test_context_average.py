@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from elk_stress import registry
-from elk_stress.probe import FittedProbe, as_fitted
+from elk_stress.core import registry
+from elk_stress.probing.probe import FittedProbe, as_fitted
 from elk_stress.testing import planted_classes
 
 
@@ -74,7 +74,7 @@ def test_independent_reads_multiply_the_squared_distance() -> None:
 
 
 def test_more_reads_rank_better() -> None:
-    from elk_stress.fitting.held_out import auroc
+    from elk_stress.probing.fit.held_out import auroc
 
     values = []
     for tokens in (1, 16):

@@ -8,10 +8,10 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from elk_stress import registry
-from elk_stress.fitting.pairs import platt_scaling
-from elk_stress.probe import as_fitted
+from elk_stress.core import registry
 from elk_stress.probes.crc import CRC
+from elk_stress.probing.fit.pairs import platt_scaling
+from elk_stress.probing.probe import as_fitted
 from elk_stress.testing import planted_classes
 
 

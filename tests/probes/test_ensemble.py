@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from elk_stress.detection import auroc
-from elk_stress.probe import FittedProbe, as_fitted
 from elk_stress.probes.ensemble import Ensemble, _bootstrap
+from elk_stress.probing.probe import FittedProbe, as_fitted
 from elk_stress.testing import planted_classes
+from elk_stress.thoughts.conformal import auroc
 
 
 def noisy(n: int, seed: int, dim: int = 40) -> tuple[np.ndarray, np.ndarray]:

@@ -9,9 +9,9 @@ from sklearn.covariance import OAS
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from elk_stress.fitting.density import on_axes
-from elk_stress.probe import FittedProbe, as_fitted
 from elk_stress.probes.flow import Flow
+from elk_stress.probing.fit.density import on_axes
+from elk_stress.probing.probe import FittedProbe, as_fitted
 from elk_stress.testing import planted_classes
 
 

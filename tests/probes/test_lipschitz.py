@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from elk_stress import registry
-from elk_stress.fitting.held_out import auroc
-from elk_stress.priors import EllipticalPrior, natural
-from elk_stress.probe import FittedProbe, as_fitted
+from elk_stress.core import registry
 from elk_stress.probes.lipschitz import _sort2
+from elk_stress.probing.fit.held_out import auroc
+from elk_stress.probing.probe import FittedProbe, as_fitted
 from elk_stress.testbeds.linear import Linear
+from elk_stress.threats.priors import EllipticalPrior, natural
 
 
 def fit(testbed: Linear, **options: object) -> FittedProbe:

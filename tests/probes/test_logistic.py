@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elk_stress import FittedProbe, registry
-from elk_stress.fitting.held_out import held_out
-from elk_stress.probe import as_fitted
+from elk_stress import FittedProbe
+from elk_stress.core import registry
+from elk_stress.probing.fit.held_out import held_out
+from elk_stress.probing.probe import as_fitted
 
 _PENALTIES = (1e-4, 1e-2, 1.0)
 

@@ -7,10 +7,10 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from elk_stress.probe import as_fitted
 from elk_stress.probes.logistic_tails import LogisticTails, _log_density, _log_student, _robust, _weights
-from elk_stress.tails import Logistic, StudentT
+from elk_stress.probing.probe import as_fitted
 from elk_stress.testing import planted_classes
+from elk_stress.threats.tails import Logistic, StudentT
 
 
 def _student(nu: float, n: int, dim: int, seed: int) -> np.ndarray:

@@ -8,13 +8,13 @@ from sklearn.covariance import OAS, oas
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from elk_stress.fitting.density import shrunk
-from elk_stress.moments import Moments
-from elk_stress.priors import EllipticalPrior
-from elk_stress.probe import as_fitted
 from elk_stress.probes.mahalanobis import Mahalanobis
-from elk_stress.tails import Gaussian
+from elk_stress.probing.fit.density import shrunk
+from elk_stress.probing.fit.moments import Moments
+from elk_stress.probing.probe import as_fitted
 from elk_stress.testing import planted_classes
+from elk_stress.threats.priors import EllipticalPrior
+from elk_stress.threats.tails import Gaussian
 
 
 def _rows(n: int, dim: int, seed: int = 0) -> np.ndarray:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from token_checks import any_batch_shape, every_library_agrees, saved_and_loaded
 
-from elk_stress.detection import auroc
-from elk_stress.fitting.pooling import annealed_max
-from elk_stress.probe import FittedProbe, as_fitted
 from elk_stress.probes.max_pool import MaxPool
+from elk_stress.probing.fit.pooling import annealed_max
+from elk_stress.probing.probe import FittedProbe, as_fitted
+from elk_stress.thoughts.conformal import auroc
 
 
 def one_token(n: int, seed: int, tokens: int = 8, dim: int = 16) -> tuple[np.ndarray, np.ndarray]:

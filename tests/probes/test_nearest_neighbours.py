@@ -9,8 +9,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
-from elk_stress.probe import as_fitted
 from elk_stress.probes.nearest_neighbours import NearestNeighbours
+from elk_stress.probing.probe import as_fitted
 from elk_stress.testing import planted_classes
 
 

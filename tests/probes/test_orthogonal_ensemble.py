@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from elk_stress import registry
-from elk_stress.events import item_event
-from elk_stress.fitting.held_out import auroc
-from elk_stress.priors import EllipticalPrior
-from elk_stress.probe import FittedProbe, as_fitted
+from elk_stress.core import registry
 from elk_stress.probes.orthogonal_ensemble import _leace, _nullspace
+from elk_stress.probing.fit.held_out import auroc
+from elk_stress.probing.probe import FittedProbe, as_fitted
 from elk_stress.testing import planted_classes
+from elk_stress.thoughts.events import item_event
+from elk_stress.threats.priors import EllipticalPrior
 
 
 def redundant(n: int = 600, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

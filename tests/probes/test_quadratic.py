@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from elk_stress.detection import auroc
-from elk_stress.fitting.folds import cross_weights
-from elk_stress.probe import FittedProbe, as_fitted
 from elk_stress.probes.quadratic import Quadratic, _steepest
+from elk_stress.probing.fit.folds import cross_weights
+from elk_stress.probing.probe import FittedProbe, as_fitted
+from elk_stress.thoughts.conformal import auroc
 
 
 def products(n: int, seed: int, dim: int = 12) -> tuple[np.ndarray, np.ndarray]:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from token_checks import any_batch_shape, every_library_agrees, saved_and_loaded
 
-from elk_stress.detection import auroc
-from elk_stress.probe import FittedProbe, as_fitted
 from elk_stress.probes.site_ensemble import SiteEnsemble
+from elk_stress.probing.probe import FittedProbe, as_fitted
+from elk_stress.thoughts.conformal import auroc
 
 
 def sites(n: int, seed: int, reads: int = 4, dim: int = 10) -> tuple[np.ndarray, np.ndarray]:

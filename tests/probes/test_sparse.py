@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from elk_stress.detection import auroc
-from elk_stress.probe import FittedProbe, as_fitted
 from elk_stress.probes.sparse import Sparse, _ranked
+from elk_stress.probing.probe import FittedProbe, as_fitted
+from elk_stress.thoughts.conformal import auroc
 
 N_PLANTED = 24
 

@@ -7,9 +7,9 @@ import pytest
 import scipy.linalg
 from sklearn.metrics import roc_auc_score
 
-from elk_stress.fitting.pairs import normalized_halves
-from elk_stress.probe import as_fitted
 from elk_stress.probes.vinc import VINC, _contexts_of
+from elk_stress.probing.fit.pairs import normalized_halves
+from elk_stress.probing.probe import as_fitted
 from elk_stress.testing import planted_classes
 
 

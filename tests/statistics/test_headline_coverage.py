@@ -16,16 +16,16 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 from scipy.stats import binom
 
-from elk_stress.engine import compare, stress
-from elk_stress.per_item import stress_items
-from elk_stress.prediction import best_of_n_curves, prediction_flags
-from elk_stress.probe import FittedProbe, direction
-from elk_stress.result import ThreatResult
-from elk_stress.scene import Scene, fit_probe, prepare_scene
-from elk_stress.situation import Situation, situation
+from elk_stress.probing.probe import FittedProbe, direction
 from elk_stress.testbeds.linear import Linear
-from elk_stress.threat import Threat
-from elk_stress.universal import stress_universal
+from elk_stress.thoughts.baseline import Situation, situation
+from elk_stress.thoughts.best_of_n import best_of_n_curves, prediction_flags
+from elk_stress.thoughts.engine import compare, stress
+from elk_stress.thoughts.item_scope import stress_items
+from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.thoughts.result import ThreatResult
+from elk_stress.thoughts.universal_scope import stress_universal
+from elk_stress.threats.threat import Threat
 
 pytestmark = pytest.mark.statistics
 

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from scipy.stats import binom, norm
 
-from elk_stress.budget import Account
-from elk_stress.engine import prepare_scene, stress
-from elk_stress.ledger import Terms
-from elk_stress.probe import direction
+from elk_stress.ledger.budget import Account
+from elk_stress.ledger.ledger import Terms
+from elk_stress.probing.probe import direction
 from elk_stress.testbeds.linear import Linear
-from elk_stress.threat import Threat
+from elk_stress.thoughts.engine import prepare_scene, stress
+from elk_stress.threats.threat import Threat
 
 pytestmark = pytest.mark.statistics
 

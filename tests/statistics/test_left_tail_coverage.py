@@ -13,8 +13,8 @@ import pytest
 from scipy.special import betaln
 from scipy.stats import binom
 
-from elk_stress.left_tail import fit_left_tail
-from elk_stress.prediction import _left_tail
+from elk_stress.thoughts.best_of_n import _left_tail
+from elk_stress.thoughts.power_law import fit_left_tail
 
 pytestmark = pytest.mark.statistics
 

@@ -14,8 +14,8 @@ from scipy.special import log_ndtr
 
 from elk_stress.estimators.evidence_bound import EvidenceBound
 from elk_stress.estimators.importance import Importance
+from elk_stress.estimators.limit_state import LimitState
 from elk_stress.estimators.line_sampling import LineSampling
-from elk_stress.limit_state import LimitState
 
 pytestmark = pytest.mark.statistics
 

@@ -7,10 +7,10 @@ import pytest
 from scipy.stats import binom
 
 from elk_stress import wrap
-from elk_stress.bits import bits_of_beta
-from elk_stress.event_bits import event_bits
-from elk_stress.events import item_event
-from elk_stress.priors import EllipticalPrior
+from elk_stress.core.bits import bits_of_beta
+from elk_stress.thoughts.event_bits import event_bits
+from elk_stress.thoughts.events import item_event
+from elk_stress.threats.priors import EllipticalPrior
 
 pytestmark = pytest.mark.statistics
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from elk_stress.priors import EllipticalPrior, Gaussian, Logistic, StudentT, Tail, fit_tails, natural
+from elk_stress.threats.priors import EllipticalPrior, Gaussian, Logistic, StudentT, Tail, fit_tails, natural
 
 pytestmark = pytest.mark.statistics
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from known_answers import KNOWN, KnownAnswer, half_space
 
-from elk_stress.bits import BitsBatch
+from elk_stress.core.bits import BitsBatch
 from elk_stress.estimators.best_of_n import BestOfN, observed_curve
 from elk_stress.estimators.isoperimetric_bound import IsoperimetricBound
+from elk_stress.estimators.limit_state import LimitState
 from elk_stress.estimators.monte_carlo import MonteCarlo
 from elk_stress.estimators.subset_simulation import SubsetSimulation
-from elk_stress.limit_state import LimitState
 
 pytestmark = pytest.mark.statistics
 

@@ -74,7 +74,7 @@ def batches(path: Path, rows: int, dim: int, *, mapped: bool) -> Iterator[tuple[
 
 def measure(name: str, path: Path, rows: int, dim: int, *, mapped: bool) -> dict[str, float]:
     """Peaks in MiB and seconds, of a tenth of the rows and of all."""
-    from elk_stress.streaming import fit_streaming
+    from elk_stress.probing.fit.streaming import fit_streaming
 
     found: dict[str, float] = {}
     fit: Callable[[int], object] = lambda n: fit_streaming(name, batches(path, n, dim, mapped=mapped))  # noqa: E731
@@ -96,7 +96,7 @@ def in_a_process(name: str, path: Path, rows: int, dim: int, *, mapped: bool) ->
 
 
 def able(name: str) -> bool:
-    from elk_stress import registry
+    from elk_stress.core import registry
 
     return name in registry.names("probes") and registry.load("probes", name).traits.streams
 

@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 
 from elk_stress.attacks.select_best import SelectBest
-from elk_stress.bits import BitsBatch, Kind
+from elk_stress.core.bits import BitsBatch, Kind
 from elk_stress.estimators.annealed import Annealed
 from elk_stress.estimators.evidence_bound import EvidenceBound
 from elk_stress.estimators.importance import Importance
 from elk_stress.estimators.monte_carlo import MonteCarlo
 from elk_stress.estimators.subset_simulation import SubsetSimulation
-from elk_stress.probe import FittedProbe
+from elk_stress.probing.probe import FittedProbe
 from elk_stress.testbeds.superposition import Superposition
 from elk_stress.training.evasion import targets_from
+from elk_stress.training.gradient_loop import evade_positives
+from elk_stress.training.loop import defence_of
 from elk_stress.training.measure import auroc_of, clean_auroc, half_advantage, scores_of
-from elk_stress.training.pressure import defence_of
-from elk_stress.training.program import evade_positives
-from elk_stress.training.search import WeightSearch
+from elk_stress.training.organism_trainee import OrganismTrainee
 from elk_stress.training.weight_bits import WeightsEvent, measure_weight_bits
-from elk_stress.training.weights import OrganismTrainee
+from elk_stress.training.weight_search import WeightSearch
 
 pytestmark = pytest.mark.statistics
 

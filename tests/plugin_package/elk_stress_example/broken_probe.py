@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.probe import FittedProbe, Traits
+from elk_stress.probing.probe import FittedProbe, Traits
 
 __all__ = ["BrokenMedianDifference", "BrokenRotation"]
 

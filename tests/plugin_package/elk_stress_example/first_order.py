@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from elk_stress.attack import Access, Need, Oracle, Proposal, Scope
+from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 
 __all__ = ["FirstOrder"]
 

@@ -1,0 +1,1 @@
+"""Real models: found, loaded as data, read at a site, moved, prefixed, recoded, adapted."""

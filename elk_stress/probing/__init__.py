@@ -1,0 +1,1 @@
+"""All about probes that is no probe: the protocol, saving, several reads, fitting, wrapping."""

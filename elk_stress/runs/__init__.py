@@ -1,0 +1,1 @@
+"""A run on disk: several probes, one folder, resumed after a kill."""

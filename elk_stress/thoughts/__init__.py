@@ -1,0 +1,1 @@
+"""Moves of activations: from a prepared testbed to bits, attacks, audit and result."""

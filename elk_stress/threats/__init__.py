@@ -1,0 +1,1 @@
+"""What a number of bits is relative to: threat, prior, tails and their fit."""
