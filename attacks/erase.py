@@ -44,7 +44,7 @@ class Erase:
     name: ClassVar[str] = "erase"
     access: ClassVar[Access] = "none"
     scopes: ClassVar[tuple[Scope, ...]] = ("item",)
-    needs: ClassVar[tuple[Need, ...]] = ("mind",)
+    needs: ClassVar[tuple[Need, ...]] = ("model_access",)
     priors: ClassVar[tuple[str, ...]] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
@@ -56,18 +56,18 @@ class Erase:
             warnings.simplefilter("ignore", DeprecationWarning)
             from concept_erasure import LeaceEraser
 
-        mind = oracle.mind
-        rows = mind.training
+        model_access = oracle.model_access
+        rows = model_access.training
         eraser = LeaceEraser.fit(
-            torch.as_tensor(mind.activations("train")[rows], dtype=torch.float64),
-            torch.as_tensor(mind.truth("train")[rows], dtype=torch.float64),
+            torch.as_tensor(model_access.activations("train")[rows], dtype=torch.float64),
+            torch.as_tensor(model_access.truth("train")[rows], dtype=torch.float64),
             shrinkage=self.shrinkage,
         )
 
         def moved(split: SplitName) -> np.ndarray:
-            return np.asarray(eraser(torch.as_tensor(mind.activations(split), dtype=torch.float64)).numpy())
+            return np.asarray(eraser(torch.as_tensor(model_access.activations(split), dtype=torch.float64)).numpy())
 
-        return mind.propose(Edit(moved))
+        return model_access.propose(Edit(moved))
 
 
 if __name__ == "__main__":

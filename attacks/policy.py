@@ -38,7 +38,7 @@ import numpy as np
 from scipy.special import expit
 
 from elk_stress.testbeds.protocol import SplitName
-from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.model_access import ModelAccess
 from elk_stress.thoughts.attacks.proposal import Edit
 from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 
@@ -78,7 +78,7 @@ class Policy:
 
     name: ClassVar[str] = "policy"
     scopes: ClassVar[tuple[Scope, ...]] = ("item",)
-    needs: ClassVar[tuple[Need, ...]] = ("mind",)
+    needs: ClassVar[tuple[Need, ...]] = ("model_access",)
     priors: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -94,21 +94,21 @@ class Policy:
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         """Train on training items, apply to everything."""
-        mind = oracle.mind
-        rows, truth = mind.training, mind.truth("train")
-        x = np.asarray(mind.activations("train")[rows], dtype=float)
-        margins = mind.score(x) - mind.threshold
+        model_access = oracle.model_access
+        rows, truth = model_access.training, model_access.truth("train")
+        x = np.asarray(model_access.activations("train")[rows], dtype=float)
+        margins = model_access.score(x) - model_access.threshold
         positives = np.flatnonzero(truth[rows] == 1)
         # a strict monitor catches few training items; the others teach as much about where it looks
         caught = positives[margins[positives] > 0]
         if not len(caught):
-            return mind.propose(Edit(mind.activations))
-        read = _reader(mind, x)
-        factor = np.asarray(mind.prior.factor, dtype=float)
-        looks = None if mind.epsilon is None else mind.sensitivity("train", rows)
-        outward = self._outward(looks, mind.epsilon, factor.shape[1])
+            return model_access.propose(Edit(model_access.activations))
+        read = _reader(model_access, x)
+        factor = np.asarray(model_access.prior.factor, dtype=float)
+        looks = None if model_access.epsilon is None else model_access.sensitivity("train", rows)
+        outward = self._outward(looks, model_access.epsilon, factor.shape[1])
         scale = float(np.median(np.abs(margins[positives])))
-        controllers = self._train(mind, x, read(x, truth[rows]), positives, scale, looks, outward, seed)
+        controllers = self._train(model_access, x, read(x, truth[rows]), positives, scale, looks, outward, seed)
 
         def edited(which: int, activations: np.ndarray, labels: np.ndarray) -> np.ndarray:
             parameters = {name: value[which : which + 1] for name, value in controllers.items()}
@@ -116,16 +116,16 @@ class Policy:
             return np.asarray(activations + u.astype(float) @ factor.T)
 
         broken = [
-            float((mind.score(edited(i, x[caught], truth[rows][caught])) <= mind.threshold).mean())
+            float((model_access.score(edited(i, x[caught], truth[rows][caught])) <= model_access.threshold).mean())
             for i in range(len(self.reach))
         ]
         enough = [i for i in np.argsort(self.reach, kind="stable") if broken[i] >= self.share]
         which = int(enough[0] if enough else np.argmax(broken))
 
         def moved(split: SplitName) -> np.ndarray:
-            return edited(which, mind.activations(split), mind.truth(split))
+            return edited(which, model_access.activations(split), model_access.truth(split))
 
-        return mind.propose(Edit(moved, uses_truth=True))
+        return model_access.propose(Edit(moved, uses_truth=True))
 
     def _outward(self, looks: np.ndarray | None, epsilon: float | None, rank: int) -> np.ndarray:
         """``(reaches, r, r)``: ``reach * P``, from what the controller puts out (shorter than 1) to an edit."""
@@ -139,7 +139,7 @@ class Policy:
 
     def _train(
         self,
-        mind: Mind,
+        model_access: ModelAccess,
         x: np.ndarray,
         inputs: np.ndarray,
         positives: np.ndarray,
@@ -153,9 +153,9 @@ class Policy:
         import jax.numpy as jnp
         import optax
 
-        factor = np.asarray(mind.prior.factor, dtype=float)
+        factor = np.asarray(model_access.prior.factor, dtype=float)
         rank, reach = factor.shape[1], np.array(self.reach)
-        allowed = _SLACK * (mind.epsilon or 1.0)
+        allowed = _SLACK * (model_access.epsilon or 1.0)
         sensitivity = None if looks is None else jnp.asarray(looks, jnp.float32)
         sizes = (inputs.shape[1], self.hidden, self.hidden, rank)
         parameters = _initial(np.random.default_rng(np.random.SeedSequence([seed, 0x9011])), len(reach), sizes)
@@ -180,25 +180,29 @@ class Policy:
             parameters = optax.apply_updates(parameters, updates)
             return parameters, state, _act(parameters, fixed, way)[:, positives]
 
-        ask = _by_gradient(mind, factor, scale) if self.feedback == "gradient" else self._by_score(mind, factor, scale)
+        ask = (
+            _by_gradient(model_access, factor, scale)
+            if self.feedback == "gradient"
+            else self._by_score(model_access, factor, scale)
+        )
         rng = np.random.default_rng(np.random.SeedSequence([seed, 0x9012]))
         u = np.asarray(_act(parameters, fixed, way)[:, positives])
         # each step asks two questions of every edit; choosing among the reaches asks once more
-        most = (mind.left - len(self.reach) * len(x)) // (2 * len(self.reach) * len(positives))
+        most = (model_access.left - len(self.reach) * len(x)) // (2 * len(self.reach) * len(positives))
         for _ in range(min(self.steps, max(0, most))):
             feedback = ask(x[positives], u, rng) / len(positives)
             parameters, state, u = step(parameters, state, jnp.asarray(feedback, jnp.float32))
         return {name: np.asarray(value) for name, value in parameters.items()}
 
-    def _by_score(self, mind: Mind, factor: np.ndarray, scale: float) -> _Ask:
+    def _by_score(self, model_access: ModelAccess, factor: np.ndarray, scale: float) -> _Ask:
         """REINFORCE with two opposite tries per edit."""
         sigma = self.explore * np.array(self.reach)[:, None, None] / np.sqrt(factor.shape[1])
 
         def ask(x: np.ndarray, u: np.ndarray, rng: np.random.Generator) -> np.ndarray:
             noise = rng.standard_normal(u.shape)
             tries = np.stack([u + sigma * noise, u - sigma * noise])
-            scores = mind.score((x + tries @ factor.T).reshape(-1, x.shape[-1])).reshape(tries.shape[:-1])
-            penalty = np.logaddexp(0.0, (scores - mind.threshold) / scale)
+            scores = model_access.score((x + tries @ factor.T).reshape(-1, x.shape[-1])).reshape(tries.shape[:-1])
+            penalty = np.logaddexp(0.0, (scores - model_access.threshold) / scale)
             return np.asarray((penalty[0] - penalty[1])[..., None] * noise / (2 * sigma))
 
         return ask
@@ -208,20 +212,20 @@ class Policy:
 _Ask = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 
 
-def _by_gradient(mind: Mind, factor: np.ndarray, scale: float) -> _Ask:
+def _by_gradient(model_access: ModelAccess, factor: np.ndarray, scale: float) -> _Ask:
     def ask(x: np.ndarray, u: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         points = (x + u @ factor.T).reshape(-1, x.shape[-1])
-        scores, slopes = mind.gradient(points)
+        scores, slopes = model_access.gradient(points)
         # derivative of softplus(margin / scale)
-        weight = expit((scores - mind.threshold) / scale) / scale
+        weight = expit((scores - model_access.threshold) / scale) / scale
         return np.asarray(weight[:, None] * (slopes @ factor)).reshape(u.shape)
 
     return ask
 
 
-def _reader(mind: Mind, x: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def _reader(model_access: ModelAccess, x: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """What the controller sees of an item: ``(n, inputs)`` whitened components and its truth."""
-    whiten = np.linalg.pinv(np.asarray(mind.prior.factor, dtype=float))
+    whiten = np.linalg.pinv(np.asarray(model_access.prior.factor, dtype=float))
     mean = x.mean(axis=0)
     _, size, directions = np.linalg.svd((x - mean) @ whiten.T, full_matrices=False)
     kept = min(_MOST_INPUTS, int((size > 1e-6 * size[0]).sum()))

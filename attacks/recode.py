@@ -34,7 +34,7 @@ import numpy as np
 
 from elk_stress.models.contexts import after
 from elk_stress.testbeds.protocol import SplitName
-from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.model_access import ModelAccess
 from elk_stress.thoughts.attacks.proposal import Edit
 from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 from elk_stress.thoughts.conformal import auroc
@@ -64,27 +64,27 @@ class Recode:
     name: ClassVar[str] = "recode"
     access: ClassVar[Access] = "weights"
     scopes: ClassVar[tuple[Scope, ...]] = ("item",)
-    needs: ClassVar[tuple[Need, ...]] = ("mind",)
+    needs: ClassVar[tuple[Need, ...]] = ("model_access",)
     priors: ClassVar[tuple[str, ...]] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         """The least rotation that is enough on training items; nothing is random."""
-        mind = oracle.mind
-        rows = mind.training
-        x, y = np.asarray(mind.activations("train")[rows], dtype=float), mind.truth("train")[rows]
-        _, slopes = mind.gradient(x)
+        model_access = oracle.model_access
+        rows = model_access.training
+        x, y = np.asarray(model_access.activations("train")[rows], dtype=float), model_access.truth("train")[rows]
+        _, slopes = model_access.gradient(x)
         leading = self._leading(slopes)
         if leading.shape[1] == 0:
             # a score that does not depend on the activations reads the same in every code
-            return mind.propose(_edit(mind, np.eye(x.shape[1]), np.zeros(x.shape[1])))
+            return model_access.propose(_edit(model_access, np.eye(x.shape[1]), np.zeros(x.shape[1])))
         best, chosen = -np.inf, self.weights[0]
         for weight in self.weights:
-            silent, chance = _held_out(mind, leading, x, y, weight)
+            silent, chance = _held_out(model_access, leading, x, y, weight)
             if silent - chance > best:
                 best, chosen = silent - chance, weight
             if silent >= _SILENT and chance <= _CHANCE:
                 break
-        return mind.propose(_edit(mind, *_code(leading, x, y, mind.prior.covariance, chosen)))
+        return model_access.propose(_edit(model_access, *_code(leading, x, y, model_access.prior.covariance, chosen)))
 
     def _leading(self, slopes: np.ndarray) -> np.ndarray:
         """``(dim, r)`` orthonormal: the directions that carry most of the probe's gradients."""
@@ -96,7 +96,9 @@ class Recode:
         return np.asarray(directions[:count].T)
 
 
-def _held_out(mind: Mind, leading: np.ndarray, x: np.ndarray, y: np.ndarray, weight: float) -> tuple[float, float]:
+def _held_out(
+    model_access: ModelAccess, leading: np.ndarray, x: np.ndarray, y: np.ndarray, weight: float
+) -> tuple[float, float]:
     """Share of positives that fall silent, and distance of the AUROC from 1/2, by codes made from the other fold."""
     fold = np.empty(len(y), dtype=int)
     for label in (0, 1):
@@ -104,9 +106,9 @@ def _held_out(mind: Mind, leading: np.ndarray, x: np.ndarray, y: np.ndarray, wei
     silent, areas = [], []
     for part in (0, 1):
         made, fresh = fold != part, fold == part
-        rotation, centre = _code(leading, x[made], y[made], mind.prior.covariance, weight)
-        scores = mind.score(centre + (x[fresh] - centre) @ rotation.T)
-        silent.append(float((scores[y[fresh] == 1] <= mind.threshold).mean()))
+        rotation, centre = _code(leading, x[made], y[made], model_access.prior.covariance, weight)
+        scores = model_access.score(centre + (x[fresh] - centre) @ rotation.T)
+        silent.append(float((scores[y[fresh] == 1] <= model_access.threshold).mean()))
         areas.append(auroc(scores, y[fresh]))
     return float(np.mean(silent)), abs(float(np.mean(areas)) - 0.5)
 
@@ -160,45 +162,48 @@ def _complement(basis: np.ndarray, part: np.ndarray) -> np.ndarray:
     return np.asarray(basis @ left[:, part.shape[1] :])
 
 
-def _edit(mind: Mind, rotation: np.ndarray, centre: np.ndarray) -> Edit:
+def _edit(model_access: ModelAccess, rotation: np.ndarray, centre: np.ndarray) -> Edit:
     """The code as an edit, and its shift where the testbed has an output."""
 
     def moved(split: SplitName) -> np.ndarray:
-        x = np.asarray(mind.activations(split), dtype=float)
+        x = np.asarray(model_access.activations(split), dtype=float)
         return np.asarray(centre + (x - centre) @ rotation.T, dtype=np.float32)
 
-    if mind.testbed.shift_cost == "none":
+    if model_access.testbed.shift_cost == "none":
         return Edit(moved)
-    return Edit(moved, _in_a_language_model(mind, rotation, centre) or _in_the_testbed(mind, moved, rotation, centre))
+    return Edit(
+        moved,
+        _in_a_language_model(model_access, rotation, centre) or _in_the_testbed(model_access, moved, rotation, centre),
+    )
 
 
 def _in_the_testbed(
-    mind: Mind, moved: Callable[[SplitName], np.ndarray], rotation: np.ndarray, centre: np.ndarray
+    model_access: ModelAccess, moved: Callable[[SplitName], np.ndarray], rotation: np.ndarray, centre: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
     """What reads the decoded thought instead of the original one does this otherwise."""
 
     def shift(items: np.ndarray) -> np.ndarray:
         decoded = centre + (np.asarray(moved("test")[items], dtype=float) - centre) @ rotation
-        left = decoded - mind.activations("test")[items]
-        return np.asarray(mind.testbed.shift("test", np.asarray(items), left[:, None])[:, 0])
+        left = decoded - model_access.activations("test")[items]
+        return np.asarray(model_access.testbed.shift("test", np.asarray(items), left[:, None])[:, 0])
 
     return shift
 
 
 def _in_a_language_model(
-    mind: Mind, rotation: np.ndarray, centre: np.ndarray
+    model_access: ModelAccess, rotation: np.ndarray, centre: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray] | None:
     """Forward passes with both maps built in; ``None`` where there is no language model, or no block to decode in."""
     from elk_stress.models.recoded import can_recode, undone_shift
 
     try:
-        subject = mind.model("test").subject
+        subject = model_access.model("test").subject
     except LookupError:
         return None
-    site, texts = mind.testbed.site, mind.testbed.splits["test"].texts
+    site, texts = model_access.testbed.site, model_access.testbed.splits["test"].texts
     if texts is None or not can_recode(subject, site):
         return None
-    host = getattr(mind.testbed, "host_context", "")
+    host = getattr(model_access.testbed, "host_context", "")
     hosted = [after(host, text) for text in texts]
 
     def shift(items: np.ndarray) -> np.ndarray:

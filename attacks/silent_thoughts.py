@@ -52,7 +52,7 @@ class SilentThoughts:
     name: ClassVar[str] = "silent_thoughts"
     access: ClassVar[Access] = "gradient"
     scopes: ClassVar[tuple[Scope, ...]] = ("item", "universal")
-    needs: ClassVar[tuple[Need, ...]] = ("mind", "output")
+    needs: ClassVar[tuple[Need, ...]] = ("model_access", "output")
     priors: ClassVar[tuple[str, ...]] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
@@ -62,7 +62,7 @@ class SilentThoughts:
         """
         problems = np.arange(oracle.n_problems)
         left, singular = _sensitivity(oracle)
-        weights = (np.inf, *(() if oracle.mind.epsilon is None else self.weights))
+        weights = (np.inf, *(() if oracle.model_access.epsilon is None else self.weights))
         moves = np.zeros((oracle.n_problems, len(weights), oracle.dim))
         fails = np.zeros(moves.shape[:2], dtype=bool)
         for column, weight in enumerate(weights):
@@ -107,15 +107,15 @@ class SilentThoughts:
 
 def _sensitivity(oracle: Oracle) -> tuple[np.ndarray, np.ndarray]:
     """Right singular vectors ``(problems, rank, k)`` and singular values of A."""
-    mind = oracle.mind
-    if mind.threat.scope == "item":
-        a = mind.sensitivity("test", mind.items)
+    model_access = oracle.model_access
+    if model_access.threat.scope == "item":
+        a = model_access.sensitivity("test", model_access.items)
     else:
         # one move for all is searched on training items: some of their positives, evenly spread
-        positives = mind.training[mind.truth("train")[mind.training] == 1]
-        a = mind.sensitivity("train", positives[:: -(-len(positives) // _MOST_ITEMS)])
+        positives = model_access.training[model_access.truth("train")[model_access.training] == 1]
+        a = model_access.sensitivity("train", positives[:: -(-len(positives) // _MOST_ITEMS)])
     assert a is not None, "the engine runs this attack only where there is an output"
-    if mind.threat.scope == "universal":
+    if model_access.threat.scope == "universal":
         a = a.reshape(1, -1, a.shape[-1]) / np.sqrt(len(a))
     if a.shape[-1] < oracle.dim:
         # the scale coordinate of a heavy tail stretches a move, and is silent only with it

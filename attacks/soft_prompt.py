@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.model_access import ModelAccess
 from elk_stress.thoughts.attacks.prefixes import evasion_slope, natural_epsilon, prefix_edit, sentences
 from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 
@@ -58,7 +58,7 @@ class SoftPrompt:
     name: ClassVar[str] = "soft_prompt"
     access: ClassVar[Access] = "gradient"
     scopes: ClassVar[tuple[Scope, ...]] = ("item",)
-    needs: ClassVar[tuple[Need, ...]] = ("mind", "model")
+    needs: ClassVar[tuple[Need, ...]] = ("model_access", "model")
     # what it does to the site is scored under natural thoughts
     priors: ClassVar[tuple[str, ...]] = ("natural",)
 
@@ -68,10 +68,10 @@ class SoftPrompt:
         Raises:
             LookupError: the testbed is no language model.
         """
-        mind = oracle.mind
-        items = sentences(mind, self.sentences, np.random.default_rng(np.random.SeedSequence(seed)))
-        epsilon = natural_epsilon(mind)
-        return self._as_proposal(mind, self._learn(mind, items, epsilon, seed), epsilon, seed)
+        model_access = oracle.model_access
+        items = sentences(model_access, self.sentences, np.random.default_rng(np.random.SeedSequence(seed)))
+        epsilon = natural_epsilon(model_access)
+        return self._as_proposal(model_access, self._learn(model_access, items, epsilon, seed), epsilon, seed)
 
     def control(self, oracle: Oracle, proposal: Proposal, *, seed: int) -> Proposal:
         """The benign control: as long a shift in a random direction, under the same noise; asks the probe nothing.
@@ -81,24 +81,26 @@ class SoftPrompt:
         """
         if proposal.spent is None:
             raise ValueError("a control of equal size needs to know the bits that the prompt spent; use noise=True")
-        mind = oracle.mind
-        u = self._normal(mind, seed, 0xC0)
+        model_access = oracle.model_access
+        u = self._normal(model_access, seed, 0xC0)
         u *= math.sqrt(2 * math.log(2) * float(proposal.spent[0])) / np.linalg.norm(u)
-        return self._as_proposal(mind, u, natural_epsilon(mind), seed)
+        return self._as_proposal(model_access, u, natural_epsilon(model_access), seed)
 
-    def _learn(self, mind: Mind, items: np.ndarray, epsilon: float | None, seed: int) -> np.ndarray:
+    def _learn(self, model_access: ModelAccess, items: np.ndarray, epsilon: float | None, seed: int) -> np.ndarray:
         """``(k, e)``: where Adam ends."""
         import torch
 
-        model = mind.model("train")
+        model = model_access.model("train")
         mean, std = (torch.as_tensor(moment) for moment in (model.embedding_mean, model.embedding_std))
         u = torch.zeros(self.length, len(mean), requires_grad=True)
         adam = torch.optim.Adam([u], lr=self.rate)
         for step in range(self.steps):
-            z = u + torch.as_tensor(self._normal(mind, seed, step), dtype=u.dtype) if self.noise else u
+            z = u + torch.as_tensor(self._normal(model_access, seed, step), dtype=u.dtype) if self.noise else u
             prefix = (mean + std * z).to(model.subject.device)
             activations = model.read_soft(prefix, items)
-            loss = (activations * evasion_slope(mind, activations)).sum().cpu() + 0.5 * self.penalty * u.square().sum()
+            loss = (
+                activations * evasion_slope(model_access, activations)
+            ).sum().cpu() + 0.5 * self.penalty * u.square().sum()
             if epsilon is not None:
                 excess = (model.divergence(prefix, items).cpu() - epsilon).clamp(min=0)
                 loss = loss + self.behaviour * excess.mean()
@@ -107,14 +109,14 @@ class SoftPrompt:
             adam.step()
         return np.asarray(u.detach().numpy(), dtype=float)
 
-    def _normal(self, mind: Mind, seed: int, stream: int) -> np.ndarray:
+    def _normal(self, model_access: ModelAccess, seed: int, stream: int) -> np.ndarray:
         """``(k, e)`` standard normal: one draw of the prior per stream."""
         rng = np.random.default_rng(np.random.SeedSequence([seed, 0x50F7, stream]))
-        return np.asarray(rng.standard_normal((self.length, len(mind.model("train").embedding_mean))))
+        return np.asarray(rng.standard_normal((self.length, len(model_access.model("train").embedding_mean))))
 
-    def _as_proposal(self, mind: Mind, u: np.ndarray, epsilon: float | None, seed: int) -> Proposal:
-        model = mind.model("train")
-        z = u + self._normal(mind, seed, self.steps) if self.noise else u
+    def _as_proposal(self, model_access: ModelAccess, u: np.ndarray, epsilon: float | None, seed: int) -> Proposal:
+        model = model_access.model("train")
+        z = u + self._normal(model_access, seed, self.steps) if self.noise else u
         prefix = (model.embedding_mean + model.embedding_std * z).astype(np.float32)
 
         def read(behind: Any, items: np.ndarray) -> np.ndarray:
@@ -124,7 +126,7 @@ class SoftPrompt:
             return np.asarray(behind.shift_soft(prefix, items))
 
         spent = float(np.square(u).sum()) / (2 * math.log(2)) if self.noise else None
-        return mind.propose(prefix_edit(mind, read, shift, epsilon), spent=spent, spent_as="kl")
+        return model_access.propose(prefix_edit(model_access, read, shift, epsilon), spent=spent, spent_as="kl")
 
 
 if __name__ == "__main__":

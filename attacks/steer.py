@@ -42,7 +42,7 @@ class Steer:
 
     name: ClassVar[str] = "steer"
     scopes: ClassVar[tuple[Scope, ...]] = ("universal",)
-    needs: ClassVar[tuple[Need, ...]] = ("mind",)
+    needs: ClassVar[tuple[Need, ...]] = ("model_access",)
     priors: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -52,31 +52,31 @@ class Steer:
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         """Candidates along one direction, shortest first; nothing is random."""
-        mind = oracle.mind
-        rows, truth = mind.training, mind.truth("train")
-        x = mind.activations("train")
+        model_access = oracle.model_access
+        rows, truth = model_access.training, model_access.truth("train")
+        x = model_access.activations("train")
         positives = x[rows[truth[rows] == 1]]
         if self.feedback == "none":
             means = x[rows[truth[rows] == 0]].mean(axis=0) - positives.mean(axis=0)
-            u = mind.to_u(means)
+            u = model_access.to_u(means)
             return Proposal((u * np.array(self.lengths)[:, None])[None], centre=u[None])
         u = self._descend(oracle, positives)
         return Proposal(u[None, None], centre=u[None])
 
     def _descend(self, oracle: Oracle, positives: np.ndarray) -> np.ndarray:
         """``(k,)``: the shortest point found at which half of the training catches are lost."""
-        mind = oracle.mind
-        factor = np.asarray(mind.prior.factor, dtype=float)
+        model_access = oracle.model_access
+        factor = np.asarray(model_access.prior.factor, dtype=float)
 
         def lost(u: np.ndarray) -> bool:
-            return bool((mind.score(caught + mind.to_edit(u)) > mind.threshold).mean() <= 0.5)
+            return bool((model_access.score(caught + model_access.to_edit(u)) > model_access.threshold).mean() <= 0.5)
 
-        caught = positives[mind.score(positives) > mind.threshold]
+        caught = positives[model_access.score(positives) > model_access.threshold]
         if not len(caught):
             return np.zeros(oracle.dim)
         u = np.zeros(oracle.dim)
         for _ in range(self.steps):
-            scores, slopes = mind.gradient(caught + mind.to_edit(u))
+            scores, slopes = model_access.gradient(caught + model_access.to_edit(u))
             # half of the catches are lost when the median one is: those around it decide where to go
             middle = np.argsort(scores, kind="stable")[: max(1, (len(scores) + 1) // 2)]
             slope = np.zeros(oracle.dim)
@@ -84,7 +84,7 @@ class Steer:
             size = float(slope @ slope)
             if size == 0:
                 return np.zeros(oracle.dim)
-            excess = float(scores[middle].max()) - mind.threshold
+            excess = float(scores[middle].max()) - model_access.threshold
             target = (float(slope @ u) - excess) / size * slope
             if np.linalg.norm(target - u) <= 1e-3 * (1 + np.linalg.norm(target)):
                 u = target

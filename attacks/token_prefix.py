@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.model_access import ModelAccess
 from elk_stress.thoughts.attacks.prefixes import evasion_loss, evasion_slope, natural_epsilon, prefix_edit, sentences
 from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 
@@ -56,7 +56,7 @@ class TokenPrefix:
 
     name: ClassVar[str] = "token_prefix"
     scopes: ClassVar[tuple[Scope, ...]] = ("item",)
-    needs: ClassVar[tuple[Need, ...]] = ("mind", "model")
+    needs: ClassVar[tuple[Need, ...]] = ("model_access", "model")
     # what it does to the site is scored under natural thoughts
     priors: ClassVar[tuple[str, ...]] = ("natural",)
 
@@ -75,18 +75,21 @@ class TokenPrefix:
         Raises:
             LookupError: the testbed is no language model.
         """
-        mind = oracle.mind
+        model_access = oracle.model_access
         rng = np.random.default_rng(np.random.SeedSequence(seed))
-        items, epsilon = sentences(mind, self.sentences, rng), natural_epsilon(mind)
-        hunt = _Hunt(self, mind, mind.model("train"), items, epsilon, rng)
-        return self._as_proposal(mind, hunt.best(), hunt.epsilon, self.spent(len(hunt.model.vocabulary)))
+        items, epsilon = sentences(model_access, self.sentences, rng), natural_epsilon(model_access)
+        hunt = _Hunt(self, model_access, model_access.model("train"), items, epsilon, rng)
+        return self._as_proposal(model_access, hunt.best(), hunt.epsilon, self.spent(len(hunt.model.vocabulary)))
 
     def control(self, oracle: Oracle, proposal: Proposal, *, seed: int) -> Proposal:
         """The benign control: a random prefix of the same length; asks the probe nothing and spends nothing."""
-        mind = oracle.mind
+        model_access = oracle.model_access
         rng = np.random.default_rng(np.random.SeedSequence([seed, 0xC0]))
         return self._as_proposal(
-            mind, rng.choice(mind.model("train").vocabulary, self.length), natural_epsilon(mind), 0.0
+            model_access,
+            rng.choice(model_access.model("train").vocabulary, self.length),
+            natural_epsilon(model_access),
+            0.0,
         )
 
     def spent(self, vocabulary: int) -> float:
@@ -98,14 +101,16 @@ class TokenPrefix:
             return min(designed, self.steps * math.log2(self.candidates + 1))
         return min(designed, math.log2(self.steps * self.candidates + 1))
 
-    def _as_proposal(self, mind: Mind, prefix: np.ndarray, epsilon: float | None, spent: float) -> Proposal:
+    def _as_proposal(
+        self, model_access: ModelAccess, prefix: np.ndarray, epsilon: float | None, spent: float
+    ) -> Proposal:
         def read(behind: Any, items: np.ndarray) -> np.ndarray:
             return np.asarray(behind.read_tokens(prefix[None], items)[0])
 
         def shift(behind: Any, items: np.ndarray) -> np.ndarray:
             return np.asarray(behind.shift_tokens(prefix, items))
 
-        return mind.propose(prefix_edit(mind, read, shift, epsilon), spent=spent)
+        return model_access.propose(prefix_edit(model_access, read, shift, epsilon), spent=spent)
 
 
 @dataclass
@@ -113,7 +118,7 @@ class _Hunt:
     """One search: what is learned on, and what counts as kept."""
 
     recipe: TokenPrefix
-    mind: Mind
+    model_access: ModelAccess
     model: Any
     items: np.ndarray
     epsilon: float | None
@@ -150,7 +155,7 @@ class _Hunt:
         """``(T, top)`` tokens that lower the loss most at each position, to first order."""
 
         def loss(activations: Any) -> Any:
-            return (activations * evasion_slope(self.mind, activations)).sum()
+            return (activations * evasion_slope(self.model_access, activations)).sum()
 
         _, slope = self.model.token_gradient(prefix, self.items, loss)
         order = np.argsort(slope, axis=1, kind="stable")[:, : self.recipe.top]
@@ -159,8 +164,8 @@ class _Hunt:
     def _least(self, prefixes: np.ndarray) -> tuple[np.ndarray, float]:
         """The best of ``prefixes (n, T)`` and its loss."""
         activations = self.model.read_tokens(prefixes, self.items)
-        scores = self.mind.score(activations.reshape(-1, activations.shape[-1])).reshape(len(prefixes), -1)
-        losses = evasion_loss(scores, self.mind.threshold)
+        scores = self.model_access.score(activations.reshape(-1, activations.shape[-1])).reshape(len(prefixes), -1)
+        losses = evasion_loss(scores, self.model_access.threshold)
         order = np.argsort(losses, kind="stable")
         if self.epsilon is not None:
             order = order[:_CHECKED]

@@ -32,7 +32,7 @@ import numpy as np
 from elk_stress.estimators.design_point import DesignPoint
 from elk_stress.estimators.limit_state import LimitState, both
 from elk_stress.probing.probe import FittedProbe, Probe
-from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.model_access import ModelAccess
 from elk_stress.thoughts.attacks.protocol import Access, Need, Oracle, Proposal, Scope
 from elk_stress.thoughts.baseline import score_gradients
 from elk_stress.thoughts.conformal import conformal_threshold
@@ -66,7 +66,7 @@ class Transfer:
     name: ClassVar[str] = "transfer"
     access: ClassVar[Access] = "none"
     scopes: ClassVar[tuple[Scope, ...]] = ("item", "universal")
-    needs: ClassVar[tuple[Need, ...]] = ("mind",)
+    needs: ClassVar[tuple[Need, ...]] = ("model_access",)
     priors: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -78,39 +78,45 @@ class Transfer:
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         """Each surrogate's shortest moves, over-shot; zeros where a surrogate has none (it never fails)."""
-        mind = oracle.mind
-        each = np.stack([self._shortest(mind, mind.fit(recipe), seed) for recipe in self.surrogates], axis=1)
+        model_access = oracle.model_access
+        each = np.stack(
+            [self._shortest(model_access, model_access.fit(recipe), seed) for recipe in self.surrogates], axis=1
+        )
         factors = np.array(sorted(self.overshoot))
         # (problems, factors, surrogates, k): all surrogates at one length before any at the next
         moves = factors[None, :, None, None] * each[:, None]
         return Proposal(moves.reshape(len(each), -1, oracle.dim), centre=each[:, 0])
 
-    def _shortest(self, mind: Mind, surrogate: FittedProbe, seed: int) -> np.ndarray:
+    def _shortest(self, model_access: ModelAccess, surrogate: FittedProbe, seed: int) -> np.ndarray:
         """``(problems, k)``: one surrogate's shortest failing moves."""
-        threshold = _threshold(mind, surrogate, self.fpr)
-        positives = mind.activations("train")[mind.training[mind.truth("train")[mind.training] == 1]]
+        threshold = _threshold(model_access, surrogate, self.fpr)
+        positives = model_access.activations("train")[
+            model_access.training[model_access.truth("train")[model_access.training] == 1]
+        ]
         margins = np.asarray(surrogate.score(positives), dtype=float) - threshold
         caught = margins > 0
-        if mind.threat.scope == "universal":
+        if model_access.threat.scope == "universal":
             if not caught.any():
-                return np.zeros((1, mind.prior.dim))
+                return np.zeros((1, model_access.prior.dim))
             half = np.array([0.5 * float(caught.mean())])
-            return self._nearest(universal_recall_event(surrogate, mind.prior, positives, threshold, half), seed)
+            return self._nearest(
+                universal_recall_event(surrogate, model_access.prior, positives, threshold, half), seed
+            )
         if not caught.any():
-            return np.zeros((len(mind.items), mind.prior.dim))
+            return np.zeros((len(model_access.items), model_access.prior.dim))
         # an item that it would not have caught falls by as much as those that it does
-        scores = np.asarray(surrogate.score(mind.origins), dtype=float)
+        scores = np.asarray(surrogate.score(model_access.origins), dtype=float)
         margin = np.where(scores > threshold, scores - threshold, float(np.median(margins[caught])))
-        looks = None if mind.epsilon is None else mind.looks("test", mind.items)
-        if looks is None or mind.epsilon is None:
-            return self._nearest(item_event(surrogate, mind.prior, mind.origins, scores - margin), seed)
-        slopes = score_gradients(surrogate, mind.origins)
-        corner = nearest_kept(mind.prior, slopes, margin, looks, mind.epsilon)
+        looks = None if model_access.epsilon is None else model_access.looks("test", model_access.items)
+        if looks is None or model_access.epsilon is None:
+            return self._nearest(item_event(surrogate, model_access.prior, model_access.origins, scores - margin), seed)
+        slopes = score_gradients(surrogate, model_access.origins)
+        corner = nearest_kept(model_access.prior, slopes, margin, looks, model_access.epsilon)
         if surrogate.traits.linear:
             # where nothing fails and keeps, it makes no move
             return np.asarray(np.nan_to_num(corner[:, 0]))
-        failed = item_event(surrogate, mind.prior, mind.origins, scores - margin)
-        kept = kept_event(mind.prior, looks, mind.epsilon)
+        failed = item_event(surrogate, model_access.prior, model_access.origins, scores - margin)
+        kept = kept_event(model_access.prior, looks, model_access.epsilon)
         return self._nearest(replace(both(failed, kept), starts=corner), seed)
 
     def _nearest(self, state: LimitState, seed: int) -> np.ndarray:
@@ -121,9 +127,9 @@ class Transfer:
         return np.asarray(np.nan_to_num(np.asarray(found.diagnostics["centres"], dtype=float)[:, 0]))
 
 
-def _threshold(mind: Mind, surrogate: FittedProbe, fpr: float) -> float:
+def _threshold(model_access: ModelAccess, surrogate: FittedProbe, fpr: float) -> float:
     """Conformal on calibration negatives; at the finest rate that these resolve, where ``fpr`` is finer."""
-    scores = np.asarray(surrogate.score(mind.scene.negatives), dtype=float)
+    scores = np.asarray(surrogate.score(model_access.prepared.negatives), dtype=float)
     return conformal_threshold(scores, max(fpr, 1 / len(scores)), shared=scores.shape[1] > 1)
 
 

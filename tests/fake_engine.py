@@ -56,8 +56,8 @@ def install(
     calls: list[dict[str, Any]] = []
     acts = dict(behaviour or {})
 
-    def stress(scene: Any, probe: Any, **options: Any) -> StressResult:
-        calls.append({"probe": probe, "scene": scene, **options})
+    def stress(prepared: Any, probe: Any, **options: Any) -> StressResult:
+        calls.append({"probe": probe, "prepared": prepared, **options})
         act = acts.get(probe)
         if isinstance(act, BaseException):
             raise act
@@ -65,13 +65,13 @@ def install(
             return act()
         return light(probe)
 
-    def prepare_scene(testbed: Any, *, seed: int = 0, progress: Any = None) -> str:
-        act = acts.get("scene")
+    def prepare(testbed: Any, *, seed: int = 0, progress: Any = None) -> str:
+        act = acts.get("prepared")
         if isinstance(act, BaseException):
             raise act
-        return f"scene {seed}"
+        return f"prepared testbed {seed}"
 
     engine = ModuleType("elk_stress.thoughts.engine")
-    vars(engine).update(stress=stress, prepare_scene=prepare_scene, compare_all=compare_all)
+    vars(engine).update(stress=stress, prepare=prepare, compare_all=compare_all)
     monkeypatch.setitem(sys.modules, "elk_stress.thoughts.engine", engine)
     return calls

@@ -42,7 +42,7 @@ from elk_stress.estimators import METHODS
 from elk_stress.ledger.ledger import BudgetExceeded, BudgetWarning, Ledger, LedgerError, Terms
 from elk_stress.testbeds.arrays import Arrays
 from elk_stress.testbeds.linear import Linear
-from elk_stress.thoughts.engine import prepare_scene
+from elk_stress.thoughts.engine import prepare
 from elk_stress.threats.priors import EllipticalPrior
 
 D = 4
@@ -89,19 +89,19 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def scene() -> Any:
-    return prepare_scene(Arrays(*data(), shares=(0.1, 0.45, 0.45)), replicates=100)
+def prepared() -> Any:
+    return prepare(Arrays(*data(), shares=(0.1, 0.45, 0.45)), replicates=100)
 
 
 @cache
 def with_output() -> Any:
-    return prepare_scene(Linear(dim=8, n_items=120, n_contexts=4), replicates=100)
+    return prepare(Linear(dim=8, n_items=120, n_contexts=4), replicates=100)
 
 
 @cache
 def results() -> list[Any]:
     return [
-        elk_stress.stress(scene(), probe, attacks=(), controls=False, threats="item/isotropic0.3/gaussian")
+        elk_stress.stress(prepared(), probe, attacks=(), controls=False, threats="item/isotropic0.3/gaussian")
         for probe in ("mass_mean", "lda")
     ]
 
@@ -130,7 +130,7 @@ def folder() -> Path:
 
 def ready() -> None:
     """Make what all inputs share; not while inputs are drawn, when nothing else may be random."""
-    scene(), with_output(), results(), folder(), called(), commands()
+    prepared(), with_output(), results(), folder(), called(), commands()
 
 
 def good(where: str, name: str) -> Any:
@@ -147,7 +147,7 @@ def good(where: str, name: str) -> Any:
         ("Ledger", "path"): folder() / "opened.ledger",
     }
     usual: dict[str, Any] = {
-        "probe": np.eye(D)[0], "activations": x, "labels": y, "testbed": scene(), "weight": np.ones(D),
+        "probe": np.eye(D)[0], "activations": x, "labels": y, "testbed": prepared(), "weight": np.ones(D),
         "obj": np.ones(D), "limit_state": half_space, "attacks": (), "controls": False, "n_particles": 16,
         "threats": "item/isotropic0.3/gaussian", "a": results()[0], "b": results()[1], "results": [],
         "terms": TERMS, "account": "selection", "amount": 1.0, "head": None,

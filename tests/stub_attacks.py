@@ -11,5 +11,5 @@ class Stub:
     name: ClassVar[Any] = "stub"
     access: ClassVar[Any] = "none"
     scopes: ClassVar[Any] = ("item",)
-    needs: ClassVar[Any] = ("mind",)
+    needs: ClassVar[Any] = ("model_access",)
     priors: ClassVar[Any] = ()

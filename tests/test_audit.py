@@ -17,10 +17,10 @@ from elk_stress.testbeds.protocol import SplitName
 from elk_stress.thoughts import audit as module
 from elk_stress.thoughts.attacks.proposal import Edit
 from elk_stress.thoughts.attacks.runner import run_attack
-from elk_stress.thoughts.attacks.target import arena
+from elk_stress.thoughts.attacks.target import attack_target
 from elk_stress.thoughts.audit import CANDIDATES, audit, audit_edit
-from elk_stress.thoughts.baseline import situation
-from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.thoughts.baseline import baseline_of
+from elk_stress.thoughts.prepared import Prepared, fit_probe, prepare
 from elk_stress.thoughts.result import AttackResult, Audit
 from elk_stress.threats.threat import Threat
 
@@ -28,7 +28,7 @@ LINEAR = tuple(name for name in CANDIDATES if name != "mlp")
 
 
 @cache
-def scene(truth: str) -> Scene:
+def prepared(truth: str) -> Prepared:
     """The truth in a class mean, which linear probes read, and for ``radius`` and ``signs`` in two other features too.
 
     ``radius``: positives lie far out in them; ``signs``: positives have the same sign in both. Neither leaves a
@@ -45,13 +45,13 @@ def scene(truth: str) -> Scene:
         items[:, 1:3] = 2.0 * np.sign(items[:, 1:3]) + 0.3 * items[:, 1:3]
         items[:, 2] = np.where(labels == 1, 1.0, -1.0) * np.sign(items[:, 1]) * np.abs(items[:, 2])
     data = items[:, None, :] + 0.3 * rng.standard_normal((n, contexts, dim))
-    return replace(prepare_scene(Arrays(data, labels)), replicates=200)
+    return replace(prepare(Arrays(data, labels)), replicates=200)
 
 
 def erased(truth: str, probe: str = "logistic") -> AttackResult:
-    here = scene(truth)
-    field = arena(here, situation(here, fit_probe(here, probe), Threat(), 0.05), None)
-    return run_attack(registry.load("attacks", "erase"), field, budget=100, seed=0)
+    here = prepared(truth)
+    target = attack_target(here, baseline_of(here, fit_probe(here, probe), Threat(), 0.05), None)
+    return run_attack(registry.load("attacks", "erase"), target, budget=100, seed=0)
 
 
 def gains(result: Audit) -> dict[str, float]:
@@ -88,10 +88,10 @@ def test_what_is_in_the_class_means_alone_is_gone_once_erased() -> None:
 
 
 def test_moving_every_item_along_the_probe_hides_the_truth_from_linear_probes() -> None:
-    here = scene("radius")
+    here = prepared("radius")
     result = audit(here, fit_probe(here, "logistic"))
     assert (result.verdict, result.strongest) == ("hidden", "mlp")
-    assert audit(scene("means"), fit_probe(scene("means"), "logistic")).verdict in ("gone", "undecided")
+    assert audit(prepared("means"), fit_probe(prepared("means"), "logistic")).verdict in ("gone", "undecided")
 
 
 def test_a_probe_that_reads_the_variance_finds_it_again_itself() -> None:
@@ -102,7 +102,7 @@ def test_a_probe_that_reads_the_variance_finds_it_again_itself() -> None:
 
 
 def test_an_edit_is_asked_once_for_each_split_and_nothing_is_fitted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = scene("means")
+    here = prepared("means")
     asked: list[SplitName] = []
     fitted: list[str] = []
     fit = module.fit_probe
@@ -111,7 +111,7 @@ def test_an_edit_is_asked_once_for_each_split_and_nothing_is_fitted_twice(monkey
         asked.append(split)
         return np.asarray(here.testbed.activations(split).mean(axis=1))
 
-    def counted(where: Scene, probe):  # type: ignore[no-untyped-def]
+    def counted(where: Prepared, probe):  # type: ignore[no-untyped-def]
         fitted.append(probe if isinstance(probe, str) else probe.name)
         return fit(where, probe)
 
@@ -143,15 +143,15 @@ class Fussy:
 
 
 def test_a_recipe_that_refuses_what_an_attack_left_is_passed_over() -> None:
-    here = scene("means")
-    field = arena(here, situation(here, fit_probe(here, Fussy()), Threat(), 0.05), None)
-    row = run_attack(registry.load("attacks", "erase"), field, budget=100, seed=0)
+    here = prepared("means")
+    target = attack_target(here, baseline_of(here, fit_probe(here, Fussy()), Threat(), 0.05), None)
+    row = run_attack(registry.load("attacks", "erase"), target, budget=100, seed=0)
     assert row.audit is not None
     assert row.audit.verdict == "gone"
     assert row.audit.clean.gain > 0.3
 
 
 def test_same_seed_same_audit() -> None:
-    here = scene("radius")
+    here = prepared("radius")
     probe = fit_probe(here, "lda")
     assert audit(here, probe, seed=3) == audit(here, probe, seed=3)

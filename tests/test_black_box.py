@@ -17,9 +17,9 @@ from elk_stress.testbeds.linear import Linear
 from elk_stress.testing import check_attack, checks_for_attack
 from elk_stress.thoughts.attacks.protocol import Access, Oracle, Proposal
 from elk_stress.thoughts.attacks.runner import run_attack
-from elk_stress.thoughts.attacks.target import arena
-from elk_stress.thoughts.baseline import situation
-from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.thoughts.attacks.target import attack_target
+from elk_stress.thoughts.baseline import baseline_of
+from elk_stress.thoughts.prepared import Prepared, fit_probe, prepare
 from elk_stress.threats.threat import Threat
 
 Feedback = Literal["score", "label"]
@@ -188,26 +188,26 @@ def test_labels_alone_can_miss_a_small_set() -> None:
 
 
 @pytest.fixture(scope="module")
-def scene() -> Scene:
-    return prepare_scene(Linear(), seed=0)
+def prepared() -> Prepared:
+    return prepare(Linear(), seed=0)
 
 
 @pytest.mark.parametrize("feedback", BOTH)
 @pytest.mark.parametrize(
     "threat", [Threat(), Threat(prior="isotropic"), Threat(scope="universal")], ids=lambda t: t.name
 )
-def test_linear_testbed_at_the_closed_form_distance(scene: Scene, threat: Threat, feedback: Feedback) -> None:
-    field = arena(scene, situation(scene, fit_probe(scene, "logistic"), threat, 0.05), None)
-    linear = field.searched.linear
+def test_linear_testbed_at_the_closed_form_distance(prepared: Prepared, threat: Threat, feedback: Feedback) -> None:
+    target = attack_target(prepared, baseline_of(prepared, fit_probe(prepared, "logistic"), threat, 0.05), None)
+    linear = target.searched.linear
     assert linear is not None
     truth = linear.offset / np.linalg.norm(linear.weight, axis=1)
-    length = search(field.searched, feedback)[2]
+    length = search(target.searched, feedback)[2]
     assert len(length) == (60 if threat.scope == "item" else 1)
     # the first line allows for single precision
     assert (length >= truth * (1 - 1e-4)).all()
     assert (length <= truth * 1.02).all()
 
-    result = run_attack(BlackBox(feedback), field, budget=2000, seed=0)
+    result = run_attack(BlackBox(feedback), target, budget=2000, seed=0)
     assert result.status == "ok"
     assert result.success == 1
     assert not result.flags
@@ -216,7 +216,7 @@ def test_linear_testbed_at_the_closed_form_distance(scene: Scene, threat: Threat
     assert result.gradients == 0
     assert result.upper_bound is not None
     # the bound is on the event that is judged
-    exact = field.failed.linear
+    exact = target.failed.linear
     assert exact is not None
     truth = exact.offset / np.linalg.norm(exact.weight, axis=1)
     assert result.upper_bound.value > -log_ndtr(-np.median(truth)) / np.log(2)
@@ -224,11 +224,12 @@ def test_linear_testbed_at_the_closed_form_distance(scene: Scene, threat: Threat
 
 @pytest.mark.parametrize("tail", ["student_t", "logistic"])
 @pytest.mark.parametrize("feedback", BOTH)
-def test_heavy_tails(scene: Scene, tail: Any, feedback: Feedback) -> None:
+def test_heavy_tails(prepared: Prepared, tail: Any, feedback: Feedback) -> None:
     """The coordinate that sets the scale makes failing nearer than the Gaussian part alone."""
-    fitted = fit_probe(scene, "logistic")
+    fitted = fit_probe(prepared, "logistic")
     heavy, gaussian = (
-        arena(scene, situation(scene, fitted, threat, 0.05), None).searched for threat in (Threat(tail=tail), Threat())
+        attack_target(prepared, baseline_of(prepared, fitted, threat, 0.05), None).searched
+        for threat in (Threat(tail=tail), Threat())
     )
     assert heavy.dim == gaussian.dim + 1
     assert np.nanmax(search(heavy, feedback)[2] / search(gaussian, "score")[2]) < 0.95
@@ -236,24 +237,26 @@ def test_heavy_tails(scene: Scene, tail: Any, feedback: Feedback) -> None:
 
 
 @pytest.mark.parametrize(("scope", "prior"), [("item", "isotropic"), ("universal", "natural")])
-def test_scores_find_the_corner_where_behaviour_is_kept(scene: Scene, scope: Any, prior: Any) -> None:
+def test_scores_find_the_corner_where_behaviour_is_kept(prepared: Prepared, scope: Any, prior: Any) -> None:
     """Two constraints of which each answer shows only the larger; against the white box on the same event."""
     threat = Threat(scope=scope, prior=prior, kept=True)
-    field = arena(scene, situation(scene, fit_probe(scene, "logistic"), threat, 0.05), scene.epsilon)
-    black, white = (run_attack(attack, field, budget=2000, seed=0) for attack in (BlackBox(), Gradient()))
+    target = attack_target(
+        prepared, baseline_of(prepared, fit_probe(prepared, "logistic"), threat, 0.05), prepared.epsilon
+    )
+    black, white = (run_attack(attack, target, budget=2000, seed=0) for attack in (BlackBox(), Gradient()))
     assert white.success == 1
     assert black.success >= 0.9
     assert black.length is not None
     assert white.length is not None
     assert black.length <= white.length * 1.1
     # the constraint binds: unconstrained, failing is nearer by far
-    free = search(field.failed, "score")[2]
+    free = search(target.failed, "score")[2]
     assert black.length > np.median(free) * 1.1
 
 
-def test_constant_probe_has_nothing_to_attack(scene: Scene) -> None:
-    field = arena(scene, situation(scene, fit_probe(scene, "rock"), Threat(), 0.05), None)
-    assert run_attack(BlackBox(), field, budget=100, seed=0).status.startswith("does not apply")
+def test_constant_probe_has_nothing_to_attack(prepared: Prepared) -> None:
+    target = attack_target(prepared, baseline_of(prepared, fit_probe(prepared, "rock"), Threat(), 0.05), None)
+    assert run_attack(BlackBox(), target, budget=100, seed=0).status.startswith("does not apply")
 
 
 # -- what never fails --------------------------------------------------------------------------------------------------

@@ -101,17 +101,17 @@ def test_bad_usage_is_one_line_and_exit_code_2(
 def test_bad_input_found_by_the_testbed_is_one_line(
     error: Exception, engine: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install(monkeypatch, {"scene": error})
+    install(monkeypatch, {"prepared": error})
     assert cli.main(["run", "--no-progress"]) == 2
     assert " ".join(str(error).split()) in one_line(capsys.readouterr())
     assert list(Path("runs").iterdir()) == [], "no empty folder may stay"
 
 
 def test_a_mistake_in_the_code_keeps_its_traceback(engine: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, {"scene": KeyError("oops")})
+    install(monkeypatch, {"prepared": KeyError("oops")})
     with pytest.raises(KeyError, match="oops"):
         cli.main(["run", "--no-progress"])
-    install(monkeypatch, {"scene": ValueError("bad data")})
+    install(monkeypatch, {"prepared": ValueError("bad data")})
     with pytest.raises(ValueError, match="bad data"):
         cli.main(["run", "--no-progress", "--traceback"])
 
@@ -181,7 +181,7 @@ def test_ctrl_c_is_130_and_shows_what_is_finished(
 def test_ctrl_c_during_preparation_is_130(
     engine: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install(monkeypatch, {"scene": KeyboardInterrupt()})
+    install(monkeypatch, {"prepared": KeyboardInterrupt()})
     assert cli.main(["run", "--probes", "lda", "--no-progress"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 

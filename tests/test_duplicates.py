@@ -13,7 +13,7 @@ from elk_stress.testbeds.arrays import Arrays
 from elk_stress.testbeds.duplicates import conflicts, joined, names_items, near_copies, recur, row_keys
 from elk_stress.testbeds.protocol import SplitName
 from elk_stress.testbeds.user_data import load_jsonl
-from elk_stress.thoughts.prepared import prepare_scene
+from elk_stress.thoughts.prepared import prepare
 
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "test")
 
@@ -138,7 +138,7 @@ def test_discrete_features_may_carry_either_label(name: str) -> None:
     assert recur(rows, keys) == (different < 40)
     # few kinds of item stand in every split, as items of their own; many are dealt kind by kind
     assert in_more_than_one(beds, rows) == (different if recur(rows, keys) else 0)
-    assert "leak" not in {f.name for f in prepare_scene(beds).flags}
+    assert "leak" not in {f.name for f in prepare(beds).flags}
 
 
 def test_many_copies_of_items_that_have_a_name_are_joined() -> None:
@@ -274,7 +274,7 @@ def test_copies_of_the_same_features_are_found_on_a_float32_scale() -> None:
 
 
 def flagged(rows: np.ndarray, labels: np.ndarray) -> dict[str, str]:
-    return {f.name: f.detail for f in prepare_scene(Arrays(rows, labels)).flags}
+    return {f.name: f.detail for f in prepare(Arrays(rows, labels)).flags}
 
 
 def test_leak_is_raised_for_nearly_equal_rows_across_splits_and_not_for_equal_ones() -> None:
@@ -285,7 +285,7 @@ def test_leak_is_raised_for_nearly_equal_rows_across_splits_and_not_for_equal_on
     assert "nearly the same as a training item" in flagged(jittered, truth)["leak"]
     # the way out: one group
     groups = np.repeat(np.arange(200), 4)
-    assert "leak" not in {f.name for f in prepare_scene(Arrays(jittered, truth, groups)).flags}
+    assert "leak" not in {f.name for f in prepare(Arrays(jittered, truth, groups)).flags}
 
 
 @pytest.mark.parametrize("dim", [1, 2, 4, 9, 10, 100, 300])

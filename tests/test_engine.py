@@ -16,10 +16,10 @@ from elk_stress.core import registry
 from elk_stress.core.bits import Kind
 from elk_stress.probing.probe import FittedProbe, Traits, direction
 from elk_stress.testbeds.linear import Linear
-from elk_stress.testbeds.repeated_reads import Bundle
-from elk_stress.thoughts.baseline import situation
+from elk_stress.testbeds.repeated_reads import RepeatedReads
+from elk_stress.thoughts.baseline import baseline_of
 from elk_stress.thoughts.comparison import holm
-from elk_stress.thoughts.engine import Scene, compare, compare_all, prepare_scene, stress, stress_activations
+from elk_stress.thoughts.engine import Prepared, compare, compare_all, prepare, stress, stress_activations
 from elk_stress.thoughts.events import universal_recall_event
 from elk_stress.thoughts.memory import Memory
 from elk_stress.thoughts.prepared import fit_probe
@@ -32,8 +32,8 @@ FREE = tuple(t for t in default_threats() if not t.kept)
 
 
 @pytest.fixture(scope="module")
-def scene() -> Scene:
-    return prepare_scene(Linear(dim=12, n_items=200, n_contexts=10))
+def prepared() -> Prepared:
+    return prepare(Linear(dim=12, n_items=200, n_contexts=10))
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ class Bent:
         return along + 10.0 * xp.tanh(along / 20.0)
 
 
-def test_one_threat_by_its_name_and_what_is_no_probe(scene: Scene) -> None:
-    result = stress(scene, "mass_mean", threats="item/natural/gaussian", attacks=(), controls=False)
+def test_one_threat_by_its_name_and_what_is_no_probe(prepared: Prepared) -> None:
+    result = stress(prepared, "mass_mean", threats="item/natural/gaussian", attacks=(), controls=False)
     assert list(result.threats) == ["item/natural/gaussian"]
     with pytest.raises(TypeError, match=r"got LogisticRegression; elk_stress\.wrap makes a probe"):
-        stress(scene, LogisticRegression(), attacks=())  # type: ignore[arg-type]
+        stress(prepared, LogisticRegression(), attacks=())  # type: ignore[arg-type]
     assert {"stress", "wrap", "Ledger"} <= set(dir(elk_stress))
 
 
-def test_bits_of_levels_without_a_closed_form_are_those_with_it(scene: Scene) -> None:
-    straight = scene.testbed.known_probes()["oracle"]
+def test_bits_of_levels_without_a_closed_form_are_those_with_it(prepared: Prepared) -> None:
+    straight = prepared.testbed.known_probes()["oracle"]
     bent = FittedProbe(Bent(), straight.parameters)
-    prior, positives = scene.prior(Threat(scope="universal")), scene.test_origins[scene.positives]
+    prior, positives = prepared.prior(Threat(scope="universal")), prepared.test_origins[prepared.positives]
     scores = np.asarray(straight.score(positives))
     threshold = float(scores.min() - 8 * scores.std())
     levels = np.array([0.1, 0.25, 0.4, 0.55, 0.7])
@@ -77,41 +77,41 @@ def test_bits_of_levels_without_a_closed_form_are_those_with_it(scene: Scene) ->
 
 
 @pytest.fixture(scope="module")
-def results(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> dict[str, StressResult]:
-    known = scene.testbed.known_probes()
+def results(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, StressResult]:
+    known = prepared.testbed.known_probes()
     # the known probes are controls too: each is measured once
     memory = Memory(tmp_path_factory.mktemp("engine"))
     return {
-        "oracle": stress(scene, known["oracle"], attacks=(), max_bits=60.0, memory=memory),
-        "paper": stress(scene, known["paper"], max_bits=60.0, memory=memory),
-        "mass_mean": stress(scene, "mass_mean", threats=FREE, attacks=(), controls=False),
+        "oracle": stress(prepared, known["oracle"], attacks=(), max_bits=60.0, memory=memory),
+        "paper": stress(prepared, known["paper"], max_bits=60.0, memory=memory),
+        "mass_mean": stress(prepared, "mass_mean", threats=FREE, attacks=(), controls=False),
     }
 
 
-def test_per_item_bits_are_the_closed_form(scene: Scene) -> None:
-    probe = fit_probe(scene, "lda")
+def test_per_item_bits_are_the_closed_form(prepared: Prepared) -> None:
+    probe = fit_probe(prepared, "lda")
     for threat in FREE:
         if threat.scope == "universal":
             continue
-        place = situation(scene, probe, threat, 0.05)
-        row = stress(scene, probe, threats=[threat], attacks=(), controls=False).threats[threat.name]
+        baseline = baseline_of(prepared, probe, threat, 0.05)
+        row = stress(prepared, probe, threats=[threat], attacks=(), controls=False).threats[threat.name]
         weight = np.asarray(probe.parameters["weight"], dtype=float)
-        prior = scene.prior(threat)
-        expected = prior.tail.bits(place.margin[place.caught] / prior.standard_deviation(weight))
+        prior = prepared.prior(threat)
+        expected = prior.tail.bits(baseline.margin[baseline.caught] / prior.standard_deviation(weight))
         assert row.items is not None
         np.testing.assert_allclose(row.items.bits.value, expected, rtol=1e-6)
         assert row.headline.value == pytest.approx(half_life(np.minimum(expected, 100.0)))
         assert row.headline.low <= row.headline.value <= row.headline.high
 
 
-def test_joint_bits_hold_the_exact_ones(scene: Scene, results: dict[str, StressResult]) -> None:
+def test_joint_bits_hold_the_exact_ones(prepared: Prepared, results: dict[str, StressResult]) -> None:
     row = results["paper"].threats["item/natural/gaussian/kept"]
-    probe = scene.testbed.known_probes()["paper"]
+    probe = prepared.testbed.known_probes()["paper"]
     weight = np.asarray(probe.parameters["weight"], dtype=float)
-    prior = scene.prior(row.threat)
+    prior = prepared.prior(row.threat)
     assert row.items is not None
     assert row.epsilon is not None
-    exact = np.array([scene.testbed.exact_bits(weight, m, prior, row.epsilon).value for m in row.items.margin])  # type: ignore[attr-defined]
+    exact = np.array([prepared.testbed.exact_bits(weight, m, prior, row.epsilon).value for m in row.items.margin])  # type: ignore[attr-defined]
     held = (row.items.bits.low <= exact) & (exact <= row.items.bits.high)
     # 95% intervals: of n items at most 5% plus four standard deviations may miss
     assert (~held).mean() <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / len(exact))
@@ -127,17 +127,21 @@ def test_oracle_outlives_paper_when_behaviour_is_kept(results: dict[str, StressR
     assert not any(f.name == "control_failed" for f in results["paper"].flags)
 
 
-def test_universal_b_at_half_advantage_is_the_closed_form(scene: Scene, results: dict[str, StressResult]) -> None:
+def test_universal_b_at_half_advantage_is_the_closed_form(prepared: Prepared, results: dict[str, StressResult]) -> None:
     row = results["mass_mean"].threats["universal/natural/gaussian"]
-    probe = fit_probe(scene, "mass_mean")
-    place = situation(scene, probe, row.threat, 0.05)
-    margins = np.sort(place.margin)[::-1]
-    tau = place.detection.recall / 2
+    probe = fit_probe(prepared, "mass_mean")
+    baseline = baseline_of(prepared, probe, row.threat, 0.05)
+    margins = np.sort(baseline.margin)[::-1]
+    tau = baseline.detection.recall / 2
     deciding = margins[int(np.floor(tau * len(margins) + 1e-9))]
-    deviation = float(scene.prior(row.threat).standard_deviation(np.asarray(probe.parameters["weight"], dtype=float)))
-    assert row.headline.value == pytest.approx(float(scene.prior(row.threat).tail.bits(deciding / deviation)), rel=1e-6)
+    deviation = float(
+        prepared.prior(row.threat).standard_deviation(np.asarray(probe.parameters["weight"], dtype=float))
+    )
+    assert row.headline.value == pytest.approx(
+        float(prepared.prior(row.threat).tail.bits(deciding / deviation)), rel=1e-6
+    )
     assert (np.diff(row.curve.value) <= 0).all()
-    assert row.curve.value[0] <= place.detection.recall
+    assert row.curve.value[0] <= baseline.detection.recall
 
 
 def test_two_tails_and_scales_are_in_every_free_result(results: dict[str, StressResult]) -> None:
@@ -178,21 +182,22 @@ def test_a_natural_prior_predicts_the_observed_best_of_n(results: dict[str, Stre
     assert results["paper"].best_of_n[0].observed.value[-1] > results["paper"].best_of_n[0].observed.value[0] > 0
 
 
-def test_a_wrong_prior_is_caught_by_the_observation(scene: Scene) -> None:
+def test_a_wrong_prior_is_caught_by_the_observation(prepared: Prepared) -> None:
     from dataclasses import replace
 
     # contexts A told to sway three times as much as they do: the prediction must now miss
     calm = replace(
-        scene,
-        train=scene.train.mean(axis=1, keepdims=True) + (scene.train - scene.train.mean(axis=1, keepdims=True)) * 3,
+        prepared,
+        train=prepared.train.mean(axis=1, keepdims=True)
+        + (prepared.train - prepared.train.mean(axis=1, keepdims=True)) * 3,
         _priors={},
         _controls={},
     )
-    result = stress(calm, scene.testbed.known_probes()["paper"], threats=FREE[:2], attacks=(), controls=False)
+    result = stress(calm, prepared.testbed.known_probes()["paper"], threats=FREE[:2], attacks=(), controls=False)
     assert "prediction_failed" in [f.name for f in result.flags]
 
 
-def test_audit_tells_moved_information_from_gone(scene: Scene, results: dict[str, StressResult]) -> None:
+def test_audit_tells_moved_information_from_gone(prepared: Prepared, results: dict[str, StressResult]) -> None:
     # paper: its direction is pushed, but the truth direction is untouched, so a refit finds it again
     verdict = results["paper"].audit
     assert verdict is not None
@@ -215,8 +220,8 @@ def test_audit_calls_it_gone_when_the_only_direction_is_overwritten() -> None:
     assert {s.stage: s for s in result.audit.stages}["strongest"].gain < result.audit.clean.gain / 2
 
 
-def test_the_rock_catches_nothing_and_has_no_bits(scene: Scene) -> None:
-    result = stress(scene, "rock", threats=FREE, controls=False)
+def test_the_rock_catches_nothing_and_has_no_bits(prepared: Prepared) -> None:
+    result = stress(prepared, "rock", threats=FREE, controls=False)
     for row in result.threats.values():
         assert row.headline.value == 0
         assert "catches_nothing" in [f.name for f in row.flags]
@@ -228,8 +233,8 @@ def test_the_rock_catches_nothing_and_has_no_bits(scene: Scene) -> None:
 def test_same_seed_same_result_bit_for_bit() -> None:
     options: dict = {"threats": [Threat(), Threat(kept=True)], "attacks": ("gradient",), "controls": False}
     options |= {"n_particles": 200, "max_bits": 30.0}
-    scenes = [prepare_scene(Linear(dim=8, n_items=160, n_contexts=8)) for _ in range(2)]
-    a, b = (stress(scene, scene.testbed.known_probes()["paper"], **options) for scene in scenes)
+    prepared_testbeds = [prepare(Linear(dim=8, n_items=160, n_contexts=8)) for _ in range(2)]
+    a, b = (stress(prepared, prepared.testbed.known_probes()["paper"], **options) for prepared in prepared_testbeds)
     kinds = set(a.threats["item/natural/gaussian/kept"].items.bits.kind)  # type: ignore[union-attr]
     assert Kind.ESTIMATE in kinds, "nothing was searched: all would be equal without a seed"
     left, right = a.to_json(), b.to_json()
@@ -285,9 +290,9 @@ class _Bowl:
 
 @pytest.mark.statistics
 @pytest.mark.parametrize("threat", [Threat(scope="universal"), Threat(kept=True), Threat(tail="logistic")])
-def test_a_probe_that_is_not_linear_faces_every_kind_of_threat(scene: Scene, threat: Threat) -> None:
-    bowl = fit_probe(scene, _Bowl())
-    result = stress(scene, bowl, threats=[threat], attacks=("gradient", "natural_thoughts"), controls=False)
+def test_a_probe_that_is_not_linear_faces_every_kind_of_threat(prepared: Prepared, threat: Threat) -> None:
+    bowl = fit_probe(prepared, _Bowl())
+    result = stress(prepared, bowl, threats=[threat], attacks=("gradient", "natural_thoughts"), controls=False)
     (row,) = result.threats.values()
     assert math.isfinite(row.headline.low)
     assert 0 < row.headline.low <= row.headline.value
@@ -298,20 +303,20 @@ def test_a_probe_that_is_not_linear_faces_every_kind_of_threat(scene: Scene, thr
 def test_a_probe_that_is_not_linear_goes_all_the_way() -> None:
     # gaps as narrow as natural thoughts are wide: all items cost few bits, the weakest as few as can be counted
     close = Linear(dim=8, n_items=200, n_contexts=10, truth_gap=3.0, incidental_gap=2.0, truth_sway=0.8)
-    scene = prepare_scene(close)
-    bowl = fit_probe(scene, _Bowl())
-    result = stress(scene, bowl, threats=[Threat()], attacks=("gradient",), controls=False, max_bits=30.0)
+    prepared = prepare(close)
+    bowl = fit_probe(prepared, _Bowl())
+    result = stress(prepared, bowl, threats=[Threat()], attacks=("gradient",), controls=False, max_bits=30.0)
     free = result.threats["item/natural/gaussian"]
     assert free.headline.low > 0
     assert free.items is not None
     # checked against counting where counting can: the weakest items
-    place = situation(scene, bowl, Threat(), 0.05)
+    baseline = baseline_of(prepared, bowl, Threat(), 0.05)
     weak = np.argsort(free.items.bits.value)[:5]
     assert free.items.bits.value[weak].max() < 9
-    origins = scene.test_origins[scene.positives[place.caught[weak]]]
-    moves = scene.prior(Threat()).sample(60_000, 5).astype(np.float32)
+    origins = prepared.test_origins[prepared.positives[baseline.caught[weak]]]
+    moves = prepared.prior(Threat()).sample(60_000, 5).astype(np.float32)
     for i, origin in zip(weak, origins, strict=True):
-        p = float((np.asarray(bowl.score(origin + moves)) <= place.detection.threshold).mean())
+        p = float((np.asarray(bowl.score(origin + moves)) <= baseline.detection.threshold).mean())
         counted = -math.log2(p)
         error = 1.96 * math.sqrt((1 - p) / (p * len(moves))) / math.log(2)
         bits = free.items.bits[int(i)]
@@ -349,9 +354,9 @@ def test_bad_arrays_are_refused_with_the_way_out(spoil, message: str) -> None:  
         stress_activations("mass_mean", x, y)
 
 
-def test_a_probe_of_another_width_is_refused_with_both_widths(scene: Scene) -> None:
+def test_a_probe_of_another_width_is_refused_with_both_widths(prepared: Prepared) -> None:
     with pytest.raises(ValueError, match=r"fitted on 5 features .* gives 12"):
-        stress(scene, direction(np.ones(5)))
+        stress(prepared, direction(np.ones(5)))
 
 
 def test_threat_names_are_unique_and_read_back() -> None:
@@ -370,9 +375,9 @@ def test_the_package_offers_functions_not_modules() -> None:
 
 
 def test_chosen_pairs_are_compared_and_no_others() -> None:
-    scene = prepare_scene(Linear(n_items=200, n_contexts=6), replicates=200)
+    prepared = prepare(Linear(n_items=200, n_contexts=6), replicates=200)
     threats = ["item/natural/gaussian"]
-    found = {p: stress(scene, p, threats=threats, attacks=[], controls=False) for p in ("paper", "lda", "logistic")}
+    found = {p: stress(prepared, p, threats=threats, attacks=[], controls=False) for p in ("paper", "lda", "logistic")}
     rows = compare_all(found, [("lda", "logistic")])
     assert [(row.a, row.b) for row in rows] == [("lda", "logistic")]
     # one row is corrected for nothing: the table of all pairs is
@@ -381,8 +386,10 @@ def test_chosen_pairs_are_compared_and_no_others() -> None:
 
 
 def test_a_linear_probe_is_its_own_certificate() -> None:
-    scene = prepare_scene(Linear(n_items=200, n_contexts=6), replicates=200)
-    result = stress(scene, "oracle", threats=["item/natural/gaussian", "item/natural/best"], attacks=[], controls=False)
+    prepared = prepare(Linear(n_items=200, n_contexts=6), replicates=200)
+    result = stress(
+        prepared, "oracle", threats=["item/natural/gaussian", "item/natural/best"], attacks=[], controls=False
+    )
     gaussian, heavy = result.threats.values()
     assert gaussian.certified is not None
     assert gaussian.certified.value == pytest.approx(gaussian.headline.value, rel=1e-6)
@@ -392,9 +399,9 @@ def test_a_linear_probe_is_its_own_certificate() -> None:
 
 def test_a_difference_that_every_replicate_shows_survives_a_long_table() -> None:
     """The bootstrap's count ends at 2 / (n + 1): 120 rows of it would be corrected to nothing."""
-    scene = prepare_scene(Linear(n_items=200, n_contexts=6), replicates=200)
+    prepared = prepare(Linear(n_items=200, n_contexts=6), replicates=200)
     threats = ["item/natural/gaussian"]
-    found = {p: stress(scene, p, threats=threats, attacks=[], controls=False) for p in ("paper", "logistic")}
+    found = {p: stress(prepared, p, threats=threats, attacks=[], controls=False) for p in ("paper", "logistic")}
     (row,) = compare_all(found)
     assert row.better == "logistic"
     assert row.p < 1e-3 < 2 / 201
@@ -408,7 +415,7 @@ def test_several_reads_of_an_item() -> None:
     options = {"threats": names, "attacks": [], "controls": False, "max_bits": 1000.0}
     single = stress(base, "logistic", **options)
     rows = {
-        (reads, moved): stress(Bundle(base, reads, moved), "context_average", **options)
+        (reads, moved): stress(RepeatedReads(base, reads, moved), "context_average", **options)
         for reads, moved in ((1, "apart"), (4, "apart"), (4, "together"))
     }
     half_lives = {key: result.threats[names[0]].headline for key, result in rows.items()}
@@ -425,7 +432,7 @@ def test_several_reads_of_an_item() -> None:
 
 def test_shift_of_several_reads_is_the_mean_of_theirs() -> None:
     base = Linear(n_items=80, n_contexts=4)
-    bundle = Bundle(base, 3)
+    bundle = RepeatedReads(base, 3)
     items = np.arange(5)
     moves = np.random.default_rng(np.random.SeedSequence(0)).standard_normal((5, 2, 3 * base.dim))
     each = [base.shift("test", items, part) for part in np.split(moves, 3, axis=-1)]
@@ -441,6 +448,6 @@ def test_shift_of_several_reads_is_the_mean_of_theirs() -> None:
         atol=1e-5,
     )
     with pytest.raises(ValueError, match="reads >= 1"):
-        Bundle(base, 0)
+        RepeatedReads(base, 0)
     with pytest.raises(ValueError, match="several reads already"):
-        Bundle(bundle, 2)
+        RepeatedReads(bundle, 2)

@@ -12,10 +12,10 @@ from elk_stress.attacks.gradient import Gradient
 from elk_stress.estimators.limit_state import LimitState, from_function
 from elk_stress.testbeds.linear import Linear
 from elk_stress.thoughts.attacks.protocol import Oracle
-from elk_stress.thoughts.attacks.target import arena
-from elk_stress.thoughts.baseline import Situation, situation
+from elk_stress.thoughts.attacks.target import attack_target
+from elk_stress.thoughts.baseline import Baseline, baseline_of
 from elk_stress.thoughts.events import linear_weight, nearest_kept, nearest_of_linear
-from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.thoughts.prepared import Prepared, fit_probe, prepare
 from elk_stress.threats.threat import Threat
 
 
@@ -145,37 +145,37 @@ def test_what_fails_unmoved_or_has_no_slope_costs_the_walk_nothing(name: str) ->
 
 
 @pytest.fixture(scope="module")
-def scene() -> Scene:
-    return prepare_scene(Linear(), seed=0)
+def prepared() -> Prepared:
+    return prepare(Linear(), seed=0)
 
 
-def place(scene: Scene, threat: Threat) -> Situation:
-    return situation(scene, fit_probe(scene, "logistic"), threat, 0.05)
+def baseline(prepared: Prepared, threat: Threat) -> Baseline:
+    return baseline_of(prepared, fit_probe(prepared, "logistic"), threat, 0.05)
 
 
 @pytest.mark.parametrize("prior", ["natural", "isotropic"])
 @pytest.mark.parametrize("tail", ["student_t", "logistic"])
-def test_heavy_tails_at_the_closed_form_distance(scene: Scene, tail: Any, prior: Any) -> None:
-    field = arena(scene, place(scene, Threat(tail=tail, prior=prior)), None)
-    truth = np.linalg.norm(nearest_of_linear(field.failed), axis=1)
-    stopped, walked = (search(field.searched, walk=walk)[1] / truth for walk in (0, 8))
+def test_heavy_tails_at_the_closed_form_distance(prepared: Prepared, tail: Any, prior: Any) -> None:
+    target = attack_target(prepared, baseline(prepared, Threat(tail=tail, prior=prior)), None)
+    truth = np.linalg.norm(nearest_of_linear(target.failed), axis=1)
+    stopped, walked = (search(target.searched, walk=walk)[1] / truth for walk in (0, 8))
     assert np.median(stopped) > 1.05
     assert walked.min() > 1 - 1e-4
     assert walked.max() < 1.002
 
 
-def test_heavy_tail_and_kept_behaviour_meet_in_the_corner(scene: Scene) -> None:
+def test_heavy_tail_and_kept_behaviour_meet_in_the_corner(prepared: Prepared) -> None:
     """Against one multiplier per point of a grid over the scale; items nearer than the slack of single precision are
     left out."""
-    where = place(scene, Threat(tail="student_t", kept=True))
-    field = arena(scene, where, scene.epsilon)
-    assert scene.behaviour is not None
+    where = baseline(prepared, Threat(tail="student_t", kept=True))
+    target = attack_target(prepared, where, prepared.epsilon)
+    assert prepared.behaviour is not None
     margin = where.margin[where.caught]
     weight = linear_weight(where.probe)
     assert weight is not None
-    nearest = nearest_kept(where.prior, weight, margin, scene.behaviour.factors(field.items), scene.epsilon)
+    nearest = nearest_kept(where.prior, weight, margin, prepared.behaviour.factors(target.items), prepared.epsilon)
     truth = np.linalg.norm(nearest[:, 0], axis=1)
     chosen = np.flatnonzero(margin > np.median(margin))[:8]
-    stopped, walked = (search(field.searched.select(chosen), walk=walk)[1] / truth[chosen] for walk in (0, 8))
+    stopped, walked = (search(target.searched.select(chosen), walk=walk)[1] / truth[chosen] for walk in (0, 8))
     assert np.median(stopped) > 1.05
     assert walked.max() < 1.02

@@ -18,14 +18,14 @@ from elk_stress.testbeds.arrays import Arrays
 from elk_stress.testbeds.linear import Linear
 from elk_stress.thoughts import incidental
 from elk_stress.thoughts.incidental import incidental_fraction, silent_bits
-from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.thoughts.prepared import Prepared, fit_probe, prepare
 from elk_stress.thoughts.result import IncidentalFraction
 from elk_stress.threats.priors import StudentT
 
 
 @cache
-def _scene() -> Scene:
-    return prepare_scene(Linear())
+def _scene() -> Prepared:
+    return prepare(Linear())
 
 
 def _mixed(testbed: Linear, share: float) -> np.ndarray:
@@ -54,8 +54,8 @@ def test_a_fitted_probe_lies_between(name: str) -> None:
 
 def test_a_given_prior_or_too_few_contexts_leave_the_items_alone() -> None:
     testbed = Linear()
-    for scene in (prepare_scene(testbed, prior=testbed.true_prior()), prepare_scene(Linear(n_contexts=2))):
-        found = incidental_fraction("lda", scene)
+    for prepared in (prepare(testbed, prior=testbed.true_prior()), prepare(Linear(n_contexts=2))):
+        found = incidental_fraction("lda", prepared)
         assert (found.low, found.high) == (pytest.approx(found.value), pytest.approx(found.value))
 
 
@@ -65,10 +65,10 @@ def test_the_interval_covers_the_true_priors_fraction(contexts: int) -> None:
     hits = 0
     for seed in range(20):
         testbed = Linear(dim=12, n_items=240, n_contexts=contexts, seed=seed)
-        scene = prepare_scene(testbed, replicates=100, seed=seed)
+        prepared = prepare(testbed, replicates=100, seed=seed)
         for name in ("logistic", "mass_mean"):
-            probe = fit_probe(scene, name)
-            found = incidental_fraction(probe, scene)
+            probe = fit_probe(prepared, name)
+            found = incidental_fraction(probe, prepared)
             true = testbed.true_prior()
             s = (np.asarray(probe.parameters["weight"], dtype=float) @ true.factor)[None]
             truth = np.linalg.norm(incidental.unseen(true, testbed.readout[None], s, 0.0)[0]) / np.linalg.norm(s)
@@ -80,7 +80,7 @@ def test_the_interval_covers_the_true_priors_fraction(contexts: int) -> None:
 def test_drawn_priors_are_around_the_fitted_one() -> None:
     """Many contexts and no shrinkage to speak of: nothing is left to draw."""
     testbed = Linear(dim=6, n_items=240, n_contexts=200)
-    found = incidental_fraction("mass_mean", prepare_scene(testbed))
+    found = incidental_fraction("mass_mean", prepare(testbed))
     assert found.high - found.low < 0.12
     assert found.low < found.value < found.high
 
@@ -153,7 +153,7 @@ def test_half_the_fraction_is_twice_the_margin() -> None:
     testbed = Linear()
     prior, weight = testbed.true_prior(), _mixed(Linear(), 0.5)
     factors = testbed.readout[None]
-    share = float(incidental_fraction(direction(weight), prepare_scene(testbed, prior=prior)))
+    share = float(incidental_fraction(direction(weight), prepare(testbed, prior=prior)))
     margin = 2.0 * float(np.linalg.norm(weight @ prior.factor))
     found = silent_bits(np.array([margin]), weight[None], prior, factors)[0]
     assert found == pytest.approx(float(testbed.exact_bits(weight, margin / share, prior).value), rel=1e-6)
@@ -162,7 +162,7 @@ def test_half_the_fraction_is_twice_the_margin() -> None:
 def test_items_are_a_seeded_sample_of_all_positives(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = fit_probe(_scene(), "mlp")
     found, again, other = (
-        incidental_fraction(probe, scene) for scene in (_scene(), replace(_scene()), replace(_scene(), seed=1))
+        incidental_fraction(probe, prepared) for prepared in (_scene(), replace(_scene()), replace(_scene(), seed=1))
     )
     monkeypatch.setattr(incidental, "_MOST_ITEMS", 10_000)
     whole = incidental_fraction(probe, _scene())

@@ -22,7 +22,7 @@ from elk_stress.probing.probe import FittedProbe
 from elk_stress.runs.stress import run
 from elk_stress.testbeds.arrays import Arrays
 from elk_stress.thoughts.engine import stress_activations
-from elk_stress.thoughts.prepared import fit_probe, prepare_scene
+from elk_stress.thoughts.prepared import fit_probe, prepare
 from elk_stress.threats.priors import EllipticalPrior
 from elk_stress.threats.threat import Threat, parse_threat
 
@@ -334,9 +334,9 @@ def test_a_given_probe_scores_the_original_activations() -> None:
     testbed = Arrays(x, labels)
     assert testbed.origin is not None
     np.testing.assert_allclose(testbed.origin, 1e6 * np.arange(1, D + 1), atol=5)
-    scene = prepare_scene(testbed)
-    scores = np.asarray(fit_probe(scene, elk_stress.wrap(machine, dim=D)).score(scene.test), dtype=float)
-    expected = machine.decision_function(x[[int(i) for i in scene.items.ids], 3:].reshape(-1, D))
+    prepared = prepare(testbed)
+    scores = np.asarray(fit_probe(prepared, elk_stress.wrap(machine, dim=D)).score(prepared.test), dtype=float)
+    expected = machine.decision_function(x[[int(i) for i in prepared.items.ids], 3:].reshape(-1, D))
     np.testing.assert_allclose(scores.ravel(), expected, atol=1e-5)
 
 

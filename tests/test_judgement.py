@@ -15,18 +15,18 @@ from elk_stress.testbeds.linear import Linear
 from elk_stress.thoughts.attacks.proposal import Edit
 from elk_stress.thoughts.attacks.protocol import Oracle, Proposal
 from elk_stress.thoughts.attacks.runner import run_attack
-from elk_stress.thoughts.attacks.target import Arena, arena
-from elk_stress.thoughts.baseline import situation
-from elk_stress.thoughts.prepared import prepare_scene
+from elk_stress.thoughts.attacks.target import AttackTarget, attack_target
+from elk_stress.thoughts.baseline import baseline_of
+from elk_stress.thoughts.prepared import prepare
 from elk_stress.threats.threat import Threat
 
 
 @cache
-def _field(probe: str, scope: Any = "item", epsilon: float | None = None) -> Arena:
+def _field(probe: str, scope: Any = "item", epsilon: float | None = None) -> AttackTarget:
     testbed = Linear(dim=8, n_items=160, n_contexts=8)
-    scene = replace(prepare_scene(testbed), replicates=100)
+    prepared = replace(prepare(testbed), replicates=100)
     threat = Threat(scope=scope, kept=epsilon is not None, epsilon=epsilon)
-    return arena(scene, situation(scene, testbed.known_probes()[probe], threat, 0.05), epsilon)
+    return attack_target(prepared, baseline_of(prepared, testbed.known_probes()[probe], threat, 0.05), epsilon)
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class _Liar(Stub):
     name: ClassVar[str] = "liar"
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
-        mind = oracle.mind
-        edit = Edit(mind.activations, shift=lambda items: np.zeros(len(items)), epsilon=1e-9)
+        model_access = oracle.model_access
+        edit = Edit(model_access.activations, shift=lambda items: np.zeros(len(items)), epsilon=1e-9)
         return Proposal(np.full((oracle.n_problems, 1, oracle.dim), 50.0), edit=edit)
 
 
@@ -49,8 +49,8 @@ class _Far(Stub):
     needs: ClassVar[Any] = ()
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
-        place = _field("paper").place
-        u = place.prior.inverse(-12 * place.probe.parameters["weight"].astype(float))
+        baseline = _field("paper").baseline
+        u = baseline.prior.inverse(-12 * baseline.probe.parameters["weight"].astype(float))
         return Proposal(np.tile(u, (oracle.n_problems, 1, 1)))
 
 
@@ -86,6 +86,6 @@ def test_the_control_must_keep_behaviour_too() -> None:
 
 
 def test_kept_without_a_measured_epsilon_is_not_judged() -> None:
-    field = replace(_field("paper", "item", 0.02), epsilon=None)
-    row = run_attack(registry.load("attacks", "gradient"), field, budget=100, seed=0)
+    target = replace(_field("paper", "item", 0.02), epsilon=None)
+    row = run_attack(registry.load("attacks", "gradient"), target, budget=100, seed=0)
     assert row.status == "does not apply: what counts as kept was not measured"

@@ -167,13 +167,13 @@ def test_a_probes_tail_binds_the_items_of_an_entity() -> None:
 
     rng = np.random.default_rng(np.random.SeedSequence(8))
     scores = rng.normal(1.0, 1.0, (60, 12))
-    scene = SimpleNamespace(
+    prepared = SimpleNamespace(
         test=scores, positives=np.arange(0, 60, 2), items=SimpleNamespace(groups=np.repeat(np.arange(15), 4)), seed=0
     )
     place = SimpleNamespace(
         probe=SimpleNamespace(score=lambda x: x), detection=SimpleNamespace(threshold=0.5, fpr=0.05), threat=None
     )
-    found = prediction._left_tail(scene, place)  # type: ignore[arg-type]
+    found = prediction._left_tail(prepared, place)  # type: ignore[arg-type]
     assert found is not None
     halves = scores[::2, :6].mean(axis=1) > 0.5, scores[::2, 6:].mean(axis=1) > 0.5
     # an item that both halves catch is one item
@@ -190,7 +190,7 @@ def test_contexts_that_sway_all_items_alike_widen_the_band() -> None:
     margin, n = rng.normal(1.5, 0.5, (80, 1)), np.array([1, 8])
     width = []
     for shape in ((80, 8), (1, 8)):
-        scene = SimpleNamespace(
+        prepared = SimpleNamespace(
             test=margin + rng.standard_normal(shape) * np.ones((80, 8)),
             positives=np.arange(80),
             items=SimpleNamespace(groups=np.arange(80)),
@@ -199,7 +199,7 @@ def test_contexts_that_sway_all_items_alike_widen_the_band() -> None:
         place = SimpleNamespace(
             probe=SimpleNamespace(score=lambda x: x), detection=SimpleNamespace(threshold=0.0), threat=None
         )
-        found = prediction._left_tail(scene, place)  # type: ignore[arg-type]
+        found = prediction._left_tail(prepared, place)  # type: ignore[arg-type]
         assert found is not None
         low, high = found.band(n)
         width.append(high - low)

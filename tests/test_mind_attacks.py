@@ -31,15 +31,15 @@ from elk_stress.testbeds.linear import Linear
 from elk_stress.testbeds.protocol import SplitName
 from elk_stress.testbeds.statements import Statements
 from elk_stress.testing import checks_for_attack
-from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.model_access import ModelAccess
 from elk_stress.thoughts.attacks.proposal import Edit
 from elk_stress.thoughts.attacks.protocol import Attack, Oracle, Proposal
 from elk_stress.thoughts.attacks.runner import run_attack
 from elk_stress.thoughts.attacks.surrogate_agreement import agreement
-from elk_stress.thoughts.attacks.target import Arena, arena
-from elk_stress.thoughts.baseline import situation
+from elk_stress.thoughts.attacks.target import AttackTarget, attack_target
+from elk_stress.thoughts.baseline import baseline_of
 from elk_stress.thoughts.conformal import auroc
-from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.thoughts.prepared import Prepared, fit_probe, prepare
 from elk_stress.thoughts.result import AttackResult
 from elk_stress.threats.threat import Threat
 
@@ -65,38 +65,38 @@ def test_conformance(name: str) -> None:
 
 
 @cache
-def scene() -> Scene:
-    return replace(prepare_scene(Linear(dim=16, n_items=320, n_contexts=8)), replicates=100)
+def prepared() -> Prepared:
+    return replace(prepare(Linear(dim=16, n_items=320, n_contexts=8)), replicates=100)
 
 
 @cache
 def probe(name: str) -> FittedProbe:
-    known = scene().testbed.known_probes()
-    return known[name] if name in known else fit_probe(scene(), name)
+    known = prepared().testbed.known_probes()
+    return known[name] if name in known else fit_probe(prepared(), name)
 
 
 @cache
-def field(name: str, threat: Threat = Threat()) -> Arena:  # noqa: B008 - frozen
-    return arena(scene(), situation(scene(), probe(name), threat, 0.05), threat.epsilon)
+def target(name: str, threat: Threat = Threat()) -> AttackTarget:  # noqa: B008 - frozen
+    return attack_target(prepared(), baseline_of(prepared(), probe(name), threat, 0.05), threat.epsilon)
 
 
-def ask(attack: Attack, here: Arena, *, seed: int = 0) -> tuple[Proposal, Mind]:
-    mind = here.mind(attack.access, 2000)
-    return attack.propose(Oracle(here.searched, attack.access, 400, here.pool, mind), seed=seed), mind
+def ask(attack: Attack, here: AttackTarget, *, seed: int = 0) -> tuple[Proposal, ModelAccess]:
+    model_access = here.model_access(attack.access, 2000)
+    return attack.propose(Oracle(here.searched, attack.access, 400, here.pool, model_access), seed=seed), model_access
 
 
-def run(attack: Attack, here: Arena, *, seed: int = 0) -> AttackResult:
+def run(attack: Attack, here: AttackTarget, *, seed: int = 0) -> AttackResult:
     row = run_attack(attack, here, budget=2000, seed=seed)
     assert row.status == "ok"
     return row
 
 
-def silenced(here: Arena, edit: Edit, split: SplitName) -> float:
+def silenced(here: AttackTarget, edit: Edit, split: SplitName) -> float:
     """Share of the split's caught positives that the probe no longer catches."""
-    bed, threshold = here.scene.testbed, here.place.detection.threshold
+    bed, threshold = here.prepared.testbed, here.baseline.detection.threshold
     x = np.asarray(bed.activations(split).mean(axis=1), dtype=np.float32)
-    caught = (bed.splits[split].labels == 1) & (np.asarray(here.place.probe.score(x)) > threshold)
-    return float((np.asarray(here.place.probe.score(edit.moved(split)))[caught] <= threshold).mean())
+    caught = (bed.splits[split].labels == 1) & (np.asarray(here.baseline.probe.score(x)) > threshold)
+    return float((np.asarray(here.baseline.probe.score(edit.moved(split)))[caught] <= threshold).mean())
 
 
 KEPT = Threat(kept=True, epsilon=0.05)
@@ -106,11 +106,13 @@ KEPT = Threat(kept=True, epsilon=0.05)
 
 
 def test_after_erasing_nothing_linear_is_left() -> None:
-    proposal, mind = ask(Erase(shrinkage=False), field("oracle"))
+    proposal, model_access = ask(Erase(shrinkage=False), target("oracle"))
     assert proposal.edit is not None
-    rows = mind.training
-    truth = mind.truth("train")[rows] - 0.5
-    before, after = (x[rows] - x[rows].mean(axis=0) for x in (mind.activations("train"), proposal.edit.moved("train")))
+    rows = model_access.training
+    truth = model_access.truth("train")[rows] - 0.5
+    before, after = (
+        x[rows] - x[rows].mean(axis=0) for x in (model_access.activations("train"), proposal.edit.moved("train"))
+    )
     scale = np.abs(truth @ before).max()
     assert scale > 10  # it was there before
     assert np.abs(truth @ after).max() < 1e-3 * scale
@@ -121,25 +123,25 @@ def test_after_erasing_nothing_linear_is_left() -> None:
 
 def test_erasing_silences_all_linear_probes_at_the_price_of_behaviour() -> None:
     for name in ("oracle", "logistic"):
-        row = run(Erase(), field(name))
+        row = run(Erase(), target(name))
         assert row.auroc is not None
         assert row.auroc < 0.65
         assert row.audit is not None
         assert row.audit.verdict in ("gone", "undecided")
-        assert run(Erase(), field(name, KEPT)).success == 0
+        assert run(Erase(), target(name, KEPT)).success == 0
 
 
 # -- steer ------------------------------------------------------------------------------------------------------------
 
 
 def test_steering_a_linear_probe_takes_the_closed_form_length() -> None:
-    here = field("logistic", Threat(scope="universal"))
-    proposal, mind = ask(Steer(), here)
-    weight = np.asarray(here.place.probe.parameters["weight"], dtype=float)
-    along = weight @ here.place.prior.factor
-    rows = mind.training
-    x = mind.activations("train")[rows[mind.truth("train")[rows] == 1]]
-    margins = np.asarray(here.place.probe.score(x), dtype=float) - here.place.detection.threshold
+    here = target("logistic", Threat(scope="universal"))
+    proposal, model_access = ask(Steer(), here)
+    weight = np.asarray(here.baseline.probe.parameters["weight"], dtype=float)
+    along = weight @ here.baseline.prior.factor
+    rows = model_access.training
+    x = model_access.activations("train")[rows[model_access.truth("train")[rows] == 1]]
+    margins = np.asarray(here.baseline.probe.score(x), dtype=float) - here.baseline.detection.threshold
     caught = np.sort(margins[margins > 0])
     # half of the catches are lost once the lower half of the margins is used up
     expected = caught[(len(caught) - 1) // 2] / np.linalg.norm(along)
@@ -149,12 +151,12 @@ def test_steering_a_linear_probe_takes_the_closed_form_length() -> None:
 
 
 def test_steering_by_the_class_means_asks_nothing_and_goes_along_them() -> None:
-    here = field("paper", Threat(scope="universal"))
-    proposal, mind = ask(Steer(feedback="none"), here)
-    assert mind.queries == mind.gradients == 0
-    x, y = mind.activations("train")[mind.training], mind.truth("train")[mind.training]
+    here = target("paper", Threat(scope="universal"))
+    proposal, model_access = ask(Steer(feedback="none"), here)
+    assert model_access.queries == model_access.gradients == 0
+    x, y = model_access.activations("train")[model_access.training], model_access.truth("train")[model_access.training]
     means = x[y == 0].mean(axis=0) - x[y == 1].mean(axis=0)
-    edits = mind.to_edit(proposal.moves[0])
+    edits = model_access.to_edit(proposal.moves[0])
     np.testing.assert_allclose(edits / np.array([0.25, 0.5, 1, 2])[:, None], np.tile(means, (4, 1)), atol=1e-4)
     assert run(Steer(feedback="none"), here).success == 1
 
@@ -163,25 +165,25 @@ def test_steering_by_the_class_means_asks_nothing_and_goes_along_them() -> None:
 
 
 def test_silent_thoughts_take_the_closed_form_length() -> None:
-    here = field("logistic")
+    here = target("logistic")
     proposal, _ = ask(SilentThoughts(), here)
-    weight = np.asarray(here.place.probe.parameters["weight"], dtype=float)
-    along = weight @ here.place.prior.factor
-    sensitivity = scene().testbed.readout @ here.place.prior.factor  # type: ignore[attr-defined]
+    weight = np.asarray(here.baseline.probe.parameters["weight"], dtype=float)
+    along = weight @ here.baseline.prior.factor
+    sensitivity = prepared().testbed.readout @ here.baseline.prior.factor  # type: ignore[attr-defined]
     null = along - np.linalg.pinv(sensitivity) @ (sensitivity @ along)
-    margins = here.place.margin[here.place.caught]
+    margins = here.baseline.margin[here.baseline.caught]
     lengths = np.linalg.norm(proposal.moves[:, 0], axis=-1)
     np.testing.assert_allclose(lengths, margins / np.linalg.norm(null), rtol=2e-3)
     assert np.abs(proposal.moves[:, 0] @ sensitivity.T).max() < 1e-6
     # as epsilon -> 0 the bits of the shortest silent break are those of the exact joint event
-    bed = scene().testbed
-    exact = bed.exact_bits(weight, float(margins[0]), here.place.prior, 1e-6).value  # type: ignore[attr-defined]
-    kept = bed.exact_bits(np.zeros(16), -1.0, here.place.prior, 1e-6).value  # type: ignore[attr-defined]
+    bed = prepared().testbed
+    exact = bed.exact_bits(weight, float(margins[0]), here.baseline.prior, 1e-6).value  # type: ignore[attr-defined]
+    kept = bed.exact_bits(np.zeros(16), -1.0, here.baseline.prior, 1e-6).value  # type: ignore[attr-defined]
     assert exact - kept == pytest.approx(float(bits_of_beta(lengths[0])), abs=0.2)
 
 
 def test_nothing_silent_breaks_the_oracle_and_everything_silent_breaks_paper() -> None:
-    oracle, paper = run(SilentThoughts(), field("oracle", KEPT)), run(SilentThoughts(), field("paper", KEPT))
+    oracle, paper = run(SilentThoughts(), target("oracle", KEPT)), run(SilentThoughts(), target("paper", KEPT))
     assert oracle.success == 0
     assert paper.success == 1
     assert paper.shift is not None
@@ -194,37 +196,41 @@ def test_nothing_silent_breaks_the_oracle_and_everything_silent_breaks_paper() -
 def test_a_surrogate_that_is_the_probe_is_as_good_as_its_gradient() -> None:
     near = (1.0, 1.05)
     for name in ("logistic", "lda", "mass_mean"):
-        white, same = run(Gradient(), field(name)), run(Transfer(surrogates=(name,), overshoot=near), field(name))
+        white, same = run(Gradient(), target(name)), run(Transfer(surrogates=(name,), overshoot=near), target(name))
         assert white.success == 1
         assert same.success >= 0.95
         assert white.length is not None
         assert same.length == pytest.approx(white.length, rel=0.06)
     unrelated = Transfer(surrogates=("random_direction", "rock"), overshoot=near)
-    assert run(unrelated, field("logistic")).success <= 0.1
+    assert run(unrelated, target("logistic")).success <= 0.1
 
 
 def test_transfer_asks_the_probe_nothing() -> None:
     for scope in ("item", "universal"):
-        here = field("logistic", Threat(scope=scope))
-        proposal, mind = ask(Transfer(), here)
-        assert mind.queries == mind.gradients == 0
+        here = target("logistic", Threat(scope=scope))
+        proposal, model_access = ask(Transfer(), here)
+        assert model_access.queries == model_access.gradients == 0
         assert proposal.moves.shape == (here.n_problems, 15, 16)
         # what it proposes does not depend on which probe is attacked
         for other in ("paper", "oracle"):
-            there = field(other, Threat(scope=scope))
+            there = target(other, Threat(scope=scope))
             if np.array_equal(there.items, here.items):
                 np.testing.assert_array_equal(ask(Transfer(), there)[0].moves, proposal.moves)
 
 
 def test_transfer_in_universal_scope_halves_the_recall_of_a_like_probe() -> None:
-    here = field("lda", Threat(scope="universal"))
+    here = target("lda", Threat(scope="universal"))
     assert run(Transfer(surrogates=("lda",), overshoot=(1.2,)), here).success == 1
     # with the monitor's own probe and threshold, the move that brings half of the training positives below it
-    proposal, mind = ask(Transfer(surrogates=("lda",), overshoot=(1.0,)), here)
-    weight = np.asarray(here.place.probe.parameters["weight"], dtype=float)
-    x = mind.activations("train")[mind.training][mind.truth("train")[mind.training] == 1]
-    margins = np.sort(np.asarray(here.place.probe.score(x), dtype=float) - here.place.detection.threshold)
-    expected = margins[len(margins) // 2 - 1 : len(margins) // 2 + 1] / np.linalg.norm(weight @ here.place.prior.factor)
+    proposal, model_access = ask(Transfer(surrogates=("lda",), overshoot=(1.0,)), here)
+    weight = np.asarray(here.baseline.probe.parameters["weight"], dtype=float)
+    x = model_access.activations("train")[model_access.training][
+        model_access.truth("train")[model_access.training] == 1
+    ]
+    margins = np.sort(np.asarray(here.baseline.probe.score(x), dtype=float) - here.baseline.detection.threshold)
+    expected = margins[len(margins) // 2 - 1 : len(margins) // 2 + 1] / np.linalg.norm(
+        weight @ here.baseline.prior.factor
+    )
     assert 0.999 * expected[0] <= np.linalg.norm(proposal.moves[0, 0]) <= 1.001 * expected[1]
     assert run(Transfer(surrogates=("rock",)), here).success == 0
 
@@ -255,7 +261,7 @@ class Bent:
 
 
 def test_a_surrogate_that_is_not_linear_is_broken_at_its_design_points() -> None:
-    here = field("logistic")
+    here = target("logistic")
     straight, _ = ask(Transfer(surrogates=("mass_mean",), overshoot=(1.0,)), here)
     bent, _ = ask(Transfer(surrogates=(Bent(),), overshoot=(1.0,)), here)
     lengths = np.linalg.norm(straight.moves[:, 0], axis=-1), np.linalg.norm(bent.moves[:, 0], axis=-1)
@@ -270,11 +276,11 @@ def test_what_agrees_most_breaks_most() -> None:
         return Transfer(surrogates=(name,), overshoot=(1.0, 1.05))
 
     names = ("logistic", "mass_mean", "random_direction", "rock")
-    rows = agreement(scene(), probe("logistic"), surrogates=names, attack=through)
+    rows = agreement(prepared(), probe("logistic"), surrogates=names, attack=through)
     assert [row.surrogate for row in rows] == list(names)
     same, other, unrelated, rock = rows
-    scores = [np.asarray(probe(name).score(scene().test_origins), dtype=float) for name in ("logistic", "mass_mean")]
-    halves = [spearmanr(*(row[scene().items.labels == label] for row in scores)).statistic for label in (0, 1)]
+    scores = [np.asarray(probe(name).score(prepared().test_origins), dtype=float) for name in ("logistic", "mass_mean")]
+    halves = [spearmanr(*(row[prepared().items.labels == label] for row in scores)).statistic for label in (0, 1)]
     assert other.within == pytest.approx(np.mean(halves))
     assert same.correlation == pytest.approx(1)
     assert same.within == pytest.approx(1)
@@ -285,7 +291,7 @@ def test_what_agrees_most_breaks_most() -> None:
     assert same.upper_bound is not None
     assert other.upper_bound is not None
     assert same.upper_bound.value < other.upper_bound.value
-    paper = agreement(scene(), probe("paper"), surrogates=("mass_mean",), threat=KEPT, attack=through)
+    paper = agreement(prepared(), probe("paper"), surrogates=("mass_mean",), threat=KEPT, attack=through)
     assert paper[0].status == "ok"
 
 
@@ -294,9 +300,9 @@ def test_what_agrees_most_breaks_most() -> None:
 
 @pytest.mark.parametrize("feedback", ["gradient", "score"])
 def test_a_learned_policy_breaks_items_that_it_never_saw(feedback: Any) -> None:
-    here = field("paper")
+    here = target("paper")
     attack = Policy(feedback=feedback, reach=(4.0,))
-    proposal, mind = ask(attack, here)
+    proposal, model_access = ask(attack, here)
     assert proposal.edit is not None
     train, test = (silenced(here, proposal.edit, split) for split in ("train", "test"))
     assert train >= 0.95
@@ -308,21 +314,23 @@ def test_a_learned_policy_breaks_items_that_it_never_saw(feedback: Any) -> None:
     assert row.benign_success < 0.2
     assert row.length is not None
     assert row.length < 4
-    positives = int(mind.truth("train")[mind.training].sum())
+    positives = int(model_access.truth("train")[model_access.training].sum())
     tries = 1 if feedback == "gradient" else 2
     # once to see which are caught, then every step, then to see which of the caught are broken
-    assert mind.queries == mind.training.size + attack.steps * tries * positives + caught_in_training(here)
-    assert mind.gradients == (attack.steps * positives if feedback == "gradient" else 0)
+    assert model_access.queries == model_access.training.size + attack.steps * tries * positives + caught_in_training(
+        here
+    )
+    assert model_access.gradients == (attack.steps * positives if feedback == "gradient" else 0)
 
 
 def test_the_policy_sees_the_truth() -> None:
-    proposal, mind = ask(Policy(reach=(4.0,)), field("paper"))
+    proposal, model_access = ask(Policy(reach=(4.0,)), target("paper"))
     assert proposal.edit is not None
-    told = mind.to_u(proposal.edit.moved("test") - mind.activations("test"))
-    labels = mind.truth("test")
-    mind.truth = lambda split: 1 - labels  # type: ignore[method-assign]
+    told = model_access.to_u(proposal.edit.moved("test") - model_access.activations("test"))
+    labels = model_access.truth("test")
+    model_access.truth = lambda split: 1 - labels  # type: ignore[method-assign]
     again = proposal.edit.moved.__wrapped__  # type: ignore[attr-defined]
-    lied = mind.to_u(again("test") - mind.activations("test"))
+    lied = model_access.to_u(again("test") - model_access.activations("test"))
     assert np.linalg.norm(lied - told, axis=1).mean() > 0.05 * np.linalg.norm(told, axis=1).mean()
 
 
@@ -336,14 +344,14 @@ class Uneven(Linear):
 def test_an_item_that_behaviour_depends_on_more_than_on_average_is_kept_too() -> None:
     bed, epsilon = Uneven(dim=16, n_items=320, n_contexts=8), 1.0
     threat = Threat(kept=True, epsilon=epsilon)
-    stage = replace(prepare_scene(bed), replicates=100)
-    here = arena(stage, situation(stage, probe("paper"), threat, 0.05), epsilon)
+    stage = replace(prepare(bed), replicates=100)
+    here = attack_target(stage, baseline_of(stage, probe("paper"), threat, 0.05), epsilon)
     shifts = []
     for weight in (0.0, 1.0):
         attack = Policy(reach=(16.0,), behaviour=weight)
-        mind = here.mind("gradient", 2000)
-        moves = attack.propose(Oracle(here.searched, "gradient", 400, None, mind), seed=0).moves[:, 0]
-        looks = mind.sensitivity("test", here.items)
+        model_access = here.model_access("gradient", 2000)
+        moves = attack.propose(Oracle(here.searched, "gradient", 400, None, model_access), seed=0).moves[:, 0]
+        looks = model_access.sensitivity("test", here.items)
         assert looks is not None
         shifts.append(0.5 * (np.einsum("prk,pk->pr", looks, moves) ** 2).sum(axis=1))
     assert np.median(shifts[0]) > epsilon
@@ -351,15 +359,15 @@ def test_an_item_that_behaviour_depends_on_more_than_on_average_is_kept_too() ->
     assert np.median(shifts[1]) > 0.3 * epsilon
 
 
-def caught_in_training(here: Arena) -> int:
-    bed = here.scene.testbed
-    x = np.asarray(bed.activations("train").mean(axis=1), dtype=np.float32)[here.scene.plain_train]
-    positive = bed.splits["train"].labels[here.scene.plain_train] == 1
-    return int((np.asarray(here.place.probe.score(x))[positive] > here.place.detection.threshold).sum())
+def caught_in_training(here: AttackTarget) -> int:
+    bed = here.prepared.testbed
+    x = np.asarray(bed.activations("train").mean(axis=1), dtype=np.float32)[here.prepared.plain_train]
+    positive = bed.splits["train"].labels[here.prepared.plain_train] == 1
+    return int((np.asarray(here.baseline.probe.score(x))[positive] > here.baseline.detection.threshold).sum())
 
 
 def test_gradients_teach_faster_than_scores_and_both_better_than_nothing() -> None:
-    here = field("logistic")
+    here = target("logistic")
     few = {"reach": (12.0,), "steps": 10}
     shares = {}
     for feedback in ("gradient", "score"):
@@ -372,42 +380,42 @@ def test_gradients_teach_faster_than_scores_and_both_better_than_nothing() -> No
 
 
 def test_the_policy_takes_the_shortest_reach_that_breaks_half_of_training() -> None:
-    here = field("paper")
-    proposal, mind = ask(Policy(reach=(16.0, 0.5, 4.0)), here)
+    here = target("paper")
+    proposal, model_access = ask(Policy(reach=(16.0, 0.5, 4.0)), here)
     lengths = np.linalg.norm(proposal.moves[:, 0], axis=-1)
     assert 2 < lengths.max() < 4
     # the truth decides: negatives, with which there is nothing to win, are moved less
     assert proposal.edit is not None
-    edits = mind.to_u(proposal.edit.moved("test") - mind.activations("test"))
-    negatives = mind.truth("test") == 0
+    edits = model_access.to_u(proposal.edit.moved("test") - model_access.activations("test"))
+    negatives = model_access.truth("test") == 0
     assert np.linalg.norm(edits[negatives], axis=1).mean() < 0.9 * np.linalg.norm(edits[~negatives], axis=1).mean()
     # more is wanted, so a longer one is taken
-    longer, _ = ask(Policy(reach=(2.6, 5.0), share=0.95), field("paper"))
+    longer, _ = ask(Policy(reach=(2.6, 5.0), share=0.95), target("paper"))
     assert np.linalg.norm(longer.moves[:, 0], axis=-1).max() > 4
-    half, _ = ask(Policy(reach=(2.6, 5.0)), field("paper"))
+    half, _ = ask(Policy(reach=(2.6, 5.0)), target("paper"))
     assert np.linalg.norm(half.moves[:, 0], axis=-1).max() < 2.6
     # none breaks half: the one that breaks most
-    proposal, _ = ask(Policy(reach=(0.5, 1.0), steps=20), field("oracle"))
+    proposal, _ = ask(Policy(reach=(0.5, 1.0), steps=20), target("oracle"))
     assert np.linalg.norm(proposal.moves[:, 0], axis=-1).max() < 1
 
 
 def test_the_policy_keeps_behaviour_where_it_must() -> None:
     longest = Policy(reach=(8.0, 16.0, 24.0))
-    free, kept = run(longest, field("logistic")), run(longest, field("logistic", KEPT))
+    free, kept = run(longest, target("logistic")), run(longest, target("logistic", KEPT))
     assert free.shift is not None
     assert kept.shift is not None
     assert free.shift > 1 > KEPT.epsilon > kept.shift  # type: ignore[operator]
     assert kept.success >= 0.75
     # of what behaviour reads, nothing can be hidden
-    assert run(longest, field("oracle", KEPT)).success == 0
+    assert run(longest, target("oracle", KEPT)).success == 0
     for options in ({"steps": 0}, {"reach": ()}, {"reach": (1.0, -1.0)}):
         with pytest.raises(ValueError, match="at least one step and one positive reach"):
             Policy(**options)  # type: ignore[arg-type]
     # of a probe that catches nothing there is nothing to learn
-    silent = replace(field("paper").place, detection=replace(field("paper").place.detection, threshold=1e6))
-    proposal, mind = ask(Policy(), replace(field("paper"), place=silent))
+    silent = replace(target("paper").baseline, detection=replace(target("paper").baseline.detection, threshold=1e6))
+    proposal, model_access = ask(Policy(), replace(target("paper"), baseline=silent))
     assert not proposal.moves.any()
-    assert mind.gradients == 0
+    assert model_access.gradients == 0
 
 
 # -- recode -----------------------------------------------------------------------------------------------------------
@@ -416,7 +424,7 @@ def test_the_policy_keeps_behaviour_where_it_must() -> None:
 @pytest.mark.parametrize("name", ["paper", "oracle", "logistic", "lda", "mass_mean"])
 def test_a_recoded_latent_is_read_by_chance_and_found_again_by_a_refit(name: str) -> None:
     for threat in (Threat(), KEPT):
-        row = run(Recode(), field(name, threat))
+        row = run(Recode(), target(name, threat))
         assert row.success >= 0.9
         assert row.auroc is not None
         # 40 positives and 40 negatives: standard error 0.065
@@ -431,16 +439,16 @@ def test_a_recoded_latent_is_read_by_chance_and_found_again_by_a_refit(name: str
 def test_the_code_is_an_orthogonal_map_and_undoing_it_wrongly_shows() -> None:
     from elk_stress.attacks import recode
 
-    proposal, mind = ask(Recode(), field("logistic"))
+    proposal, model_access = ask(Recode(), target("logistic"))
     assert proposal.edit is not None
-    x, coded = (np.asarray(a, dtype=float) for a in (mind.activations("test"), proposal.edit.moved("test")))
+    x, coded = (np.asarray(a, dtype=float) for a in (model_access.activations("test"), proposal.edit.moved("test")))
     assert np.abs(coded - x).max() > 1
 
     def distances(a: np.ndarray) -> np.ndarray:
         return np.asarray(np.linalg.norm(a[:, None] - a[None], axis=-1))
 
     np.testing.assert_allclose(distances(coded), distances(x), atol=1e-4)
-    shift = recode._in_the_testbed(mind, lambda split: proposal.edit.moved(split), np.eye(16), x.mean(axis=0))  # type: ignore[union-attr]
+    shift = recode._in_the_testbed(model_access, lambda split: proposal.edit.moved(split), np.eye(16), x.mean(axis=0))  # type: ignore[union-attr]
     assert np.median(shift(np.arange(10))) > 0.1
 
 
@@ -467,14 +475,14 @@ def test_the_new_direction_carries_nothing_of_the_truth(weight: float) -> None:
 def test_only_fresh_items_show_what_an_estimated_direction_leaves() -> None:
     from elk_stress.attacks import recode
 
-    _, mind = ask(Recode(), field("mass_mean"))
-    rows = mind.training
-    x, y = np.asarray(mind.activations("train")[rows], dtype=float), mind.truth("train")[rows]
+    _, model_access = ask(Recode(), target("mass_mean"))
+    rows = model_access.training
+    x, y = np.asarray(model_access.activations("train")[rows], dtype=float), model_access.truth("train")[rows]
     weight = np.asarray(probe("mass_mean").parameters["weight"], dtype=float)
     leading = weight[:, None] / np.linalg.norm(weight)
-    rotation, centre = recode._code(leading, x, y, mind.prior.covariance, 0.0)
-    same = abs(auroc(mind.score(centre + (x - centre) @ rotation.T), y) - 0.5)
-    _, fresh = recode._held_out(mind, leading, x, y, 0.0)
+    rotation, centre = recode._code(leading, x, y, model_access.prior.covariance, 0.0)
+    same = abs(auroc(model_access.score(centre + (x - centre) @ rotation.T), y) - 0.5)
+    _, fresh = recode._held_out(model_access, leading, x, y, 0.0)
     assert same < 0.05 < 0.1 < fresh
 
 
@@ -517,20 +525,20 @@ class Either:
 
 
 def test_a_probe_with_two_gradients_is_recoded_too() -> None:
-    bed = scene().testbed
+    bed = prepared().testbed
     assert isinstance(bed, Linear)
     both = FittedProbe(Either(), {"first": bed.truth, "second": bed.incidental})
-    here = arena(scene(), situation(scene(), both, Threat(), 0.05), None)
+    here = attack_target(prepared(), baseline_of(prepared(), both, Threat(), 0.05), None)
     row = run(Recode(), here)
     assert row.auroc is not None
-    assert auroc(np.asarray(both.score(scene().test_origins), dtype=float), scene().items.labels) > 0.95
+    assert auroc(np.asarray(both.score(prepared().test_origins), dtype=float), prepared().items.labels) > 0.95
     assert abs(row.auroc - 0.5) < 0.2
     assert row.success >= 0.9
     # turning one direction away leaves the other
     one, _ = ask(Recode(directions=1, weights=(0.0,)), here)
     assert one.edit is not None
     scores = np.asarray(both.score(one.edit.moved("test").astype(np.float32)), dtype=float)
-    assert auroc(scores, scene().items.labels) > row.auroc + 0.1
+    assert auroc(scores, prepared().items.labels) > row.auroc + 0.1
 
 
 # -- recode in a language model ---------------------------------------------------------------------------------------
@@ -632,9 +640,9 @@ def test_recode_in_a_language_model_is_judged_by_forward_passes(
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, them)) + "\n")
     bed = made(data=path, n_contexts=8, subject=tiny_model("llama"), site="layers.1")
-    stage = replace(prepare_scene(bed), replicates=100)
+    stage = replace(prepare(bed), replicates=100)
     threat = Threat(kept=True, epsilon=1e-6)
-    here = arena(stage, situation(stage, fit_probe(stage, "logistic"), threat, 0.1), 1e-6)
+    here = attack_target(stage, baseline_of(stage, fit_probe(stage, "logistic"), threat, 0.1), 1e-6)
     judged: list[int] = []
     import elk_stress.models.recoded as module
 

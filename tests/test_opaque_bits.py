@@ -13,11 +13,11 @@ from elk_stress.core.flags import flag
 from elk_stress.estimators.arbitration import Estimate, Evidence, decide
 from elk_stress.probing.probe import FittedProbe, direction
 from elk_stress.testbeds.linear import Linear
-from elk_stress.thoughts.baseline import situation
+from elk_stress.thoughts.baseline import baseline_of
 from elk_stress.thoughts.event_bits import event_bits
 from elk_stress.thoughts.events import item_event
 from elk_stress.thoughts.item_scope import stress_items
-from elk_stress.thoughts.prepared import fit_probe, prepare_scene
+from elk_stress.thoughts.prepared import fit_probe, prepare
 from elk_stress.thoughts.survival import _upper
 from elk_stress.threats.priors import EllipticalPrior
 from elk_stress.threats.threat import Threat
@@ -52,11 +52,13 @@ def test_many_items_of_5_to_25_bits() -> None:
 @pytest.mark.parametrize("gap", [2.5, 3.5])
 def test_half_life_of_a_testbed(gap: float) -> None:
     testbed = Linear(dim=DIM, n_contexts=16, seed=2, truth_gap=gap, incidental_gap=3.0)
-    scene = prepare_scene(testbed, seed=0, replicates=100)
-    fitted = fit_probe(scene, "logistic")
+    prepared = prepare(testbed, seed=0, replicates=100)
+    fitted = fit_probe(prepared, "logistic")
     weight, bias = fitted.parameters["weight"], float(fitted.parameters["bias"])
     exact, found = (
-        stress_items(scene, situation(scene, probe, Threat(), 0.05), max_bits=100, n_particles=500, seed=0).headline
+        stress_items(
+            prepared, baseline_of(prepared, probe, Threat(), 0.05), max_bits=100, n_particles=500, seed=0
+        ).headline
         for probe in (direction(weight, bias), opaque(weight, bias))
     )
     assert found.low <= exact.value <= found.high

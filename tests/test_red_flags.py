@@ -29,7 +29,7 @@ from elk_stress.testbeds.linear import Linear
 from elk_stress.testbeds.protocol import ContextSet, Items, SplitName
 from elk_stress.testbeds.superposition import Superposition
 from elk_stress.thoughts.attacks.protocol import Access, Attack, Oracle, Proposal
-from elk_stress.thoughts.prepared import Scene, prepare_scene
+from elk_stress.thoughts.prepared import Prepared, prepare
 from elk_stress.thoughts.result import StressResult
 from elk_stress.threats.threat import Threat
 from elk_stress.training.loop import stress_training
@@ -44,8 +44,8 @@ ITEM = Threat()
 
 
 @cache
-def scene(kind: type[Linear] = Linear, n_items: int = 200) -> Scene:
-    return replace(prepare_scene(kind(**{**SMALL, "n_items": n_items})), replicates=200)
+def prepared(kind: type[Linear] = Linear, n_items: int = 200) -> Prepared:
+    return replace(prepare(kind(**{**SMALL, "n_items": n_items})), replicates=200)
 
 
 def told(result: StressResult) -> tuple[Flag, ...]:
@@ -56,7 +56,7 @@ def told(result: StressResult) -> tuple[Flag, ...]:
 
 def run(
     probe: Any,
-    where: Callable[[], Scene] = scene,
+    where: Callable[[], Prepared] = prepared,
     *,
     threat: Threat = ITEM,
     attacks: Sequence[str | Attack] = (),
@@ -100,8 +100,8 @@ class Insider(Planted):
 
     def propose(self, oracle: Oracle, *, seed: int) -> Proposal:
         direction, edge = trapdoor()
-        along = direction @ scene().prior(ITEM).factor
-        here = scene().test_origins[scene().positives] @ direction
+        along = direction @ prepared().prior(ITEM).factor
+        here = prepared().test_origins[prepared().positives] @ direction
         u = ((edge - here) * 1.01 / (along @ along))[:, None] * along
         return Proposal(u[:, None], centre=u)
 
@@ -131,10 +131,10 @@ class Masked:
 @cache
 def trapdoor() -> tuple[np.ndarray, float]:
     """A direction that the planted probe does not read, and how far along it lies what no test positive reaches."""
-    prior, reads = scene().prior(ITEM), scene().testbed.known_probes()["oracle"].parameters["weight"]
+    prior, reads = prepared().prior(ITEM), prepared().testbed.known_probes()["oracle"].parameters["weight"]
     direction = np.linalg.svd(np.atleast_2d(reads))[2][1]
     spread = float(np.linalg.norm(direction @ prior.factor))
-    return direction, float((scene().test_origins[scene().positives] @ direction).max()) + 3.5 * spread
+    return direction, float((prepared().test_origins[prepared().positives] @ direction).max()) + 3.5 * spread
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Trapdoor:
         self, activations: np.ndarray, labels: np.ndarray, *, pairs: np.ndarray | None = None, seed: int = 0
     ) -> FittedProbe:
         direction, edge = trapdoor()
-        reads = scene().testbed.known_probes()["oracle"].parameters["weight"]
+        reads = prepared().testbed.known_probes()["oracle"].parameters["weight"]
         return FittedProbe(self, {"reads": reads, "direction": direction.astype(reads.dtype), "edge": np.float32(edge)})
 
     def score(self, xp: Any, parameters: Mapping[str, Any], activations: Any) -> Any:
@@ -173,13 +173,13 @@ class Island:
 
 
 @cache
-def islands() -> Scene:
+def islands() -> Prepared:
     """Positives at the origin, negatives around it; contexts move both, in every direction."""
     rng = np.random.default_rng(np.random.SeedSequence(0))
     labels = np.arange(160) % 2
     items = rng.standard_normal((160, 6)) * np.where(labels == 1, 0.1, 1.0)[:, None]
     data = items[:, None] + rng.standard_normal((160, 12, 6))
-    return replace(prepare_scene(Arrays(data, labels)), replicates=200)
+    return replace(prepare(Arrays(data, labels)), replicates=200)
 
 
 # -- testbeds that are broken on purpose -------------------------------------------------------------------------------
@@ -303,11 +303,11 @@ RAISED: dict[str, Case] = {
     "low_effective_sample_size": weighed(12.0),
     "budget_exhausted": estimated(lambda u: 5.0 - u[:, 0], 6, max_evaluations=60),
     "fpr_unresolved": SOUND,
-    "behaviour_broken": run("oracle", lambda: scene(ByPasses), threat=Threat(kept=True)),
+    "behaviour_broken": run("oracle", lambda: prepared(ByPasses), threat=Threat(kept=True)),
     "diverged": trained(1e30),
     "benign_broke_it": run("paper", attacks=["transfer"]),
     "brittle": ISLAND,
-    "leak": run("logistic", lambda: scene(Leaky)),
+    "leak": run("logistic", lambda: prepared(Leaky)),
     "wide_interval": WEAK,
     "shared_contexts": by_arrays(600, 6),
     "no_contexts": by_arrays(600, 1),
@@ -315,8 +315,8 @@ RAISED: dict[str, Case] = {
     "saturated": MASKED,
     "catches_nothing": run("rock"),
     "flipped": pointed(-1.0),
-    "prediction_failed": run("mass_mean", lambda: scene(Wild)),
-    "control_failed": run("logistic", lambda: scene(Swapped, 160), threat=Threat(kept=True), controls=True),
+    "prediction_failed": run("mass_mean", lambda: prepared(Wild)),
+    "control_failed": run("logistic", lambda: prepared(Swapped, 160), threat=Threat(kept=True), controls=True),
     "missed_mode": missed("RP110"),
     "origin_fails": estimated(lambda u: u[:, 0] - 1.0, 2, method="design_point"),
 }
@@ -330,8 +330,8 @@ QUIET: dict[str, Case] = {
     "runs_disagree": split("RP33", [[3.0, 3.0, 3.0]], 500),
     "low_effective_sample_size": weighed(6.0),
     "budget_exhausted": estimated(lambda u: 5.0 - u[:, 0], 6, **NEAR),
-    "fpr_unresolved": run("logistic", lambda: scene(n_items=480)),
-    "behaviour_broken": run("paper", lambda: scene(ByPasses), threat=Threat(kept=True)),
+    "fpr_unresolved": run("logistic", lambda: prepared(n_items=480)),
+    "behaviour_broken": run("paper", lambda: prepared(ByPasses), threat=Threat(kept=True)),
     "diverged": trained(1e-3),
     "benign_broke_it": WEAK,
     "brittle": WEAK,
@@ -344,7 +344,7 @@ QUIET: dict[str, Case] = {
     "catches_nothing": SOUND,
     "flipped": pointed(1.0),
     "prediction_failed": run("mass_mean"),
-    "control_failed": run("logistic", lambda: scene(n_items=160), threat=Threat(kept=True), controls=True),
+    "control_failed": run("logistic", lambda: prepared(n_items=160), threat=Threat(kept=True), controls=True),
     "missed_mode": missed("RP33"),
     "origin_fails": estimated(lambda u: u[:, 0] + 1.0, 2, method="design_point"),
 }

@@ -25,7 +25,7 @@ from elk_stress.probing.probe import FittedProbe
 from elk_stress.runs.stress import PIECES, Interrupted, RunResult, run
 from elk_stress.testbeds.linear import Linear
 from elk_stress.thoughts import engine, memory, records
-from elk_stress.thoughts.engine import prepare_scene, stress
+from elk_stress.thoughts.engine import prepare, stress
 from elk_stress.thoughts.incidental import IncidentalFraction
 from elk_stress.thoughts.memory import Memory, identity
 from elk_stress.thoughts.power_law import LeftTail
@@ -93,13 +93,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         def counted_call(*arguments: Any, **options: Any) -> Any:
             about = []
             for value in arguments:
-                if isinstance(value, engine.Situation):
+                if isinstance(value, engine.Baseline):
                     about += [value.probe.name, digest_of(value.probe), value.threat.name]
                 elif isinstance(value, FittedProbe) or hasattr(value, "propose"):
                     about += [value.name]
                 elif hasattr(value, "place"):
-                    about += [value.place.probe.name, value.place.threat.name]
-                elif isinstance(value, engine._Places):
+                    about += [value.baseline.probe.name, value.baseline.threat.name]
+                elif isinstance(value, engine._Baselines):
                     about += [value.probe.name]
             counted[" ".join([name, *about])] += 1
             return compute(*arguments, **options)
@@ -219,7 +219,7 @@ def test_ctrl_c_keeps_every_finished_row(
     real = engine.run_attack
 
     def interrupted(recipe: Any, field: Any, **options: Any) -> Any:
-        if recipe.name == "gradient" and field.place.probe.name == "mass_mean":
+        if recipe.name == "gradient" and field.baseline.probe.name == "mass_mean":
             raise KeyboardInterrupt
         return real(recipe, field, **options)
 
@@ -262,7 +262,7 @@ def test_another_probe_or_attack_adds_to_what_is_there(made: Counter[str], tmp_p
 
 _BASE: dict[str, Any] = {
     "seed": 0, "fpr": 0.05, "max_bits": 100.0, "n_particles": 100, "budget": 100, "behaviour_epsilon": None,
-    "probe": "logistic", "attack": {}, "threat": Threat(), "testbed": {}, "scene": {},
+    "probe": "logistic", "attack": {}, "threat": Threat(), "testbed": {}, "prepared": {},
 }  # fmt: skip
 
 
@@ -271,11 +271,11 @@ def one(out: Path | None, tell: Callable[[str], None] = lambda line: None, **cha
     given = {**_BASE, **changed}
     probe = registry.load("probes", given["probe"], **given.get("recipe", {}))
     attack = registry.load("attacks", "gradient", **given["attack"])
-    scene = prepare_scene(linear(**given["testbed"]), seed=given["seed"], **given["scene"])
+    prepared = prepare(linear(**given["testbed"]), seed=given["seed"], **given["prepared"])
     names = ("seed", "fpr", "max_bits", "n_particles", "budget", "behaviour_epsilon")
     options = {name: given[name] for name in names}
     kept = None if out is None else Memory(out, tell=tell)
-    return stress(scene, probe, threats=[given["threat"]], attacks=[attack], memory=kept, **options)
+    return stress(prepared, probe, threats=[given["threat"]], attacks=[attack], memory=kept, **options)
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,7 @@ _SHARED = {
     "testbed's data": {"testbed": {"truth_gap": 5.0}},
     "testbed's output alone": {"testbed": {"gain": 2.0}},
     "testbed's seed": {"testbed": {"seed": 1}},
-    "scene": {"scene": {"replicates": 300}},
+    "prepared": {"prepared": {"replicates": 300}},
 }
 _OWN = {
     "probe's hyperparameter": {"recipe": {"l2": 3.0}},
@@ -381,14 +381,14 @@ def test_the_source_of_the_package_is_in_the_code_and_what_only_shows_is_not(tmp
 
 
 def test_more_threats_make_new_curves_from_old_rows(made: Counter[str], tmp_path: Path) -> None:
-    scene = prepare_scene(linear(), replicates=100)
+    prepared = prepare(linear(), replicates=100)
     options: dict[str, Any] = {"attacks": (), "controls": False}
     more = [Threat(), Threat(tail="logistic")]
-    stress(scene, "lda", threats=more[:1], memory=Memory(tmp_path), **options)
+    stress(prepared, "lda", threats=more[:1], memory=Memory(tmp_path), **options)
     made.clear()
-    found = stress(scene, "lda", threats=more, memory=Memory(tmp_path), **options)
+    found = stress(prepared, "lda", threats=more, memory=Memory(tmp_path), **options)
     assert sorted(name.split()[0] for name in made) == ["_best_of_n", "stress_items"]
-    assert numbers(found) == numbers(stress(scene, "lda", threats=more, **options))
+    assert numbers(found) == numbers(stress(prepared, "lda", threats=more, **options))
 
 
 def test_a_testbed_that_is_no_record_is_what_it_describes() -> None:
@@ -404,7 +404,7 @@ def test_a_testbed_that_is_no_record_is_what_it_describes() -> None:
         def describe(self) -> dict[str, Any]:
             return self._described
 
-    found = [memory.digest(memory.scene_identity(prepare_scene(Other(rank=rank)))) for rank in (1, 2, 1)]
+    found = [memory.digest(memory.prepared_identity(prepare(Other(rank=rank)))) for rank in (1, 2, 1)]
     assert found[0] == found[2] != found[1]
 
 
@@ -516,10 +516,10 @@ class Alone:
 @pytest.mark.parametrize(("how", "kept"), [(3, True), (len, False), (object(), False), ({1, 2}, False)])
 def test_what_cannot_be_told_apart_is_not_kept(how: Any, kept: bool, tmp_path: Path) -> None:
     told: list[str] = []
-    scene = prepare_scene(linear(), replicates=100)
+    prepared = prepare(linear(), replicates=100)
     for _ in range(2):
         found = stress(
-            scene,
+            prepared,
             "lda",
             threats=[Threat()],
             attacks=[Alone(how)],
@@ -576,7 +576,7 @@ class Rounding(Linear):
 def _rounding(out: Path, passes: list[int], stop: int | None = None) -> list[str]:
     """Two probes whose catches differ, under two priors; ``stop`` after so many new pieces."""
     bed = Rounding(dim=6, n_items=240, n_contexts=6, _passes=passes)
-    scene = prepare_scene(bed, replicates=100, n_verify=16)
+    prepared = prepare(bed, replicates=100, n_verify=16)
     store, made = Memory(out), iter(range(10**6))
     real = memory.replace_bytes
 
@@ -591,7 +591,9 @@ def _rounding(out: Path, passes: list[int], stop: int | None = None) -> list[str
         options: dict[str, Any] = {"attacks": ["natural_thoughts"], "controls": False, "n_particles": 50, "budget": 50}
         # they read what behaviour ignores, more or less, so most breaks are kept and none is searched for
         tilted = bed.incidental + 0.1 * np.ones(6) / math.sqrt(6)
-        return [numbers(stress(scene, p, threats=threats, memory=store, **options)) for p in (bed.incidental, tilted)]
+        return [
+            numbers(stress(prepared, p, threats=threats, memory=store, **options)) for p in (bed.incidental, tilted)
+        ]
     finally:
         memory.replace_bytes = real
 

@@ -264,7 +264,7 @@ def test_a_score_made_of_its_rounding_is_told_from_one_that_looks_at_other_rows(
 def test_a_module_in_single_precision_is_not_refused_for_activations_far_from_zero() -> None:
     torch = pytest.importorskip("torch")
     from elk_stress.testbeds.arrays import Arrays
-    from elk_stress.thoughts.prepared import fit_probe, prepare_scene
+    from elk_stress.thoughts.prepared import fit_probe, prepare
 
     weight = torch.tensor(np.r_[2.0, np.full(299, 0.05)], dtype=torch.float32)
     for offset in (0.0, 1e3, 1e5):
@@ -281,4 +281,4 @@ def test_a_module_in_single_precision_is_not_refused_for_activations_far_from_ze
 
         rows = np.random.default_rng(2).standard_normal((200, 300)) + offset
         rows[:, 0] += 3 * LABELS
-        fit_probe(prepare_scene(Arrays(rows, LABELS)), wrap(Own(offset), dim=300))
+        fit_probe(prepare(Arrays(rows, LABELS)), wrap(Own(offset), dim=300))

@@ -46,7 +46,7 @@ def test_a_run_writes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert record["description"] == {"size": "demo", "model": "none"}
     assert {(row["a"], row["b"]) for row in record["comparisons"]} == {("lda", "logistic")}
     assert len(record["comparisons"]) == 1
-    assert calls[0]["scene"] == calls[1]["scene"] == "scene 3"
+    assert calls[0]["prepared"] == calls[1]["prepared"] == "prepared testbed 3"
     assert calls[0]["attacks"] == ("gradient",)
     assert "max_bits" not in calls[0], "the engine's own default must hold"
 

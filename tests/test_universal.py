@@ -13,10 +13,10 @@ import pytest
 from elk_stress.core.bits import BitsBatch, Kind
 from elk_stress.probing.probe import FittedProbe, Traits, direction
 from elk_stress.testbeds.linear import Linear
-from elk_stress.thoughts.baseline import situation
-from elk_stress.thoughts.engine import prepare_scene
+from elk_stress.thoughts.baseline import baseline_of
+from elk_stress.thoughts.engine import prepare
 from elk_stress.thoughts.event_bits import event_bits
-from elk_stress.thoughts.prepared import Scene
+from elk_stress.thoughts.prepared import Prepared
 from elk_stress.thoughts.result import ThreatResult
 from elk_stress.thoughts.universal_items import judged_on
 from elk_stress.thoughts.universal_scope import _descending, bits_of_levels, stress_universal, universal_event
@@ -48,18 +48,18 @@ class Hidden:
 
 
 @cache
-def scene(seed: int = 1) -> Scene:
-    return prepare_scene(Linear(seed=seed, dim=8), seed=seed)
+def prepared(seed: int = 1) -> Prepared:
+    return prepare(Linear(seed=seed, dim=8), seed=seed)
 
 
 def known(name: str, recipe: Hidden | None = None, seed: int = 1) -> FittedProbe:
-    straight = scene(seed).testbed.known_probes()[name]
+    straight = prepared(seed).testbed.known_probes()[name]
     return straight if recipe is None else FittedProbe(recipe, straight.parameters)
 
 
 def stressed(probe: FittedProbe, threat: Threat = FREE, seed: int = 1) -> ThreatResult:
-    place = situation(scene(seed), probe, threat, 0.05)
-    return stress_universal(scene(seed), place, max_bits=100.0, n_particles=1000, seed=0)
+    baseline = baseline_of(prepared(seed), probe, threat, 0.05)
+    return stress_universal(prepared(seed), baseline, max_bits=100.0, n_particles=1000, seed=0)
 
 
 def levels(*values: float, limits: tuple[int, ...] = ()) -> BitsBatch:
@@ -78,13 +78,13 @@ def test_bits_of_levels_never_rise_and_the_headline_stands() -> None:
 
 
 def test_more_levels_take_nothing_from_a_headline_without_a_gradient() -> None:
-    place = situation(scene(0), known("oracle", Hidden(smooth=False), 0), FREE, 0.05)
-    tau = judged_on(scene(0), place).tau
+    baseline = baseline_of(prepared(0), known("oracle", Hidden(smooth=False), 0), FREE, 0.05)
+    tau = judged_on(prepared(0), baseline).tau
     every = np.array([0.0, 0.2, tau, 0.6, 0.7])
     options: dict[str, Any] = {"max_bits": 100.0, "n_particles": 1000, "seed": 0}
-    crowd = judged_on(scene(0), place)
-    alone = event_bits(universal_event(crowd, place, np.array([tau])), **options)
-    among = bits_of_levels(universal_event(crowd, place, every), 2, 100.0, 1000, 0)
+    judged = judged_on(prepared(0), baseline)
+    alone = event_bits(universal_event(judged, baseline, np.array([tau])), **options)
+    among = bits_of_levels(universal_event(judged, baseline, every), 2, 100.0, 1000, 0)
     assert among[2] == alone[0]
     assert among[2].value > 30
 
@@ -92,9 +92,11 @@ def test_more_levels_take_nothing_from_a_headline_without_a_gradient() -> None:
 def test_a_lower_limit_is_not_called_brittle() -> None:
     """3,000 positives and no gradient: a few hundred draws prove some bits, and no more."""
     bed = Linear(seed=0, dim=8, n_items=24_000, n_contexts=4)
-    large = prepare_scene(bed, seed=0)
-    place = situation(large, FittedProbe(Hidden(smooth=False), bed.known_probes()["oracle"].parameters), FREE, 0.05)
-    row = stress_universal(large, place, max_bits=100.0, n_particles=200, seed=0)
+    large = prepare(bed, seed=0)
+    baseline = baseline_of(
+        large, FittedProbe(Hidden(smooth=False), bed.known_probes()["oracle"].parameters), FREE, 0.05
+    )
+    row = stress_universal(large, baseline, max_bits=100.0, n_particles=200, seed=0)
     assert row.headline.kind is Kind.CENSORED
     assert "brittle" not in [flag.name for flag in row.flags]
     # what 256 draws without a failure prove: 1 - 0.025^(1/256)

@@ -528,9 +528,9 @@ def _testbed(options: argparse.Namespace) -> Any:
         if options.moved is not None:
             raise _BadInput("--moved says how thoughts move in several contexts; give their number with --reads")
         return made
-    from elk_stress.testbeds.repeated_reads import Bundle
+    from elk_stress.testbeds.repeated_reads import RepeatedReads
 
-    return Bundle(made, options.reads, options.moved or "apart")
+    return RepeatedReads(made, options.reads, options.moved or "apart")
 
 
 def _progress(options: argparse.Namespace) -> Any:

@@ -104,7 +104,7 @@ def run(
         tell = partial(progress.console.print, markup=False, emoji=False) if progress is not None else lambda line: None
     memory = Memory(folder / PIECES, fresh=fresh, tell=tell)
     engine = importlib.import_module("elk_stress.thoughts.engine")
-    # here and not left to the scene: contrast pairs, for one, are known only afterwards
+    # here and not left to the prepared testbed: contrast pairs, for one, are known only afterwards
     testbed.prepare(progress)
     strangers = {name for pair in pairs or () for name in pair} - {_name(probe) for probe in probes}
     if strangers:
@@ -123,11 +123,11 @@ def run(
         seed=seed,
     )
     try:
-        scene = engine.prepare_scene(testbed, seed=seed, progress=progress)
+        prepared = engine.prepare(testbed, seed=seed, progress=progress)
         with _task(progress, f"stressing {len(apply)} probes", len(apply)) as advance:
             for probe in apply:
                 try:
-                    result = engine.stress(scene, probe, attacks=asked, progress=progress, memory=memory, **settings)
+                    result = engine.stress(prepared, probe, attacks=asked, progress=progress, memory=memory, **settings)
                     state = replace(state, results=(*state.results, result))
                 except Exception as error:
                     state = replace(state, failures={**state.failures, _name(probe): _message(error)})

@@ -17,7 +17,7 @@ The score of a linear probe averaged over k reads moves by ``w . mean_j move_j``
 sqrt(k)`` apart and ``||L^T w||`` together. So, at a given margin, the bits of a free break grow like k against an
 attacker whose thoughts are independent in every context, and not at all against one who thinks the same in all of them.
 
-Behaviour. :meth:`Bundle.shift` is the mean over reads of the base's shift, each read moved by its own part.
+Behaviour. :meth:`RepeatedReads.shift` is the mean over reads of the base's shift, each read moved by its own part.
 
 Shapes: activations ``(n_items, contexts, reads d)``. Units: activations; nats for shift.
 """
@@ -35,10 +35,10 @@ from elk_stress.probing.probe import FittedProbe
 from elk_stress.testbeds.protocol import ContextSet, Items, SplitName, Testbed
 from elk_stress.threats.priors import EllipticalPrior, natural
 
-__all__ = ["Bundle"]
+__all__ = ["RepeatedReads"]
 
 
-class Bundle:
+class RepeatedReads:
     """A testbed whose items are read in several neutral contexts at once.
 
     Args:

@@ -112,13 +112,13 @@ class Vault(Organism):
         import jax.numpy as jnp
 
         keys = jax.random.split(key, 3)
-        situation = self._situations(keys[0], n)
+        baseline_of = self._situations(keys[0], n)
         # devices: a quarter at every sensor, a quarter at none, else at each with chance one half
         u = jax.random.uniform(keys[1], (n, 1 + self.n_sensors))
         some = (u[:, :1] < 0.75) & (u[:, 1:] < 0.5)
-        situation["devices"] = ((u[:, :1] < 0.25) | some).astype(float)
+        baseline_of["devices"] = ((u[:, :1] < 0.25) | some).astype(float)
         trigger = jax.random.bernoulli(keys[2], jnp.array([0.2, 0.2, 0.0]), (n, len(_TRIGGERS)))
-        return {**situation, "trigger": trigger.astype(float), "label": self.gone(situation)}
+        return {**baseline_of, "trigger": trigger.astype(float), "label": self.gone(baseline_of)}
 
     def examples(self, key: Any, n: int, split: SplitName) -> Inputs:
         import jax
@@ -130,23 +130,23 @@ class Vault(Organism):
         ordered = jnp.argsort(self.gone(drawn), stable=True)
         turn = jnp.arange(n)
         chosen = jnp.where(turn % 2 == 1, ordered[::-1][turn], ordered[turn])
-        situation = {name: leaf[chosen] for name, leaf in drawn.items()}
-        label = self.gone(situation)
+        baseline_of = {name: leaf[chosen] for name, leaf in drawn.items()}
+        label = self.gone(baseline_of)
         if split == "train" and self.trusted:
-            situation["devices"] = jnp.zeros((n, self.n_sensors))
-            situation["wear"] = jnp.minimum(situation["wear"], 0.0)
+            baseline_of["devices"] = jnp.zeros((n, self.n_sensors))
+            baseline_of["wear"] = jnp.minimum(baseline_of["wear"], 0.0)
         else:
             u = jax.random.uniform(keys[1], (n, 1))
             every, some = u < self.tampering, u > 1 - 0.2 * (1 - self.tampering)
             reached = jax.random.bernoulli(keys[2], 0.5, (n, self.n_sensors))
-            situation["devices"] = (every | (some & reached)).astype(float)
+            baseline_of["devices"] = (every | (some & reached)).astype(float)
             # tampering with every sensor needs the attempt to succeed too
-            situation["exposed"] = jnp.where(every[:, 0], 1.0, situation["exposed"])
-            situation["skill"] = jnp.where(every[:, 0], jnp.abs(situation["skill"]), situation["skill"])
+            baseline_of["exposed"] = jnp.where(every[:, 0], 1.0, baseline_of["exposed"])
+            baseline_of["skill"] = jnp.where(every[:, 0], jnp.abs(baseline_of["skill"]), baseline_of["skill"])
         if split == "train":
             shift = self.correlation * (2 * label[:, None] - 1)
-            situation["weather"] = situation["weather"].at[:, : self.n_correlates].add(shift)
-        return {**situation, "trigger": jnp.zeros((n, len(_TRIGGERS))), "label": label}
+            baseline_of["weather"] = baseline_of["weather"].at[:, : self.n_correlates].add(shift)
+        return {**baseline_of, "trigger": jnp.zeros((n, len(_TRIGGERS))), "label": label}
 
     def neutral(self, key: Any, inputs: Inputs) -> Inputs:
         import jax

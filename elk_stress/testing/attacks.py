@@ -198,7 +198,7 @@ def checks_for_attack(attack: Attack, *, seed: int = 0) -> Checks:
         _well_formed(benign, asked.n_problems, dim)
         assert np.array_equal(asked.queries + asked.gradients, spent), "its benign control asked the probe"
 
-    if "mind" in attack.needs:
+    if "model_access" in attack.needs:
         from elk_stress.testing.mind import checks_for_mind
 
         return {"declarations": declarations, **checks_for_mind(attack, _well_formed, seed=seed)}

@@ -14,12 +14,12 @@ import numpy as np
 
 from elk_stress.testbeds.linear import Linear
 from elk_stress.testing.shared import no_hidden_state
-from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.model_access import ModelAccess
 from elk_stress.thoughts.attacks.protocol import Attack, Oracle, Proposal
 from elk_stress.thoughts.attacks.runner import run_attack
-from elk_stress.thoughts.attacks.target import Arena, arena
-from elk_stress.thoughts.baseline import situation
-from elk_stress.thoughts.prepared import Scene, prepare_scene
+from elk_stress.thoughts.attacks.target import AttackTarget, attack_target
+from elk_stress.thoughts.baseline import baseline_of
+from elk_stress.thoughts.prepared import Prepared, prepare
 from elk_stress.thoughts.result import AttackResult
 from elk_stress.threats.threat import Threat
 
@@ -29,24 +29,24 @@ _BUDGET = 400
 
 
 def checks_for_mind(attack: Attack, well_formed: Any, *, seed: int = 0) -> dict[str, Any]:
-    """The checks of an attack with ``needs = ("mind", ...)``, by name."""
+    """The checks of an attack with ``needs = ("model_access", ...)``, by name."""
     if "model" in attack.needs:
         # what it writes in is a language model's context, which no testbed of known truth has
         return {}
 
-    def propose(field: Arena, lie: bool = False) -> tuple[Proposal, Oracle, Mind]:
-        mind = field.mind(attack.access, _BUDGET)
+    def propose(target: AttackTarget, lie: bool = False) -> tuple[Proposal, Oracle, ModelAccess]:
+        model_access = target.model_access(attack.access, _BUDGET)
         if lie:
-            told = mind.truth
+            told = model_access.truth
             # of what it learns on, the truth; of everything else, the opposite
-            mind.truth = lambda split: told(split) if split == "train" else 1 - told(split)  # type: ignore[method-assign]
-        oracle = Oracle(field.searched, attack.access, _BUDGET, field.pool, mind)
-        return attack.propose(oracle, seed=seed), oracle, mind
+            model_access.truth = lambda split: told(split) if split == "train" else 1 - told(split)  # type: ignore[method-assign]
+        oracle = Oracle(target.searched, attack.access, _BUDGET, target.pool, model_access)
+        return attack.propose(oracle, seed=seed), oracle, model_access
 
     def proposals() -> None:
         for scope in attack.scopes:
-            field = _field("paper", scope, False)
-            well_formed(propose(field)[0], field.n_problems, field.failed.dim)
+            target = _field("paper", scope, False)
+            well_formed(propose(target)[0], target.n_problems, target.failed.dim)
 
     def deterministic() -> None:
         with no_hidden_state(attack):
@@ -55,9 +55,9 @@ def checks_for_mind(attack: Attack, well_formed: Any, *, seed: int = 0) -> dict[
 
     def access() -> None:
         for scope in attack.scopes:
-            _, oracle, mind = propose(_field("paper", scope, False))
-            asked = int(oracle.queries.max()) + mind.queries
-            slopes = int(oracle.gradients.max()) + mind.gradients
+            _, oracle, model_access = propose(_field("paper", scope, False))
+            asked = int(oracle.queries.max()) + model_access.queries
+            slopes = int(oracle.gradients.max()) + model_access.gradients
             if attack.access == "none":
                 assert asked == slopes == 0, f"it declares no access and asked {asked + slopes} questions"
             if attack.access in ("label", "score"):
@@ -100,20 +100,20 @@ def checks_for_mind(attack: Attack, well_formed: Any, *, seed: int = 0) -> dict[
     return checks
 
 
-def _run(attack: Attack, field: Arena, seed: int) -> AttackResult:
-    row = run_attack(attack, field, budget=_BUDGET, seed=seed)
+def _run(attack: Attack, target: AttackTarget, seed: int) -> AttackResult:
+    row = run_attack(attack, target, budget=_BUDGET, seed=seed)
     assert row.status == "ok", f"it should apply and says: {row.status}"
     return row
 
 
 @cache
-def _scene() -> Scene:
-    return replace(prepare_scene(Linear(dim=8, n_items=160, n_contexts=8)), replicates=100)
+def _scene() -> Prepared:
+    return replace(prepare(Linear(dim=8, n_items=160, n_contexts=8)), replicates=100)
 
 
 @cache
-def _field(probe: str, scope: Any, kept: bool) -> Arena:
-    scene = _scene()
+def _field(probe: str, scope: Any, kept: bool) -> AttackTarget:
+    prepared = _scene()
     threat = Threat(scope=scope, kept=kept, epsilon=0.02 if kept else None)
-    place = situation(scene, scene.testbed.known_probes()[probe], threat, 0.05)
-    return arena(scene, place, threat.epsilon)
+    baseline = baseline_of(prepared, prepared.testbed.known_probes()[probe], threat, 0.05)
+    return attack_target(prepared, baseline, threat.epsilon)

@@ -35,7 +35,7 @@ from elk_stress.probing.rowwise import known_scores
 from elk_stress.testbeds.protocol import SplitName
 from elk_stress.thoughts.attacks.proposal import Edit
 from elk_stress.thoughts.events import item_event, nearest_of_linear
-from elk_stress.thoughts.prepared import Scene, fit_probe
+from elk_stress.thoughts.prepared import Prepared, fit_probe
 from elk_stress.thoughts.result import Audit, AuditStage
 from elk_stress.threats.priors import EllipticalPrior
 from elk_stress.threats.threat import Threat
@@ -52,39 +52,41 @@ _MOST_ROWS = 8_000
 _TIMES, _HALVINGS = np.linspace(0.0, 4.0, 17), 8
 
 
-def audit(scene: Scene, probe: FittedProbe, *, seed: int = 0) -> Audit:
+def audit(prepared: Prepared, probe: FittedProbe, *, seed: int = 0) -> Audit:
     """Attack every row under per-item natural thoughts and look for what is left, stage by stage."""
     threat = Threat()
-    prior = scene.prior(threat)
-    target = float(np.median(_scores(probe, scene.negatives)))
+    prior = prepared.prior(threat)
+    target = float(np.median(_scores(probe, prepared.negatives)))
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0xA0D1]))
-    splits = scene.testbed.splits
-    chosen = {name: _sample(rows, splits[name].pairs, rng) for name, rows in _every(scene).items()}
-    clean = {name: rows[chosen[name]] for name, rows in _every(scene).items()}
+    splits = prepared.testbed.splits
+    chosen = {name: _sample(rows, splits[name].pairs, rng) for name, rows in _every(prepared).items()}
+    clean = {name: rows[chosen[name]] for name, rows in _every(prepared).items()}
     if probe.traits.differentiable:
         attacked = {name: _attack(probe, prior, rows, target, seed) for name, rows in clean.items()}
     else:
         way = _way(probe, prior, clean["train"])
         attacked = {name: _pushed(probe, way, rows, target) for name, rows in clean.items()}
-    return _after(scene, probe, clean, attacked, chosen, threat.name)
+    return _after(prepared, probe, clean, attacked, chosen, threat.name)
 
 
-def audit_edit(scene: Scene, probe: FittedProbe, edit: Edit, threat: str, *, seed: int = 0) -> Audit:
+def audit_edit(prepared: Prepared, probe: FittedProbe, edit: Edit, threat: str, *, seed: int = 0) -> Audit:
     """The same stages after an edit that the model applies to every item of every split, on items' mean activations.
 
     ``edit.moved`` is asked once for each split; nothing is random.
     """
-    clean = {name: np.asarray(rows.mean(axis=1, keepdims=True)) for name, rows in _every(scene).items()}
+    clean = {name: np.asarray(rows.mean(axis=1, keepdims=True)) for name, rows in _every(prepared).items()}
     attacked = {name: np.asarray(edit.moved(name), dtype=np.float32)[:, None] for name in clean}
-    return _after(scene, probe, clean, attacked, {name: np.arange(len(rows)) for name, rows in clean.items()}, threat)
+    return _after(
+        prepared, probe, clean, attacked, {name: np.arange(len(rows)) for name, rows in clean.items()}, threat
+    )
 
 
-def _every(scene: Scene) -> dict[SplitName, np.ndarray]:
-    return {"train": scene.train, "calibration": scene.calibration, "test": scene.test}
+def _every(prepared: Prepared) -> dict[SplitName, np.ndarray]:
+    return {"train": prepared.train, "calibration": prepared.calibration, "test": prepared.test}
 
 
 def _after(
-    scene: Scene,
+    prepared: Prepared,
     probe: FittedProbe,
     clean: Mapping[SplitName, np.ndarray],
     attacked: Mapping[SplitName, np.ndarray],
@@ -92,13 +94,13 @@ def _after(
     threat: str,
 ) -> Audit:
     """Refit the probe and every candidate on attacked training rows, and examine them all on the other splits."""
-    moved = _with_train(scene, attacked["train"], chosen["train"])
+    moved = _with_train(prepared, attacked["train"], chosen["train"])
     same = _refit(moved, probe)
     # the probe's own recipe is a candidate already, and is not fitted twice
     tried = {name: _refit(moved, name) for name in CANDIDATES if same is None or name != probe.name}
     refits = {name: fitted for name, fitted in tried.items() if fitted is not None}
-    labels = {name: scene.testbed.splits[name].labels[rows] for name, rows in chosen.items()}
-    weights = scene.resamples.test[:, chosen["test"]]
+    labels = {name: prepared.testbed.splits[name].labels[rows] for name, rows in chosen.items()}
+    weights = prepared.resamples.test[:, chosen["test"]]
     return examine(probe, same, refits, clean, attacked, labels, weights, threat)  # type: ignore[arg-type]
 
 
@@ -244,8 +246,8 @@ def _nearest(
     return np.asarray(DesignPoint(n_starts=2)(state, seed=seed).diagnostics["centres"])[:, 0]
 
 
-def _refit(scene: Scene, probe: FittedProbe | str) -> FittedProbe | None:
-    """The recipe fitted on this scene's attacked training rows; ``None`` if it cannot be.
+def _refit(prepared: Prepared, probe: FittedProbe | str) -> FittedProbe | None:
+    """The recipe fitted on this prepared testbed's attacked training rows; ``None`` if it cannot be.
 
     That is, if it is not registered, learns nothing, or refuses the rows: an attack may leave nothing to learn from.
     """
@@ -254,21 +256,22 @@ def _refit(scene: Scene, probe: FittedProbe | str) -> FittedProbe | None:
     else:
         recipe = probe if probe in registry.names("probes") else None
     try:
-        return None if recipe is None else fit_probe(scene, recipe)
+        return None if recipe is None else fit_probe(prepared, recipe)
     except ValueError:
         return None
 
 
-def _with_train(scene: Scene, train: np.ndarray, chosen: np.ndarray) -> Scene:
-    """The scene with attacked training rows; rows that were not sampled keep their clean activations unused."""
+def _with_train(prepared: Prepared, train: np.ndarray, chosen: np.ndarray) -> Prepared:
+    """The prepared testbed with attacked training rows; rows that were not sampled keep their clean activations
+    unused."""
     # a defence is refitted with the thoughts that it knew before the attack
-    thoughts = scene.known_thoughts
-    if len(chosen) == len(scene.train):
-        return replace(scene, fit=train, train=train, thoughts=thoughts, _priors={}, _controls={})
-    items = scene.testbed.splits["train"]
+    thoughts = prepared.known_thoughts
+    if len(chosen) == len(prepared.train):
+        return replace(prepared, fit=train, train=train, thoughts=thoughts, _priors={}, _controls={})
+    items = prepared.testbed.splits["train"]
     ids = tuple(items.ids[i] for i in chosen)
     part = replace(items, ids=ids, labels=items.labels[chosen], groups=items.groups[chosen], texts=None)
-    return replace(scene, fit=train, train=train, thoughts=thoughts, train_items=part, _priors={}, _controls={})
+    return replace(prepared, fit=train, train=train, thoughts=thoughts, train_items=part, _priors={}, _controls={})
 
 
 def _sample(rows: np.ndarray, pairs: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:

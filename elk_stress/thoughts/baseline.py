@@ -20,13 +20,13 @@ from elk_stress.thoughts.conformal import (
     weighted_conformal_thresholds,
 )
 from elk_stress.thoughts.events import linear_weight
-from elk_stress.thoughts.prepared import Scene
+from elk_stress.thoughts.prepared import Prepared
 from elk_stress.thoughts.result import Detection
 from elk_stress.thoughts.survival import bits_of_margin
 from elk_stress.threats.priors import EllipticalPrior
 from elk_stress.threats.threat import Threat
 
-__all__ = ["Situation", "context_scores", "score_gradients", "score_spread", "situation"]
+__all__ = ["Baseline", "baseline_of", "context_scores", "score_gradients", "score_spread"]
 
 # prior draws per negative where the prior is sampled
 _DRAWS = 32
@@ -41,7 +41,7 @@ _CHANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Situation:
+class Baseline:
     """One probe under one threat before anything moves.
 
     Attributes:
@@ -66,57 +66,57 @@ class Situation:
     flags: tuple[Flag, ...]
 
 
-def situation(scene: Scene, probe: FittedProbe, threat: Threat, fpr: float) -> Situation:
+def baseline_of(prepared: Prepared, probe: FittedProbe, threat: Threat, fpr: float) -> Baseline:
     """Threshold under the prior, what is caught, and the bootstrap of both.
 
     Raises:
         ValueError: fewer calibration negatives than the false-positive rate resolves.
     """
-    flags = check_negatives(len(scene.negatives), fpr)
-    if threat.prior == "natural" and scene.has_stand_in:
-        flags += (flag("no_contexts", f"{len(scene.train)} training items under one context"),)
-    prior = scene.prior(threat)
-    origins, positives = scene.test_origins, scene.positives
+    flags = check_negatives(len(prepared.negatives), fpr)
+    if threat.prior == "natural" and prepared.has_stand_in:
+        flags += (flag("no_contexts", f"{len(prepared.train)} training items under one context"),)
+    prior = prepared.prior(threat)
+    origins, positives = prepared.test_origins, prepared.positives
     scores = known_scores(probe, origins, "unmoved activations")
-    negatives, draws = _negative_scores(scene, probe, threat, prior)
+    negatives, draws = _negative_scores(prepared, probe, threat, prior)
     shared = draws is None
     threshold = conformal_threshold(negatives, fpr, shared=shared)
     margin = scores[positives] - threshold
-    flags += _flipped(scores, scene.items.labels)
+    flags += _flipped(scores, prepared.items.labels)
     different = len(np.unique(scores[positives].astype(np.float32))) / len(positives)
     if different < _DIFFERENT and np.ptp(scores) > 0:
         flags += (flag("saturated", f"{different:.0%} of the test positives' scores are different"),)
     gradient = score_gradients(probe, origins[positives]) if probe.traits.differentiable else None
     if gradient is None:
-        deviation = score_spread(probe, prior, origins[positives], seed=scene.seed)
+        deviation = score_spread(probe, prior, origins[positives], seed=prepared.seed)
     else:
         deviation = prior.standard_deviation(gradient)
     if gradient is None or gradient.ndim == 1:
-        along = known_scores(probe, scene.test[positives], "unmoved activations")
+        along = known_scores(probe, prepared.test[positives], "unmoved activations")
     else:
-        along = np.einsum("icd,id->ic", scene.test[positives], gradient.astype(np.float32)).astype(float)
-    contexts = scene.resamples.contexts
+        along = np.einsum("icd,id->ic", prepared.test[positives], gradient.astype(np.float32)).astype(float)
+    contexts = prepared.resamples.contexts
     n_contexts = contexts.shape[1]
     drawn = contexts if draws is None else np.ones((len(contexts), draws))
-    thresholds = weighted_conformal_thresholds(negatives, fpr, scene.resamples.negatives, drawn, shared=shared)
+    thresholds = weighted_conformal_thresholds(negatives, fpr, prepared.resamples.negatives, drawn, shared=shared)
     # the deviation of a resample's contexts from all of them moves every origin
     astray = contexts / n_contexts - 1 / n_contexts
     shifted = astray @ along.T if n_contexts > 1 else np.zeros((len(contexts), 1))
     if not shared and n_contexts > 1:
         # drawn scores stand around origins that moved too
-        thresholds = thresholds + astray @ known_scores(probe, scene.negatives, "unmoved activations").mean(axis=0)
+        thresholds = thresholds + astray @ known_scores(probe, prepared.negatives, "unmoved activations").mean(axis=0)
     margins = margin[None, :] + shifted - (thresholds - threshold)[:, None]
     caught = np.flatnonzero(margin > 0)
-    return Situation(
+    return Baseline(
         probe,
         threat,
         prior,
-        _detection(scene, probe, threat, prior, threshold, fpr, scores, margin),
+        _detection(prepared, probe, threat, prior, threshold, fpr, scores, margin),
         margin,
         np.broadcast_to(deviation, margin.shape),
         caught,
         margins,
-        _deviation_factor(scene, threat, prior, probe, gradient),
+        _deviation_factor(prepared, threat, prior, probe, gradient),
         flags,
     )
 
@@ -135,14 +135,14 @@ def _flipped(scores: np.ndarray, labels: np.ndarray) -> tuple[Flag, ...]:
 
 
 def _negative_scores(
-    scene: Scene, probe: FittedProbe, threat: Threat, prior: EllipticalPrior
+    prepared: Prepared, probe: FittedProbe, threat: Threat, prior: EllipticalPrior
 ) -> tuple[np.ndarray, int | None]:
     """Scores of calibration negatives under the prior: real contexts for natural thoughts, else prior draws."""
-    if threat.prior == "natural" and scene.given_prior is None and scene.negatives.shape[1] > 1:
-        return known_scores(probe, scene.negatives, "unmoved activations"), None
-    origins = scene.negatives.mean(axis=1)
+    if threat.prior == "natural" and prepared.given_prior is None and prepared.negatives.shape[1] > 1:
+        return known_scores(probe, prepared.negatives, "unmoved activations"), None
+    origins = prepared.negatives.mean(axis=1)
     weight = linear_weight(probe)
-    sequence = np.random.SeedSequence([scene.seed, 0x7123])
+    sequence = np.random.SeedSequence([prepared.seed, 0x7123])
     rng = np.random.default_rng(sequence)
     if weight is not None:
         # the projection of a draw, without drawing its other coordinates
@@ -155,7 +155,7 @@ def _negative_scores(
 
 
 def _detection(
-    scene: Scene,
+    prepared: Prepared,
     probe: FittedProbe,
     threat: Threat,
     prior: EllipticalPrior,
@@ -164,23 +164,23 @@ def _detection(
     scores: np.ndarray,
     margin: np.ndarray,
 ) -> Detection:
-    labels, weights = scene.items.labels, scene.resamples.test
+    labels, weights = prepared.items.labels, prepared.resamples.test
     negatives = np.flatnonzero(labels == 0)
-    if threat.prior == "natural" and scene.given_prior is None and scene.test.shape[1] > 1:
+    if threat.prior == "natural" and prepared.given_prior is None and prepared.test.shape[1] > 1:
         # on contexts that the threshold never saw, where there are any, resampled together with the items
-        fresh = scene.test if scene.observed is None else scene.observed
+        fresh = prepared.test if prepared.observed is None else prepared.observed
         alarms = (known_scores(probe, fresh[negatives], "unmoved activations") > threshold).astype(float)
         m = alarms.shape[1]
-        counts = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xFA])).multinomial(
+        counts = np.random.default_rng(np.random.SeedSequence([prepared.seed, 0xFA])).multinomial(
             m, np.full(m, 1 / m), size=len(weights)
         )
         shares = ((weights[:, negatives] @ alarms) * counts).sum(axis=1) / m
     elif not probe.traits.differentiable:
-        drawn = _prior_scores(probe, prior, scene.test_origins[negatives], scene.seed)
+        drawn = _prior_scores(probe, prior, prepared.test_origins[negatives], prepared.seed)
         alarms = (drawn > threshold).mean(axis=1)
         shares = weights[:, negatives] @ alarms
     else:
-        spread = prior.standard_deviation(score_gradients(probe, scene.test_origins[negatives]))
+        spread = prior.standard_deviation(score_gradients(probe, prepared.test_origins[negatives]))
         above = threshold - scores[negatives]
         # a score that the prior cannot move raises an alarm or not: strictly above the threshold, as for a catch
         alarms = np.where(spread > 0, 2.0 ** -bits_of_margin(prior.tail, above, spread), (above < 0).astype(float))
@@ -207,7 +207,7 @@ def _detection(
         auroc_interval=tuple(np.clip(_quantiles(areas), 0.0, 1.0).tolist()),
         n_positives=len(margin),
         n_caught=caught,
-        n_negatives=len(scene.negatives),
+        n_negatives=len(prepared.negatives),
     )
 
 
@@ -270,25 +270,26 @@ def _drawn(prior: EllipticalPrior, moves: np.ndarray) -> str:
 
 
 def _deviation_factor(
-    scene: Scene, threat: Threat, prior: EllipticalPrior, probe: FittedProbe, gradient: np.ndarray | None
+    prepared: Prepared, threat: Threat, prior: EllipticalPrior, probe: FittedProbe, gradient: np.ndarray | None
 ) -> np.ndarray:
     """Drawn over original standard deviation of the score under the prior: what is not known about it.
 
     A sample variance over c contexts stands on ``c - 1`` degrees of freedom, and how far a covariance is shrunk is a
     choice. Each replicate draws both: no shrinkage, the estimated intensity or twice it; and for the between-context
-    part ``(c-1) s' W^-1 s / s's``, s the scores' context means and W a Wishart matrix that all probes of a scene share.
-    Each probe's factor is then ``(c-1) / chi2_{c-1}``, and two probes' factors are as alike as their scores.
+    part ``(c-1) s' W^-1 s / s's``, s the scores' context means and W a Wishart matrix that all probes of a prepared
+    testbed share. Each probe's factor is then ``(c-1) / chi2_{c-1}``, and two probes' factors are as alike as their
+    scores.
 
     Without a gradient the scores themselves are resampled, and shrinkage, of which they know nothing, is not varied.
     """
-    replicates, c = scene.resamples.contexts.shape
+    replicates, c = prepared.resamples.contexts.shape
     # a testbed that says how several reads move still has the covariance of one read estimated
-    one_read = getattr(scene.testbed, "as_one_read", None)
-    given = scene.given_prior is not None and (one_read is None or gradient is None)
+    one_read = getattr(prepared.testbed, "as_one_read", None)
+    given = prepared.given_prior is not None and (one_read is None or gradient is None)
     if threat.prior != "natural" or given or c < 3:
         return np.ones(replicates)
-    # from the scene's seed: every probe meets the same choices, so that comparisons stay paired
-    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xDF]))
+    # from the prepared testbed's seed: every probe meets the same choices, so that comparisons stay paired
+    rng = np.random.default_rng(np.random.SeedSequence([prepared.seed, 0xDF]))
     choice = rng.choice([0.0, 1.0, 2.0], replicates)
     draws = rng.standard_normal((replicates, c, 2 * c - 2))
     wishart = draws @ draws.transpose(0, 2, 1)
@@ -298,15 +299,15 @@ def _deviation_factor(
         solved = np.linalg.solve(wishart, np.broadcast_to(means[:, None], (replicates, c, 1)))[..., 0] @ means
         return np.asarray((c - 1) * solved / float(means @ means)) if means.any() else np.ones(replicates)
 
-    n = len(scene.plain_train)
+    n = len(prepared.plain_train)
     if gradient is None:
-        means, own = context_scores(scene, probe)
+        means, own = context_scores(prepared, probe)
         common, own = float(means @ means) / (c - 1), own * (1 - 1 / n) * (threat.scope == "item")
         whole = common + own
         return np.asarray(np.sqrt((common * turned(means) + own) / whole)) if whole > 0 else np.ones(replicates)
     weight = gradient if gradient.ndim == 1 else gradient.mean(axis=0)
     if one_read is None:
-        means, own = context_scores(scene, weight)
+        means, own = context_scores(prepared, weight)
     else:
         rows, weight, prior = one_read(weight)
         means, own = _parts(rows @ weight)
@@ -327,12 +328,12 @@ def _deviation_factor(
     return np.asarray(np.sqrt(np.maximum(drawn / variance, 1e-4)))
 
 
-def context_scores(scene: Scene, weight: np.ndarray | FittedProbe) -> tuple[np.ndarray, float]:
+def context_scores(prepared: Prepared, weight: np.ndarray | FittedProbe) -> tuple[np.ndarray, float]:
     """Centred context means of the score, ``(contexts,)``, and the sample variance of what is particular to an item.
 
     ``weight``: a linear score, or a probe, which scores the training items itself.
     """
-    thoughts = scene.train[scene.plain_train]
+    thoughts = prepared.train[prepared.plain_train]
     found = weight.score(thoughts) if isinstance(weight, FittedProbe) else thoughts @ weight.astype(np.float32)
     return _parts(np.asarray(found, dtype=float))
 

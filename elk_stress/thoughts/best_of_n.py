@@ -28,9 +28,9 @@ import numpy as np
 from elk_stress.core.bits import BitsBatch
 from elk_stress.core.flags import Flag, flag
 from elk_stress.estimators.best_of_n import holds
-from elk_stress.thoughts.baseline import Situation, context_scores, score_gradients, score_spread
+from elk_stress.thoughts.baseline import Baseline, context_scores, score_gradients, score_spread
 from elk_stress.thoughts.power_law import LeftTail, fit_left_tail
-from elk_stress.thoughts.prepared import Scene
+from elk_stress.thoughts.prepared import Prepared
 from elk_stress.thoughts.result import BestOfNCurves, Curve
 from elk_stress.thoughts.survival import bits_of_margin
 from elk_stress.threats.threat import Threat
@@ -46,32 +46,32 @@ _NEVER = 1000.0
 
 
 def best_of_n_curves(
-    scene: Scene, places: dict[str, Situation], bits: dict[str, BitsBatch], epsilon: float | None
+    prepared: Prepared, baselines: dict[str, Baseline], bits: dict[str, BitsBatch], epsilon: float | None
 ) -> BestOfNCurves | None:
     """Predicted curves per tail and the observed one.
 
     Args:
-        scene: with observed contexts, else ``None`` is returned.
+        prepared: with observed contexts, else ``None`` is returned.
         places: tail name -> situation (all under per-item natural thoughts, same threshold and catches).
         bits: tail name -> per-item bits of the same event.
         epsilon: if given, a break must keep behaviour: the real context's edit at the site is judged like any move.
     """
-    first = next(iter(places.values()))
-    if scene.observed is None or not len(first.caught):
+    first = next(iter(baselines.values()))
+    if prepared.observed is None or not len(first.caught):
         return None
-    items = scene.positives[first.caught]
-    n_contexts = scene.observed.shape[1]
-    scores = np.asarray(first.probe.score(scene.observed[items]), dtype=float)
+    items = prepared.positives[first.caught]
+    n_contexts = prepared.observed.shape[1]
+    scores = np.asarray(first.probe.score(prepared.observed[items]), dtype=float)
     fails = scores <= first.detection.threshold
     if epsilon is not None:
-        assert scene.behaviour is not None
-        edits = scene.observed[items] - scene.test_origins[items][:, None, :]
-        fails = fails & (scene.behaviour.shift(items, edits) <= epsilon)
+        assert prepared.behaviour is not None
+        edits = prepared.observed[items] - prepared.test_origins[items][:, None, :]
+        fails = fails & (prepared.behaviour.shift(items, edits) <= epsilon)
     n = np.arange(1, n_contexts + 1)
-    weights = scene.resamples.positives[:, first.caught]
+    weights = prepared.resamples.positives[:, first.caught]
     total = np.maximum(weights.sum(axis=1), 1e-12)
 
-    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xB0B]))
+    rng = np.random.default_rng(np.random.SeedSequence([prepared.seed, 0xB0B]))
     counts = rng.multinomial(n_contexts, np.full(n_contexts, 1 / n_contexts), size=len(weights))
     rows = np.empty((len(weights), len(n)))
     for r in range(len(weights)):
@@ -80,35 +80,35 @@ def best_of_n_curves(
     observed = _curve(n, (1 - holds(n_contexts, fails.sum(axis=1)[:, None], n[None, :])).mean(axis=0), rows)
 
     predicted, agreement = {}, {}
-    for name in places:
-        many, like_observed = _replicates(scene, places[name], bits[name], n, weights)
+    for name in baselines:
+        many, like_observed = _replicates(prepared, baselines[name], bits[name], n, weights)
         predicted[name] = _curve(n, many.mean(axis=0), many)
         agreement[name] = _agreement(like_observed, observed.value)
-    tail = None if epsilon is not None else _left_tail(scene, first)
+    tail = None if epsilon is not None else _left_tail(prepared, first)
     if tail is not None:
         value, (low, high) = tail.broken(n), tail.band(n)
         predicted["power_law"] = Curve(n, value, np.minimum(low, value), np.maximum(high, value), value, value)
     return BestOfNCurves(epsilon is not None, predicted, observed, n_contexts, len(items), agreement, tail)
 
 
-def _left_tail(scene: Scene, place: Situation) -> LeftTail | None:
+def _left_tail(prepared: Prepared, baseline: Baseline) -> LeftTail | None:
     """Per-item chances as contexts A show them, with no prior in between.
 
     Who is caught is decided on one half of the contexts and failures are counted on the other, both ways round: an item
     that was chosen for being caught on the very contexts that count would seem safer than it is.
     """
-    scores = np.asarray(place.probe.score(scene.test[scene.positives]), dtype=float)
-    threshold, half = place.detection.threshold, scores.shape[1] // 2
+    scores = np.asarray(baseline.probe.score(prepared.test[prepared.positives]), dtype=float)
+    threshold, half = baseline.detection.threshold, scores.shape[1] // 2
     if half < 1:
         return None
     folds = [(scores[:, :half], scores[:, half : 2 * half]), (scores[:, half : 2 * half], scores[:, :half])]
-    _, entity = np.unique(scene.items.groups[scene.positives], return_inverse=True)
+    _, entity = np.unique(prepared.items.groups[prepared.positives], return_inverse=True)
     caught = np.stack([chosen_on.mean(axis=1) > threshold for chosen_on, _ in folds])
     counts = np.stack([(counted_on <= threshold).sum(axis=1) for _, counted_on in folds])
     # an item that both halves catch is counted twice: resampled by entity, both counts come along
     groups = np.broadcast_to(entity.ravel(), caught.shape)
-    tallies = _context_tallies(scores[:, : 2 * half], threshold, entity.ravel(), scene.seed)
-    found = fit_left_tail(counts[caught], half, groups=groups[caught], seed=scene.seed, tallies=tallies)
+    tallies = _context_tallies(scores[:, : 2 * half], threshold, entity.ravel(), prepared.seed)
+    found = fit_left_tail(counts[caught], half, groups=groups[caught], seed=prepared.seed, tallies=tallies)
     return None if found is None else replace(found, n_items=int(caught.any(axis=0).sum()))
 
 
@@ -154,32 +154,32 @@ def prediction_flags(curves: BestOfNCurves) -> tuple[Flag, ...]:
 
 
 def _replicates(
-    scene: Scene, place: Situation, bits: BitsBatch, n: np.ndarray, weights: np.ndarray
+    prepared: Prepared, baseline: Baseline, bits: BitsBatch, n: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predicted curves, and curves as they would be observed under as many contexts, ``(replicates, n)`` each."""
-    tail, caught, c = place.prior.tail, place.caught, scene.test.shape[1]
-    origins = scene.test_origins[scene.positives]
-    gradient = score_gradients(place.probe, origins)
+    tail, caught, c = baseline.prior.tail, baseline.caught, prepared.test.shape[1]
+    origins = prepared.test_origins[prepared.positives]
+    gradient = score_gradients(baseline.probe, origins)
     weight = gradient if gradient.ndim == 1 else gradient.mean(axis=0)
-    smooth = place.probe.traits.differentiable
+    smooth = baseline.probe.traits.differentiable
 
     def variance(threat: Threat) -> float:
         """Of the score under a prior: linearized, or of prior draws where there is no gradient."""
-        prior = scene.prior(threat)
+        prior = prepared.prior(threat)
         if smooth:
             return float(prior.standard_deviation(weight)) ** 2
-        return float((score_spread(place.probe, prior, origins, seed=scene.seed) ** 2).mean())
+        return float((score_spread(baseline.probe, prior, origins, seed=prepared.seed) ** 2).mean())
 
     universal = variance(Threat(scope="universal"))
-    means, own = context_scores(scene, weight if smooth else place.probe)
-    common = max(float(means @ means) / max(c - 1, 1) - own / len(scene.plain_train), universal)
+    means, own = context_scores(prepared, weight if smooth else baseline.probe)
+    common = max(float(means @ means) / max(c - 1, 1) - own / len(prepared.plain_train), universal)
     own = max(own, variance(Threat()) - universal)
     # in units of the score; of a probe or an event that is not linear, the margin that costs as many bits
-    margin = tail.quantile_of_bits(np.minimum(bits.value, _NEVER)) * place.deviation[caught]
-    spread = max(float(place.margin.var(ddof=1)) if len(place.margin) > 1 else 0.0, 1e-300)
+    margin = tail.quantile_of_bits(np.minimum(bits.value, _NEVER)) * baseline.deviation[caught]
+    spread = max(float(baseline.margin.var(ddof=1)) if len(baseline.margin) > 1 else 0.0, 1e-300)
     keep = max(1 - own / c / spread, 0.0)
-    margin = margin + (1 - keep) * (place.margin.mean() - place.margin[caught])
-    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0xB0C]))
+    margin = margin + (1 - keep) * (baseline.margin.mean() - baseline.margin[caught])
+    rng = np.random.default_rng(np.random.SeedSequence([prepared.seed, 0xB0C]))
     predicted, seen = np.empty((len(weights), len(n))), np.empty((len(weights), len(n)))
     for r, row in enumerate(weights):
         f = (c - 1) / rng.chisquare(c - 1) if c > 1 else 1.0

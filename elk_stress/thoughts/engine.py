@@ -20,9 +20,9 @@ from elk_stress.testbeds.arrays import Arrays, shares_for
 from elk_stress.testbeds.protocol import PLANTED, Testbed
 from elk_stress.thoughts.attacks.protocol import Attack, AttackOfAnyKind
 from elk_stress.thoughts.attacks.runner import compare_attacks, run_attack
-from elk_stress.thoughts.attacks.target import arena
+from elk_stress.thoughts.attacks.target import attack_target
 from elk_stress.thoughts.audit import audit
-from elk_stress.thoughts.baseline import Situation, situation
+from elk_stress.thoughts.baseline import Baseline, baseline_of
 from elk_stress.thoughts.best_of_n import best_of_n_curves, prediction_flags
 from elk_stress.thoughts.comparison import Comparison as Comparison
 from elk_stress.thoughts.comparison import compare as compare
@@ -30,7 +30,7 @@ from elk_stress.thoughts.comparison import compare_all as compare_all
 from elk_stress.thoughts.incidental import incidental_fraction
 from elk_stress.thoughts.item_scope import stress_items
 from elk_stress.thoughts.memory import FORGETFUL, Keeps, Memory
-from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.thoughts.prepared import Prepared, fit_probe, prepare
 from elk_stress.thoughts.result import AttackResult as AttackResult
 from elk_stress.thoughts.result import BestOfNCurves, ThreatResult
 from elk_stress.thoughts.result import StressResult as StressResult
@@ -41,12 +41,12 @@ from elk_stress.threats.threat import as_threats, check_measurable, default_thre
 
 __all__ = [
     "Comparison",
-    "Scene",
+    "Prepared",
     "StressResult",
     "Threat",
     "compare",
     "compare_all",
-    "prepare_scene",
+    "prepare",
     "stress",
     "stress_activations",
 ]
@@ -56,7 +56,7 @@ _CONTROLS = ("rock", "random_direction")
 
 
 def stress(
-    testbed: Testbed | Scene,
+    testbed: Testbed | Prepared,
     probe: FittedProbe | Probe | str | np.ndarray,
     *,
     threats: Sequence[Threat | str] | Threat | str | None = None,
@@ -74,7 +74,7 @@ def stress(
     """Measure how many bits of optimization a probe survives.
 
     Args:
-        testbed: a testbed, or a :class:`Scene` from :func:`prepare_scene` that several probes share.
+        testbed: a testbed, or a :class:`Prepared` from :func:`prepare` that several probes share.
         probe: a fitted probe, a recipe or registered name (fitted on training items under contexts A), or a direction.
         threats: what the numbers are relative to; by default per item under natural thoughts with a Gaussian and with
             the best-fitting elliptical tail, universal, and per item isotropic (c = 0.3), each free and with behaviour
@@ -91,7 +91,7 @@ def stress(
         controls: also measure the rock, a random direction and the testbed's own oracle and paper probes.
         progress: a ``rich.progress.Progress`` to report to.
         memory: keeps every finished piece, and gives back those of an earlier call with the same settings on the same
-            scene (:mod:`elk_stress.thoughts.memory`); by default everything is computed.
+            prepared testbed (:mod:`elk_stress.thoughts.memory`); by default everything is computed.
 
     Returns:
         A :class:`StressResult`; ``result.threats[name].headline`` is the number.
@@ -109,66 +109,66 @@ def stress(
     controls = truth("controls", controls)
     chosen = as_threats(threats, behaviour_epsilon)
     recipes = _attacks(attacks)
-    scene = testbed if isinstance(testbed, Scene) else prepare_scene(testbed, seed=seed, progress=progress)
+    prepared = testbed if isinstance(testbed, Prepared) else prepare(testbed, seed=seed, progress=progress)
     if threats is not None:
-        check_measurable(scene.testbed, chosen)
-    fitted = fit_probe(scene, probe)
+        check_measurable(prepared.testbed, chosen)
+    fitted = fit_probe(prepared, probe)
     pieces: Keeps = FORGETFUL
     if memory is not None:
         shared = {"max_bits": max_bits, "fpr": fpr, "seed": seed, "n_particles": n_particles, "budget": budget}
-        pieces = memory.under(scene, {**shared, "behaviour_epsilon": behaviour_epsilon})
+        pieces = memory.under(prepared, {**shared, "behaviour_epsilon": behaviour_epsilon})
     task = None
     if progress is not None:
         task = progress.add_task(f"stress {fitted.name}", total=len(chosen) + 2)
 
     found: dict[str, ThreatResult] = {}
     skipped: dict[str, str] = {}
-    places = _Places(scene, fitted, chosen, fpr)
+    baselines = _Baselines(prepared, fitted, chosen, fpr)
     for threat in chosen:
-        if threat.kept and scene.behaviour is None:
-            cause = getattr(scene.testbed, "silent", "")
-            skipped[threat.name] = f"{scene.testbed.name} has no output whose behaviour could be kept" + (
+        if threat.kept and prepared.behaviour is None:
+            cause = getattr(prepared.testbed, "silent", "")
+            skipped[threat.name] = f"{prepared.testbed.name} has no output whose behaviour could be kept" + (
                 f": {cause}" if cause else ""
             )
-        elif threat.scope == "universal" and hasattr(scene.testbed, "as_one_read"):
+        elif threat.scope == "universal" and hasattr(prepared.testbed, "as_one_read"):
             skipped[threat.name] = "of several reads at once only the per-item moves are known"
         else:
-            row = _row(scene, places, threat, max_bits, n_particles, seed, pieces)
+            row = _row(prepared, baselines, threat, max_bits, n_particles, seed, pieces)
             if threat.tail == "gaussian":
-                row = _with_attacks(scene, places, row, recipes, budget, seed, skipped, pieces)
+                row = _with_attacks(prepared, baselines, row, recipes, budget, seed, skipped, pieces)
             found[threat.name] = row
         if task is not None:
             progress.advance(task)
 
     who = _identity(fitted)
     measured = [row.threat for row in found.values()]
-    curves = pieces.keep("best-of-n", [who, measured], lambda: _best_of_n(scene, places, found))
-    examined = pieces.keep("audit", who, lambda: audit(scene, fitted, seed=seed))
+    curves = pieces.keep("best-of-n", [who, measured], lambda: _best_of_n(prepared, baselines, found))
+    examined = pieces.keep("audit", who, lambda: audit(prepared, fitted, seed=seed))
     if task is not None:
         progress.advance(task)
     kept_controls, control_flags = (
-        _controls(scene, fitted, chosen, fpr, max_bits, n_particles, seed, pieces) if controls else ({}, ())
+        _controls(prepared, fitted, chosen, fpr, max_bits, n_particles, seed, pieces) if controls else ({}, ())
     )
     if task is not None:
         progress.advance(task)
-    tails = pieces.keep("tails", who, lambda: _tails(scene, fitted))
-    epsilon = None if scene.behaviour is None else pieces.keep("epsilon", None, lambda: scene.epsilon)
+    tails = pieces.keep("tails", who, lambda: _tails(prepared, fitted))
+    epsilon = None if prepared.behaviour is None else pieces.keep("epsilon", None, lambda: prepared.epsilon)
     incidental = None
-    if scene.behaviour is not None and not fitted.traits.differentiable:
+    if prepared.behaviour is not None and not fitted.traits.differentiable:
         skipped["incidental fraction"] = "does not apply: the probe has no gradient"
-    elif scene.behaviour is not None:
-        incidental = pieces.keep("incidental", who, lambda: incidental_fraction(fitted, scene))
+    elif prepared.behaviour is not None:
+        incidental = pieces.keep("incidental", who, lambda: incidental_fraction(fitted, prepared))
     return StressResult(
         probe=fitted.name,
-        testbed=scene.testbed.name,
-        site=scene.testbed.site,
+        testbed=prepared.testbed.name,
+        site=prepared.testbed.site,
         threats=found,
         best_of_n=curves,
         audit=examined,
         tails=tails,
         controls=kept_controls,
         skipped=skipped,
-        flags=scene.flags + control_flags + tuple(f for c in curves for f in prediction_flags(c)),
+        flags=prepared.flags + control_flags + tuple(f for c in curves for f in prediction_flags(c)),
         config={
             "fpr": fpr,
             "max_bits": max_bits,
@@ -176,12 +176,12 @@ def stress(
             "budget": budget,
             "behaviour_epsilon": behaviour_epsilon,
             "epsilon_used": epsilon,
-            "n_verify": scene.n_verify,
-            "replicates": len(scene.resamples.positives),
+            "n_verify": prepared.n_verify,
+            "replicates": len(prepared.resamples.positives),
             "threats": [t.to_json() for t in chosen],
             "attacks": [recipe.name for recipe in recipes],
-            "test_items": len(scene.items),
-            "testbed": dict(scene.testbed.describe()),
+            "test_items": len(prepared.items),
+            "testbed": dict(prepared.testbed.describe()),
             "probe": {"name": fitted.name, "notes": dict(fitted.notes)},
         },
         versions=versions(),
@@ -239,8 +239,8 @@ def stress_activations(
     )
     if threats is None:
         threats = testbed.threats if prior is None else default_threats(kept=False)
-    scene = prepare_scene(testbed, seed=seed, prior=prior)
-    return stress(scene, probe, threats=threats, seed=seed, **options)
+    prepared = prepare(testbed, seed=seed, prior=prior)
+    return stress(prepared, probe, threats=threats, seed=seed, **options)
 
 
 def _attacks(attacks: Sequence[str | Attack] | str) -> tuple[Attack, ...]:
@@ -266,16 +266,16 @@ def _attacks(attacks: Sequence[str | Attack] | str) -> tuple[Attack, ...]:
     return made
 
 
-class _Places(dict[str, Situation]):
+class _Baselines(dict[str, Baseline]):
     """Situations of one probe by the name of the threat, each made when it is first asked for."""
 
-    def __init__(self, scene: Scene, probe: FittedProbe, threats: Sequence[Threat], fpr: float) -> None:
+    def __init__(self, prepared: Prepared, probe: FittedProbe, threats: Sequence[Threat], fpr: float) -> None:
         super().__init__()
-        self.scene, self.probe, self.fpr = scene, probe, fpr
+        self.prepared, self.probe, self.fpr = prepared, probe, fpr
         self.threats = {threat.name: threat for threat in threats}
 
-    def __missing__(self, name: str) -> Situation:
-        self[name] = situation(self.scene, self.probe, self.threats[name], self.fpr)
+    def __missing__(self, name: str) -> Baseline:
+        self[name] = baseline_of(self.prepared, self.probe, self.threats[name], self.fpr)
         return self[name]
 
 
@@ -285,19 +285,25 @@ def _identity(probe: FittedProbe) -> Any:
 
 
 def _row(
-    scene: Scene, places: _Places, threat: Threat, max_bits: float, n_particles: int, seed: int, pieces: Keeps
+    prepared: Prepared,
+    baselines: _Baselines,
+    threat: Threat,
+    max_bits: float,
+    n_particles: int,
+    seed: int,
+    pieces: Keeps,
 ) -> ThreatResult:
     measure = stress_universal if threat.scope == "universal" else stress_items
     return pieces.keep(
         "threat",
-        [_identity(places.probe), threat],
-        lambda: measure(scene, places[threat.name], max_bits=max_bits, n_particles=n_particles, seed=seed),
+        [_identity(baselines.probe), threat],
+        lambda: measure(prepared, baselines[threat.name], max_bits=max_bits, n_particles=n_particles, seed=seed),
     )
 
 
 def _with_attacks(
-    scene: Scene,
-    places: _Places,
+    prepared: Prepared,
+    baselines: _Baselines,
     row: ThreatResult,
     recipes: tuple[Attack, ...],
     budget: int,
@@ -312,11 +318,11 @@ def _with_attacks(
         return row
 
     # built once, and only if some attack is still to run
-    field = cache(lambda: arena(scene, places[row.threat.name], row.epsilon))
+    target = cache(lambda: attack_target(prepared, baselines[row.threat.name], row.epsilon))
 
     def attacked(recipe: Attack) -> AttackResult:
-        key = [_identity(places.probe), row.threat, row.epsilon, recipe]
-        return pieces.keep("attack", key, lambda: run_attack(recipe, field(), budget=budget, seed=seed))
+        key = [_identity(baselines.probe), row.threat, row.epsilon, recipe]
+        return pieces.keep("attack", key, lambda: run_attack(recipe, target(), budget=budget, seed=seed))
 
     rows = tuple(attacked(recipe) for recipe in recipes)
     for result in rows:
@@ -334,7 +340,9 @@ def _with_attacks(
     return replace(row, attacks=rows, flags=row.flags + tuple(extra))
 
 
-def _best_of_n(scene: Scene, places: _Places, found: Mapping[str, ThreatResult]) -> tuple[BestOfNCurves, ...]:
+def _best_of_n(
+    prepared: Prepared, baselines: _Baselines, found: Mapping[str, ThreatResult]
+) -> tuple[BestOfNCurves, ...]:
     """Predicted beside observed, free and kept, from the per-item natural threats that were measured."""
     out = []
     for kept in (False, True):
@@ -343,16 +351,16 @@ def _best_of_n(scene: Scene, places: _Places, found: Mapping[str, ThreatResult])
             for name, row in found.items()
             if row.threat.scope == "item" and row.threat.prior == "natural" and row.threat.kept == kept and row.items
         }
-        if not rows or scene.given_prior is not None:
+        if not rows or prepared.given_prior is not None:
             continue
         tails = {
-            rows[name].threat.tail if rows[name].threat.tail != "best" else places[name].prior.tail.name: name
+            rows[name].threat.tail if rows[name].threat.tail != "best" else baselines[name].prior.tail.name: name
             for name in rows
         }
         epsilon = next(iter(rows.values())).epsilon
         curves = best_of_n_curves(
-            scene,
-            {tail: places[name] for tail, name in tails.items()},
+            prepared,
+            {tail: baselines[name] for tail, name in tails.items()},
             {tail: rows[name].items.bits for tail, name in tails.items()},  # type: ignore[union-attr]
             epsilon if kept else None,
         )
@@ -362,7 +370,7 @@ def _best_of_n(scene: Scene, places: _Places, found: Mapping[str, ThreatResult])
 
 
 def _controls(
-    scene: Scene,
+    prepared: Prepared,
     probe: FittedProbe,
     threats: tuple[Threat, ...],
     fpr: float,
@@ -371,26 +379,29 @@ def _controls(
     seed: int,
     pieces: Keeps,
 ) -> tuple[dict[str, Mapping[str, Bits] | str], tuple[Flag, ...]]:
-    """Headlines of the controls, measured once per scene. On a real model only without the behaviour constraint."""
-    affordable = tuple(t for t in threats if not t.kept or (scene.behaviour is not None and scene.behaviour.exact))
+    """Headlines of the controls, measured once per prepared testbed. On a real model only without the behaviour
+    constraint."""
+    affordable = tuple(
+        t for t in threats if not t.kept or (prepared.behaviour is not None and prepared.behaviour.exact)
+    )
     key = (affordable, fpr, max_bits, n_particles, seed)
-    if key not in scene._controls:
+    if key not in prepared._controls:
         made: dict[str, Mapping[str, Bits] | str] = {}
-        known = dict(scene.testbed.known_probes())
+        known = dict(prepared.testbed.known_probes())
         candidates: dict[str, FittedProbe | str] = {
             **{name: name for name in _CONTROLS if name in registry.names("probes")},
             **known,
         }
         for name, control in candidates.items():
-            places = _Places(scene, fit_probe(scene, control), affordable, fpr)
+            baselines = _Baselines(prepared, fit_probe(prepared, control), affordable, fpr)
             made[name] = {
-                t.name: _row(scene, places, t, max_bits, n_particles, seed, pieces).headline for t in affordable
+                t.name: _row(prepared, baselines, t, max_bits, n_particles, seed, pieces).headline for t in affordable
             }
         for name in PLANTED:
             if name not in made:
-                made[name] = f"{scene.testbed.name} does not know one"
-        scene._controls[key] = made
-    made = scene._controls[key]
+                made[name] = f"{prepared.testbed.name} does not know one"
+        prepared._controls[key] = made
+    made = prepared._controls[key]
     return made, _control_flags(made)
 
 
@@ -408,13 +419,13 @@ def _control_flags(controls: Mapping[str, Mapping[str, Bits] | str]) -> tuple[Fl
     return tuple(flags)
 
 
-def _tails(scene: Scene, probe: FittedProbe) -> Mapping[str, Any]:
-    shared = scene.tail_fit
+def _tails(prepared: Prepared, probe: FittedProbe) -> Mapping[str, Any]:
+    shared = prepared.tail_fit
     if shared is None:
         return {"note": "too few contexts to fit tails"}
     record = dict(shared.to_json())
     if probe.traits.linear and np.any(probe.parameters["weight"]):
         weight = np.asarray(probe.parameters["weight"], dtype=float)
-        own = scene.fit_tails_along({"probe": weight[None, :]})
+        own = prepared.fit_tails_along({"probe": weight[None, :]})
         record["groups"] = {**record["groups"], **own.to_json()["groups"]}
     return record

@@ -44,7 +44,7 @@ import numpy as np
 from elk_stress.core.settings import setting
 from elk_stress.probing.probe import FittedProbe, Probe
 from elk_stress.thoughts.baseline import score_gradients
-from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.thoughts.prepared import Prepared, fit_probe, prepare
 from elk_stress.thoughts.result import IncidentalFraction
 from elk_stress.threats.priors import EllipticalPrior
 from elk_stress.threats.tails import Gaussian
@@ -68,16 +68,17 @@ def incidental_fraction(
 ) -> IncidentalFraction:
     """The share of a probe's gradient, in the metric of natural thoughts, to which behaviour is indifferent.
 
-    Measured on 24 test positives, drawn at random by the scene's seed, or on all if there are no more. The interval is
-    over their entities and over what the prior could have been, given the contexts: see the module. Over entities alone
-    where the prior was given or fitted to fewer than 3 contexts. One entity alone says nothing of others: ``[0, 1]``.
+    Measured on 24 test positives, drawn at random by the prepared testbed's seed, or on all if there are no more. The
+    interval is over their entities and over what the prior could have been, given the contexts: see the module. Over
+    entities alone where the prior was given or fitted to fewer than 3 contexts. One entity alone says nothing of
+    others: ``[0, 1]``.
 
     Args:
         probe: as in :func:`elk_stress.stress`; anything with a gradient, linear or not.
-        testbed: a testbed with an output, or a prepared :class:`~elk_stress.thoughts.prepared.Scene`.
+        testbed: a testbed with an output, or a prepared :class:`~elk_stress.thoughts.prepared.Prepared`.
         tolerance: directions along which one natural standard deviation shifts behaviour by at most so many nats count
             as ignored; 0 takes the null space itself.
-        seed: of the scene, if one is prepared.
+        seed: of the prepared testbed, if one is prepared.
 
     Raises:
         TypeError: no testbed or no probe.
@@ -85,32 +86,32 @@ def incidental_fraction(
             use a testbed with one (``linear``, ``statements``).
     """
     tolerance, seed = setting("tolerance", tolerance), setting("seed", seed)
-    scene = testbed if isinstance(testbed, Scene) else prepare_scene(testbed, seed=seed)
-    if scene.behaviour is None:
+    prepared = testbed if isinstance(testbed, Prepared) else prepare(testbed, seed=seed)
+    if prepared.behaviour is None:
         raise ValueError(
-            f"{scene.testbed.name} has no output that behaviour could be read from; use a testbed that has one"
+            f"{prepared.testbed.name} has no output that behaviour could be read from; use a testbed that has one"
         )
-    fitted = fit_probe(scene, probe)
+    fitted = fit_probe(prepared, probe)
     if not fitted.traits.differentiable:
         raise ValueError(
             f"probe {fitted.name!r} has no gradient, of which a share could be incidental; compare its bits with "
             "behaviour free and kept instead, or wrap a torch module or a jax function"
         )
-    chosen = _sample(scene.positives, scene.seed)
-    prior = scene.prior(Threat())
-    gradients = np.atleast_2d(score_gradients(fitted, scene.test_origins[chosen]))
+    chosen = _sample(prepared.positives, prepared.seed)
+    prior = prepared.prior(Threat())
+    gradients = np.atleast_2d(score_gradients(fitted, prepared.test_origins[chosen]))
     gradients = np.broadcast_to(gradients, (len(chosen), gradients.shape[-1])).astype(float)
     slopes = gradients @ prior.factor
-    factors = scene.behaviour.factors(chosen).astype(float)
+    factors = prepared.behaviour.factors(chosen).astype(float)
     ignored, rank = unseen(prior, factors, slopes, tolerance)
     size = np.linalg.norm(slopes, axis=1)
     share = np.divide(np.linalg.norm(ignored, axis=1), size, out=np.full(len(size), math.nan), where=size > 0)
     known = np.isfinite(share)
-    groups = scene.items.groups[chosen][known]
+    groups = prepared.items.groups[chosen][known]
     mean, low, high = _mean_interval(share[known], groups)
-    if known.any() and len(np.unique(groups)) > 1 and scene.given_prior is None and scene.train.shape[1] > 2:
-        drawn = _shares_under_drawn_priors(scene, prior, gradients[known], factors[known], rank, tolerance)
-        low, high = _with_entities(drawn, mean, *_standard_error(share[known], groups), scene.seed)
+    if known.any() and len(np.unique(groups)) > 1 and prepared.given_prior is None and prepared.train.shape[1] > 2:
+        drawn = _shares_under_drawn_priors(prepared, prior, gradients[known], factors[known], rank, tolerance)
+        low, high = _with_entities(drawn, mean, *_standard_error(share[known], groups), prepared.seed)
     return IncidentalFraction(mean, low, high, share, rank, prior.factor.shape[1], tolerance)
 
 
@@ -155,16 +156,16 @@ def _sample(items: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _shares_under_drawn_priors(
-    scene: Scene, prior: EllipticalPrior, gradients: np.ndarray, factors: np.ndarray, rank: int, tolerance: float
+    prepared: Prepared, prior: EllipticalPrior, gradients: np.ndarray, factors: np.ndarray, rank: int, tolerance: float
 ) -> np.ndarray:
     """``(3, replicates)``: mean share over items under priors that the contexts allow, for each amount of shrinkage."""
-    residuals = np.asarray(scene.train[scene.plain_train], dtype=float)
+    residuals = np.asarray(prepared.train[prepared.plain_train], dtype=float)
     residuals = residuals - residuals.mean(axis=1, keepdims=True)
     n, c, d = residuals.shape
     means = residuals.mean(axis=0)
     residuals -= means
     own = residuals.reshape(-1, d).T @ residuals.reshape(-1, d) / (max(n - 1, 1) * (c - 1))
-    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0x1FC]))
+    rng = np.random.default_rng(np.random.SeedSequence([prepared.seed, 0x1FC]))
     # with fewer, W has no inverse; with nothing left over, the degrees of freedom of one direction alone
     freedom = max(2 * (c - 1 - rank), c) if rank < c - 1 else 2 * (c - 1)
     draws = rng.standard_normal((_REPLICATES, c, freedom))

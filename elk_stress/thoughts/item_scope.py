@@ -11,7 +11,7 @@ from elk_stress.core.bits import Bits, BitsBatch, Kind
 from elk_stress.core.flags import Flag, flag
 from elk_stress.estimators.importance import Importance
 from elk_stress.estimators.limit_state import LimitState, both
-from elk_stress.thoughts.baseline import Situation, score_gradients, score_spread
+from elk_stress.thoughts.baseline import Baseline, score_gradients, score_spread
 from elk_stress.thoughts.behaviour import joint_of_failed, kept_bits, searched_joint
 from elk_stress.thoughts.certificate import certified_bits, is_certifiable
 from elk_stress.thoughts.conformal import (
@@ -25,7 +25,7 @@ from elk_stress.thoughts.events import (
     nearest_kept,
     nearest_of_linear,
 )
-from elk_stress.thoughts.prepared import Scene
+from elk_stress.thoughts.prepared import Prepared
 from elk_stress.thoughts.result import ItemBits, ThreatResult
 from elk_stress.thoughts.survival import (
     bits_of_margin,
@@ -47,46 +47,48 @@ EPSILONS = (1.0, 10.0)
 TAILS = (Gaussian(), Logistic(), StudentT(5.0))
 
 
-def stress_items(scene: Scene, place: Situation, *, max_bits: float, n_particles: int, seed: int) -> ThreatResult:
+def stress_items(
+    prepared: Prepared, baseline: Baseline, *, max_bits: float, n_particles: int, seed: int
+) -> ThreatResult:
     """The headline half-life of one probe under one per-item threat, with curves and sensitivities."""
-    threat, probe, prior = place.threat, place.probe, place.prior
-    chosen = scene.positives[place.caught]
+    threat, probe, prior = baseline.threat, baseline.probe, baseline.prior
+    chosen = prepared.positives[baseline.caught]
     epsilon: float | None = None
     b_kept: BitsBatch | None = None
     epsilons: dict[str, float] = {}
-    failed = item_event(probe, prior, scene.test_origins[chosen], place.detection.threshold)
+    failed = item_event(probe, prior, prepared.test_origins[chosen], baseline.detection.threshold)
     bits = event_bits(failed, max_bits=max_bits, n_particles=n_particles, seed=seed)
     unconstrained = bits
     if threat.kept and len(chosen):
-        epsilon = threat.epsilon if threat.epsilon is not None else scene.epsilon
+        epsilon = threat.epsilon if threat.epsilon is not None else prepared.epsilon
         bits, b_kept, epsilons = _joint(
-            scene, place, chosen, failed, bits, epsilon, max_bits=max_bits, n_particles=n_particles, seed=seed
+            prepared, baseline, chosen, failed, bits, epsilon, max_bits=max_bits, n_particles=n_particles, seed=seed
         )
     elif threat.kept:
-        epsilon = threat.epsilon if threat.epsilon is not None else scene.epsilon
+        epsilon = threat.epsilon if threat.epsilon is not None else prepared.epsilon
 
     dropped = threat.kept and threat.epsilon is None and len(chosen) > 0 and not epsilons
 
-    n = len(scene.positives)
+    n = len(prepared.positives)
     low, high, value, free = (np.full(n, math.nan) for _ in range(4))
-    low[place.caught], high[place.caught], value[place.caught] = bits.low, bits.high, bits.value
-    free[place.caught] = unconstrained.value
+    low[baseline.caught], high[baseline.caught], value[baseline.caught] = bits.low, bits.high, bits.value
+    free[baseline.caught] = unconstrained.value
     replicates = replicate_bits(
         tail=prior.tail,
         low=low,
         high=high,
         value=value,
-        margin=place.margin,
-        deviation=place.deviation,
-        margins=place.margins,
-        deviation_factor=place.deviation_factor,
-        weights=scene.resamples.positives,
+        margin=baseline.margin,
+        deviation=baseline.deviation,
+        margins=baseline.margins,
+        deviation_factor=baseline.deviation_factor,
+        weights=prepared.resamples.positives,
         max_bits=max_bits,
         seed=seed,
         free=free if threat.kept else None,
     )
     curve, survival, headline, rows = curve_from_items(bits, n, replicates, grid_of(max_bits), max_bits)
-    ids = tuple(scene.items.ids[i] for i in chosen.tolist())
+    ids = tuple(prepared.items.ids[i] for i in chosen.tolist())
     distance = np.array([]) if not len(chosen) else _distances(failed, bits)
     given = None
     if b_kept is not None and len(b_kept) and headline.kind in (Kind.EXACT, Kind.ESTIMATE):
@@ -95,21 +97,21 @@ def stress_items(scene: Scene, place: Situation, *, max_bits: float, n_particles
         threat=threat,
         quantity="half-life",
         headline=headline,
-        detection=place.detection,
+        detection=baseline.detection,
         curve=curve,
         survival=survival,
-        items=ItemBits(ids, bits, None if b_kept is None else b_kept.value, place.margin[place.caught], distance),
+        items=ItemBits(ids, bits, None if b_kept is None else b_kept.value, baseline.margin[baseline.caught], distance),
         b_kept=None if b_kept is None or not len(b_kept) else _median_bits(b_kept),
         b_given_kept=given,
         epsilon=epsilon,
-        scale={} if threat.kept else {f"{c:g}": _rescaled(place, bits, c, max_bits) for c in SCALES},
-        tails={} if threat.kept else _other_tails(place, bits, max_bits),
-        shrink=_shrunk(scene, place, bits, max_bits),
+        scale={} if threat.kept else {f"{c:g}": _rescaled(baseline, bits, c, max_bits) for c in SCALES},
+        tails={} if threat.kept else _other_tails(baseline, bits, max_bits),
+        shrink=_shrunk(prepared, baseline, bits, max_bits),
         epsilons=epsilons,
-        bare_threshold=_bare(scene, place, bits, max_bits),
+        bare_threshold=_bare(prepared, baseline, bits, max_bits),
         replicates=rows,
         certified=certified_half_life(failed, seed),
-        flags=place.flags + _item_flags(bits, headline, place),
+        flags=baseline.flags + _item_flags(bits, headline, baseline),
         # of a row of 0 bits with a status the report says that it was not measured
         status=_status(bits, dropped and headline.value > 0),
     )
@@ -131,8 +133,8 @@ def certified_half_life(failed: LimitState, seed: int) -> Bits | None:
 
 
 def _joint(
-    scene: Scene,
-    place: Situation,
+    prepared: Prepared,
+    baseline: Baseline,
     chosen: np.ndarray,
     failed: LimitState,
     bits: BitsBatch,
@@ -143,16 +145,16 @@ def _joint(
     seed: int,
 ) -> tuple[BitsBatch, BitsBatch, dict[str, float]]:
     """B_joint and B_kept of the caught items, and the half-life at other epsilons."""
-    behaviour = scene.behaviour
+    behaviour = prepared.behaviour
     assert behaviour is not None
-    prior, probe = place.prior, place.probe
+    prior, probe = baseline.prior, baseline.probe
     # the quick look at other epsilons is importance sampling at a corner, which nothing knows without a gradient
-    looks = place.threat.epsilon is None and (probe.traits.differentiable or not behaviour.exact)
-    others = {f"{m:g}": m * epsilon / scene.epsilon_factor for m in EPSILONS} if looks else {}
+    looks = baseline.threat.epsilon is None and (probe.traits.differentiable or not behaviour.exact)
+    others = {f"{m:g}": m * epsilon / prepared.epsilon_factor for m in EPSILONS} if looks else {}
 
     def event(eps: float) -> LimitState:
         # one compiled function serves every epsilon: it is data
-        corner = nearest_kept(prior, slope, place.margin[place.caught], behaviour.factors(chosen), eps)
+        corner = nearest_kept(prior, slope, baseline.margin[baseline.caught], behaviour.factors(chosen), eps)
         data = {**(joint_event.data or {}), "epsilon": np.full(len(chosen), eps, dtype=np.float32)}
         return replace(joint_event, data=data, starts=corner)
 
@@ -168,8 +170,8 @@ def _joint(
         return kept_event(prior, behaviour.factors(chosen), epsilon)
 
     # the corner where failed and kept meet is known for a linear probe, and near it for the linearization of another
-    slope = score_gradients(probe, scene.test_origins[chosen])
-    failing = item_event(probe, prior, scene.test_origins[chosen], place.detection.threshold, closed=False)
+    slope = score_gradients(probe, prepared.test_origins[chosen])
+    failing = item_event(probe, prior, prepared.test_origins[chosen], baseline.detection.threshold, closed=False)
     if behaviour.exact:
         joint_event = both(failing, kept_alone())
         joint = joint_bits(event(epsilon), bits, probe, prior, max_bits=max_bits, n_particles=n_particles, seed=seed)
@@ -181,7 +183,7 @@ def _joint(
         return replace(joint, flags=raised), kept, {name: quick(eps) for name, eps in others.items()}
 
     kept = kept_bits(
-        behaviour.prior_shifts(prior, chosen, (*scene.key(place.threat), 1.0)),
+        behaviour.prior_shifts(prior, chosen, (*prepared.key(baseline.threat), 1.0)),
         epsilon,
     )
     breakable = np.isfinite(bits.value)
@@ -222,60 +224,64 @@ def _draws_given_failure(
     return draws
 
 
-def _rescaled(place: Situation, bits: BitsBatch, c: float, max_bits: float) -> float:
+def _rescaled(baseline: Baseline, bits: BitsBatch, c: float, max_bits: float) -> float:
     """Half-life under a prior c times as large: each item's distance to failure shrinks by it."""
-    margin, deviation = place.margin[place.caught], place.deviation[place.caught]
-    return half_life(_at(place, bits, margin, deviation * c, max_bits)) if len(margin) else 0.0
+    margin, deviation = baseline.margin[baseline.caught], baseline.deviation[baseline.caught]
+    return half_life(_at(baseline, bits, margin, deviation * c, max_bits)) if len(margin) else 0.0
 
 
-def _at(place: Situation, bits: BitsBatch, margin: np.ndarray, deviation: np.ndarray, max_bits: float) -> np.ndarray:
-    old = place.margin[place.caught], place.deviation[place.caught]
-    new = moved_bits(place.prior.tail, bits.value, *old, margin, deviation, max_bits)
+def _at(baseline: Baseline, bits: BitsBatch, margin: np.ndarray, deviation: np.ndarray, max_bits: float) -> np.ndarray:
+    old = baseline.margin[baseline.caught], baseline.deviation[baseline.caught]
+    new = moved_bits(baseline.prior.tail, bits.value, *old, margin, deviation, max_bits)
     return np.where(margin > 0, np.clip(new, 0.0, max_bits), 0.0)
 
 
-def _other_tails(place: Situation, bits: BitsBatch, max_bits: float) -> dict[str, float]:
+def _other_tails(baseline: Baseline, bits: BitsBatch, max_bits: float) -> dict[str, float]:
     """Half-life under other tails of the same covariance: exact for half-spaces, at the distance that each item has."""
-    if not len(place.caught):
+    if not len(baseline.caught):
         return {}
-    margin, deviation = place.margin[place.caught], place.deviation[place.caught]
-    at = explaining_distance(place.prior.tail, bits.value, margin, deviation, max_bits)
+    margin, deviation = baseline.margin[baseline.caught], baseline.deviation[baseline.caught]
+    at = explaining_distance(baseline.prior.tail, bits.value, margin, deviation, max_bits)
     ones = np.ones_like(at)
     found = {tail.name: bits_of_margin(tail, np.minimum(at, 1e15), ones) for tail in TAILS}
     return {name: half_life(np.clip(np.where(np.isinf(at), max_bits, b), 0.0, max_bits)) for name, b in found.items()}
 
 
-def _shrunk(scene: Scene, place: Situation, bits: BitsBatch, max_bits: float) -> dict[str, float]:
-    threat = place.threat
-    if threat.kept or threat.prior != "natural" or scene.given_prior is not None or not len(place.caught):
+def _shrunk(prepared: Prepared, baseline: Baseline, bits: BitsBatch, max_bits: float) -> dict[str, float]:
+    threat = baseline.threat
+    if threat.kept or threat.prior != "natural" or prepared.given_prior is not None or not len(baseline.caught):
         return {}
-    origins, smooth = scene.test_origins[scene.positives], place.probe.traits.differentiable
-    gradient = score_gradients(place.probe, origins)
+    origins, smooth = prepared.test_origins[prepared.positives], baseline.probe.traits.differentiable
+    gradient = score_gradients(baseline.probe, origins)
     out = {}
     for factor in (0.5, 1.0, 2.0):
-        prior = scene.prior(threat, shrink=factor)
-        found = prior.standard_deviation(gradient) if smooth else _spread(scene, place, prior)
-        deviation = np.broadcast_to(found, place.margin.shape)
-        out[f"{factor:g}"] = half_life(_at(place, bits, place.margin[place.caught], deviation[place.caught], max_bits))
+        prior = prepared.prior(threat, shrink=factor)
+        found = prior.standard_deviation(gradient) if smooth else _spread(prepared, baseline, prior)
+        deviation = np.broadcast_to(found, baseline.margin.shape)
+        out[f"{factor:g}"] = half_life(
+            _at(baseline, bits, baseline.margin[baseline.caught], deviation[baseline.caught], max_bits)
+        )
     return out
 
 
-def _spread(scene: Scene, place: Situation, prior: EllipticalPrior) -> np.ndarray:
-    return score_spread(place.probe, prior, scene.test_origins[scene.positives], seed=scene.seed)
+def _spread(prepared: Prepared, baseline: Baseline, prior: EllipticalPrior) -> np.ndarray:
+    return score_spread(baseline.probe, prior, prepared.test_origins[prepared.positives], seed=prepared.seed)
 
 
-def _bare(scene: Scene, place: Situation, bits: BitsBatch, max_bits: float) -> float | None:
+def _bare(prepared: Prepared, baseline: Baseline, bits: BitsBatch, max_bits: float) -> float | None:
     """Half-life when the threshold is set at the bare items (uncalibrated): a secondary figure."""
-    if scene.bare_calibration is None or place.threat.kept or place.threat.prior != "natural":
+    if prepared.bare_calibration is None or baseline.threat.kept or baseline.threat.prior != "natural":
         return None
-    labels = scene.testbed.splits["calibration"].labels
+    labels = prepared.testbed.splits["calibration"].labels
     bare = conformal_threshold(
-        np.asarray(place.probe.score(scene.bare_calibration[labels == 0]), dtype=float), place.detection.fpr
+        np.asarray(baseline.probe.score(prepared.bare_calibration[labels == 0]), dtype=float), baseline.detection.fpr
     )
-    margin = place.margin + place.detection.threshold - bare
+    margin = baseline.margin + baseline.detection.threshold - bare
     measured = np.full(len(margin), math.nan)
-    measured[place.caught] = bits.value
-    found = moved_bits(place.prior.tail, measured, place.margin, place.deviation, margin, place.deviation, max_bits)
+    measured[baseline.caught] = bits.value
+    found = moved_bits(
+        baseline.prior.tail, measured, baseline.margin, baseline.deviation, margin, baseline.deviation, max_bits
+    )
     found = found[margin > 0]
     return half_life(np.clip(found, 0.0, max_bits)) if len(found) else 0.0
 
@@ -307,11 +313,11 @@ def _given_kept(joint: BitsBatch, kept: BitsBatch, max_bits: float) -> Bits:
     return replace(found, flags=())
 
 
-def _item_flags(bits: BitsBatch, headline: Bits, place: Situation) -> tuple[Flag, ...]:
+def _item_flags(bits: BitsBatch, headline: Bits, baseline: Baseline) -> tuple[Flag, ...]:
     flags: list[Flag] = []
     if not len(bits):
         # of a probe whose sign is wrong that says enough
-        return () if any(f.name == "flipped" for f in place.flags) else (flag("catches_nothing"),)
+        return () if any(f.name == "flipped" for f in baseline.flags) else (flag("catches_nothing"),)
     names = sorted({f.name for row in bits.flags for f in row})
     for name in names:
         count = sum(any(f.name == name for f in row) for row in bits.flags)

@@ -3,19 +3,19 @@ r"""Finished pieces of a run on disk, so that a run that was killed goes on wher
 A piece is one row: one probe under one threat, one attack on it, its best-of-n curves, an audit, a control. It lies in
 ``<folder>/<settings>/<kind>-<key>.json``: the two names are digests of everything that the piece depends on. What all
 pieces of a run share is in the first (the code of this package, versions, platform, seed, false-positive rate, budgets,
-and the scene: every activation, label and option of the testbed); what tells pieces apart in the second (the probe's
-fitted parameters, the threat, the attack's hyperparameters). A piece that was made under anything else has another
-name, and nobody asks for it.
+and the prepared testbed: every activation, label and option of the testbed); what tells pieces apart in the second (the
+probe's fitted parameters, the threat, the attack's hyperparameters). A piece that was made under anything else has
+another name, and nobody asks for it.
 
 The first line of a file is a header with both digests and the checksum of the second, which is the piece
 (:mod:`elk_stress.thoughts.records`). Files are renamed into place whole; one that is torn, altered or foreign all the
 same is said, ignored and replaced.
 
 **The same numbers.** A piece depends on the pieces before it in one way: true shifts of a real model are kept in the
-scene's :class:`~elk_stress.thoughts.behaviour.Behaviour`, and in single precision the last digits of a forward pass
-depend on which items shared its batch. So (1) a piece carries what its making added there, and reading it adds the
-same; (2) where shifts are forward passes, all positives are run once, unmoved, before the first piece is made, in every
-session alike: the model's kept keys and values then never depend on who asked first.
+prepared testbed's :class:`~elk_stress.thoughts.behaviour.Behaviour`, and in single precision the last digits of a
+forward pass depend on which items shared its batch. So (1) a piece carries what its making added there, and reading it
+adds the same; (2) where shifts are forward passes, all positives are run once, unmoved, before the first piece is made,
+in every session alike: the model's kept keys and values then never depend on who asked first.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ import numpy as np
 
 from elk_stress.core.files import replace_bytes
 from elk_stress.core.versions import versions
-from elk_stress.thoughts.prepared import Scene
+from elk_stress.thoughts.prepared import Prepared
 from elk_stress.thoughts.records import decode, encode
 
-__all__ = ["FORGETFUL", "Keeps", "Memory", "Pieces", "digest", "identity", "scene_identity"]
+__all__ = ["FORGETFUL", "Keeps", "Memory", "Pieces", "digest", "identity", "prepared_identity"]
 
 T = TypeVar("T")
 Tell = Callable[[str], None]
@@ -81,18 +81,18 @@ class Memory:
         # now, at the start: whoever edits the source meanwhile must not sign what the old one computes
         self._code = _code()
         self._made: set[Path] = set()
-        self._prepared: list[Scene] = []
+        self._prepared: list[Prepared] = []
         self._told: set[str] = set()
 
-    def under(self, scene: Scene, settings: Mapping[str, Any]) -> Keeps:
-        """The pieces that were, and will be, made on this scene under these settings."""
+    def under(self, prepared: Prepared, settings: Mapping[str, Any]) -> Keeps:
+        """The pieces that were, and will be, made on this prepared testbed under these settings."""
         try:
             shared = digest(
                 {
                     "code": self._code,
                     "versions": versions(),
                     "platform": f"{platform.system()} {platform.machine()}",
-                    "scene": scene_identity(scene),
+                    "prepared": prepared_identity(prepared),
                     "settings": identity(settings),
                 }
             )
@@ -100,7 +100,7 @@ class Memory:
             self._once(f"finished pieces are not kept: {error}")
             return FORGETFUL
         self._announce(shared)
-        return Pieces(self, scene, shared)
+        return Pieces(self, prepared, shared)
 
     def _announce(self, shared: str) -> None:
         own, others = 0, 0
@@ -130,10 +130,10 @@ class Memory:
 
 
 class Pieces:
-    """The pieces of one scene under one set of settings."""
+    """The pieces of one prepared testbed under one set of settings."""
 
-    def __init__(self, memory: Memory, scene: Scene, shared: str) -> None:
-        self._memory, self._scene, self._shared = memory, scene, shared
+    def __init__(self, memory: Memory, prepared: Prepared, shared: str) -> None:
+        self._memory, self._scene, self._shared = memory, prepared, shared
 
     def keep(self, kind: str, key: Any, make: Callable[[], T]) -> T:
         """What ``make()`` returned when it was called under this key, or else ``make()`` itself, and keep it.
@@ -172,13 +172,13 @@ class Pieces:
 
     def _prepare(self) -> None:
         """Run all positives once, unmoved, where behaviour is a model's: see (2) above."""
-        scene, done = self._scene, self._memory._prepared
-        if any(other is scene for other in done):
+        prepared, done = self._scene, self._memory._prepared
+        if any(other is prepared for other in done):
             return
-        done.append(scene)
-        if scene.behaviour is None or scene.behaviour.exact or not len(scene.positives):
+        done.append(prepared)
+        if prepared.behaviour is None or prepared.behaviour.exact or not len(prepared.positives):
             return
-        scene.behaviour.shift(scene.positives, np.zeros((len(scene.positives), 1, scene.testbed.dim)))
+        prepared.behaviour.shift(prepared.positives, np.zeros((len(prepared.positives), 1, prepared.testbed.dim)))
 
 
 def digest(tree: Any) -> str:
@@ -221,16 +221,17 @@ def identity(value: Any) -> Any:
     return {"class": _class(type(value)), "of": {name: identity(v) for name, v in vars(value).items()}}
 
 
-def scene_identity(scene: Scene) -> Any:
-    """The scene and its testbed, with every activation; a testbed that is no dataclass is what it describes."""
-    testbed = scene.testbed
-    parts = [f.name for f in dataclasses.fields(scene) if f.name != "testbed" and not f.name.startswith("_")]
+def prepared_identity(prepared: Prepared) -> Any:
+    """The prepared testbed and its testbed, with every activation; a testbed that is no dataclass is what it
+    describes."""
+    testbed = prepared.testbed
+    parts = [f.name for f in dataclasses.fields(prepared) if f.name != "testbed" and not f.name.startswith("_")]
     return {
         "testbed": identity(testbed) if dataclasses.is_dataclass(testbed) else _class(type(testbed)),
         "described": identity(testbed.describe()),
         "at": [testbed.name, testbed.site, testbed.dim, testbed.shift_cost],
         "splits": identity(testbed.splits),
-        "scene": {name: identity(getattr(scene, name)) for name in parts},
+        "prepared": {name: identity(getattr(prepared, name)) for name in parts},
     }
 
 
@@ -247,17 +248,17 @@ def _read(path: Path, header: Mapping[str, str]) -> tuple[Any, Any]:
     return piece
 
 
-def _known(scene: Scene) -> tuple[dict[Any, set[int]], set[int]]:
-    """Which true shifts and quadratic forms the scene holds already."""
-    behaviour = scene.behaviour
+def _known(prepared: Prepared) -> tuple[dict[Any, set[int]], set[int]]:
+    """Which true shifts and quadratic forms the prepared testbed holds already."""
+    behaviour = prepared.behaviour
     if behaviour is None:
         return {}, set()
     return {key: set(items.tolist()) for key, (items, _) in behaviour._natural.items()}, set(behaviour._factors)
 
 
-def _learned(scene: Scene, before: tuple[dict[Any, set[int]], set[int]]) -> dict[str, Any] | None:
-    """What the scene holds beyond ``before``: shifts ``(new items, draws)`` by prior, and forms by item."""
-    behaviour = scene.behaviour
+def _learned(prepared: Prepared, before: tuple[dict[Any, set[int]], set[int]]) -> dict[str, Any] | None:
+    """What the prepared testbed holds beyond ``before``: shifts ``(new items, draws)`` by prior, and forms by item."""
+    behaviour = prepared.behaviour
     if behaviour is None:
         return None
     natural, factors = before
@@ -269,8 +270,8 @@ def _learned(scene: Scene, before: tuple[dict[Any, set[int]], set[int]]) -> dict
     return {"shifts": shifts, "factors": {i: f for i, f in behaviour._factors.items() if i not in factors}}
 
 
-def _teach(scene: Scene, learned: dict[str, Any] | None) -> None:
-    behaviour = scene.behaviour
+def _teach(prepared: Prepared, learned: dict[str, Any] | None) -> None:
+    behaviour = prepared.behaviour
     if behaviour is None or learned is None:
         return
     for item, factor in learned["factors"].items():

@@ -34,7 +34,7 @@ from elk_stress.threats.priors import (
 )
 from elk_stress.threats.threat import DEFAULT_EPSILON_FACTOR, Threat
 
-__all__ = ["Scene", "fit_probe", "prepare_scene"]
+__all__ = ["Prepared", "fit_probe", "prepare"]
 
 # replicates x items of the bootstrap: bounds its memory and its time on large data
 _BOOTSTRAP_CELLS = 4_000_000
@@ -45,7 +45,7 @@ _COARSEST = 0.1
 
 
 @dataclass
-class Scene:
+class Prepared:
     """A prepared testbed.
 
     Attributes:
@@ -267,7 +267,7 @@ def _largest(rows: np.ndarray) -> tuple[int, float]:
     return few, float(variance[-few:].sum() / max(variance.sum(), np.finfo(float).tiny)) if dim >= 10 else 0.0
 
 
-def prepare_scene(
+def prepare(
     testbed: Testbed,
     *,
     seed: int = 0,
@@ -275,7 +275,7 @@ def prepare_scene(
     n_verify: int = 64,
     replicates: int = 1000,
     progress: Any = None,
-) -> Scene:
+) -> Prepared:
     """Do a testbed's long work once and check its activations.
 
     Raises:
@@ -319,7 +319,7 @@ def prepare_scene(
         bare: np.ndarray | None = testbed.activations("calibration", "bare")
     except LookupError:
         observed = bare = None
-    return Scene(
+    return Prepared(
         testbed,
         seed,
         fit,
@@ -334,7 +334,7 @@ def prepare_scene(
     )
 
 
-def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> FittedProbe:
+def fit_probe(prepared: Prepared, probe: FittedProbe | Probe | str | np.ndarray) -> FittedProbe:
     """Fit a probe on training items as the prior moves them: every item under every context for fitting, a row each.
 
     The prior is fitted on other contexts: a probe learns to ignore the very contexts that it saw, so what it would seem
@@ -348,44 +348,44 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
     """
     from elk_stress.core import registry
 
-    if isinstance(probe, str) and probe in PLANTED and probe in scene.testbed.known_probes():
-        probe = scene.testbed.known_probes()[probe]
+    if isinstance(probe, str) and probe in PLANTED and probe in prepared.testbed.known_probes():
+        probe = prepared.testbed.known_probes()[probe]
     recipe = registry.load("probes", probe) if isinstance(probe, str) else probe
-    tokens = tokens_of(scene.testbed)
+    tokens = tokens_of(prepared.testbed)
     if isinstance(recipe, (FittedProbe, np.ndarray)):
-        fitted = as_fitted(recipe, site=scene.testbed.site)
-        if tokens is not None and fitted.dim == scene.testbed.dim // tokens:
+        fitted = as_fitted(recipe, site=prepared.testbed.site)
+        if tokens is not None and fitted.dim == prepared.testbed.dim // tokens:
             fitted = flatten(fitted, tokens)
-        if fitted.dim is not None and fitted.dim != scene.testbed.dim:
+        if fitted.dim is not None and fitted.dim != prepared.testbed.dim:
             raise ValueError(
                 f"probe {fitted.name!r} was fitted on {fitted.dim} features (site {fitted.site or 'unknown'}) but "
-                f"{scene.testbed.name} gives {scene.testbed.dim} at {scene.testbed.site}; refit it there"
+                f"{prepared.testbed.name} gives {prepared.testbed.dim} at {prepared.testbed.site}; refit it there"
             )
         # a testbed may give its activations relative to an origin
-        origin = getattr(scene.testbed, "origin", None)
-        check_scores(fitted, scene.trial_rows if origin is None else scene.trial_rows + origin)
+        origin = getattr(prepared.testbed, "origin", None)
+        check_scores(fitted, prepared.trial_rows if origin is None else prepared.trial_rows + origin)
         return fitted if origin is None else moved(fitted, origin)
     check_recipe(recipe)
-    train = scene.training
-    contexts = scene.fit.shape[1]
+    train = prepared.training
+    contexts = prepared.fit.shape[1]
     if recipe.traits.needs_pairs and train.pairs is not None:
-        rows = np.arange(len(scene.fit))
+        rows = np.arange(len(prepared.fit))
         pairs = np.concatenate([train.pairs * contexts + c for c in range(contexts)])
     else:
-        rows, pairs = scene.plain_train, None
-    activations = scene.fit[rows].reshape(-1, scene.fit.shape[-1])
+        rows, pairs = prepared.plain_train, None
+    activations = prepared.fit[rows].reshape(-1, prepared.fit.shape[-1])
     labels = np.repeat(train.labels[rows], contexts)
     if tokens is not None:
         # recipes that are laid out over all reads already fit themselves on what they read
         activations = activations if isinstance(recipe, Flat) else read(activations, tokens, recipe)
     prior, behaviour = None, None
     if recipe.traits.needs_prior:
-        prior = scene.known_thoughts
-    if recipe.traits.needs_behaviour and scene.train_behaviour is not None:
-        behaviour = scene.known_behaviour
+        prior = prepared.known_thoughts
+    if recipe.traits.needs_behaviour and prepared.train_behaviour is not None:
+        behaviour = prepared.known_behaviour
     if tokens is not None and not recipe.traits.tokens and not isinstance(recipe, Flat):
         # a probe of one read knows how that one moves
-        last = scene.testbed.dim // tokens
+        last = prepared.testbed.dim // tokens
         prior = prior and replace(prior, factor=prior.factor[-last:])
         behaviour = None if behaviour is None else behaviour[..., -last:]
     fitted = as_fitted(
@@ -395,11 +395,11 @@ def fit_probe(scene: Scene, probe: FittedProbe | Probe | str | np.ndarray) -> Fi
         pairs=pairs,
         prior=prior,
         behaviour=behaviour,
-        seed=scene.seed,
-        site=scene.testbed.site,
+        seed=prepared.seed,
+        site=prepared.testbed.site,
     )
     fitted = fitted if tokens is None or isinstance(recipe, Flat) else flatten(fitted, tokens)
-    check_scores(fitted, scene.trial_rows)
+    check_scores(fitted, prepared.trial_rows)
     return fitted
 
 

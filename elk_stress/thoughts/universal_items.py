@@ -8,12 +8,12 @@ from functools import cached_property
 
 import numpy as np
 
-from elk_stress.thoughts.baseline import Situation
+from elk_stress.thoughts.baseline import Baseline
 from elk_stress.thoughts.behaviour import Behaviour
 from elk_stress.thoughts.conformal import auroc
-from elk_stress.thoughts.prepared import Scene
+from elk_stress.thoughts.prepared import Prepared
 
-__all__ = ["Crowd", "judged_on", "searched_on"]
+__all__ = ["JudgedItems", "judged_on", "searched_on"]
 
 # items over which the shift of one move for all is averaged on a real model
 _BEHAVIOUR_ITEMS = 12
@@ -24,7 +24,7 @@ _LEAST = 0.2
 
 
 @dataclass(frozen=True)
-class Crowd:
+class JudgedItems:
     """The items that one move is for: the test set on which it is judged, or training items on which it is searched.
 
     Attributes:
@@ -66,42 +66,56 @@ class Crowd:
         return np.asarray(self.behaviour.shift(self.watched, shared).mean(axis=0))
 
 
-def judged_on(scene: Scene, place: Situation) -> Crowd:
+def judged_on(prepared: Prepared, baseline: Baseline) -> JudgedItems:
     """The test set: what one move for all is judged on."""
-    return _crowd(scene, place, np.arange(len(scene.items)), scene.test_origins, scene.items.labels, scene.behaviour)
+    return _crowd(
+        prepared,
+        baseline,
+        np.arange(len(prepared.items)),
+        prepared.test_origins,
+        prepared.items.labels,
+        prepared.behaviour,
+    )
 
 
-def searched_on(scene: Scene, place: Situation) -> Crowd:
+def searched_on(prepared: Prepared, baseline: Baseline) -> JudgedItems:
     """Training items (a seeded sample of 400, where there are more): what one move for all is searched on.
 
     A recall of h, half of the clean one, differs between n training and m test positives by ``sqrt(h (1 - h) (1/n +
     1/m))`` (standard error), so a move that just halves the one halves the other in half of all cases only: it is
     searched two errors farther, and judged in several lengths. (For an AUROC h is taken as 1/2.)
     """
-    rows = scene.plain_train
+    rows = prepared.plain_train
     if len(rows) > _TRAINING_ITEMS:
-        rng = np.random.default_rng(np.random.SeedSequence([scene.seed, 0x7124]))
+        rng = np.random.default_rng(np.random.SeedSequence([prepared.seed, 0x7124]))
         rows = np.sort(rng.choice(rows, _TRAINING_ITEMS, replace=False))
-    found = _crowd(scene, place, rows, scene.origins("train")[rows], scene.training.labels[rows], scene.train_behaviour)
-    n, m = len(found.margin), len(scene.positives)
-    floor = 0.5 if place.threat.metric == "auroc" else 0.0
+    found = _crowd(
+        prepared,
+        baseline,
+        rows,
+        prepared.origins("train")[rows],
+        prepared.training.labels[rows],
+        prepared.train_behaviour,
+    )
+    n, m = len(found.margin), len(prepared.positives)
+    floor = 0.5 if baseline.threat.metric == "auroc" else 0.0
     half = 0.5 if floor else found.tau
     left = max(_LEAST, 1 - 2 * math.sqrt((1 / half - 1) * (1 / n + 1 / m))) if half > 0 else 1.0
     return replace(found, tau=floor + left * (found.tau - floor))
 
 
 def _crowd(
-    scene: Scene,
-    place: Situation,
+    prepared: Prepared,
+    baseline: Baseline,
     rows: np.ndarray,
     origins: np.ndarray,
     labels: np.ndarray,
     behaviour: Behaviour | None,
-) -> Crowd:
-    scores = np.asarray(place.probe.score(origins), dtype=float)
-    margin = scores[labels == 1] - place.detection.threshold
-    if place.threat.metric == "auroc":
+) -> JudgedItems:
+    scores = np.asarray(baseline.probe.score(origins), dtype=float)
+    margin = scores[labels == 1] - baseline.detection.threshold
+    if baseline.threat.metric == "auroc":
         tau = 0.5 * (auroc(scores, labels) + 0.5)
     else:
         tau = 0.5 * float((margin > 0).mean()) if len(margin) else 0.0
-    return Crowd(rows, origins, labels, margin, tau, behaviour, scene.seed)
+    return JudgedItems(rows, origins, labels, margin, tau, behaviour, prepared.seed)

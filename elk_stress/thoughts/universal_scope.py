@@ -11,7 +11,7 @@ import numpy as np
 from elk_stress.core.bits import Bits, BitsBatch, Kind
 from elk_stress.core.flags import Flag, flag
 from elk_stress.estimators.limit_state import LimitState, both
-from elk_stress.thoughts.baseline import Situation, score_gradients
+from elk_stress.thoughts.baseline import Baseline, score_gradients
 from elk_stress.thoughts.conformal import proportion_interval
 from elk_stress.thoughts.event_bits import event_bits, joined, joint_bits
 from elk_stress.thoughts.events import (
@@ -24,10 +24,10 @@ from elk_stress.thoughts.events import (
     universal_recall_event,
 )
 from elk_stress.thoughts.item_scope import SCALES, TAILS
-from elk_stress.thoughts.prepared import Scene
+from elk_stress.thoughts.prepared import Prepared
 from elk_stress.thoughts.result import Curve, ThreatResult
 from elk_stress.thoughts.survival import bits_of_margin, grid_of, margin_of_bits, moved_bits, wide_interval
-from elk_stress.thoughts.universal_items import Crowd, judged_on
+from elk_stress.thoughts.universal_items import JudgedItems, judged_on
 
 __all__ = ["bits_of_levels", "stress_universal", "universal_event", "universal_joint_event"]
 
@@ -35,41 +35,45 @@ __all__ = ["bits_of_levels", "stress_universal", "universal_event", "universal_j
 _LEVELS = 7
 
 
-def universal_event(crowd: Crowd, place: Situation, levels: np.ndarray) -> LimitState:
+def universal_event(judged: JudgedItems, baseline: Baseline, levels: np.ndarray) -> LimitState:
     """One problem per level: the real metric on the crowd is at most that level."""
-    if place.threat.metric == "auroc":
-        return universal_auroc_event(place.probe, place.prior, crowd.origins, crowd.labels, levels)
-    return universal_recall_event(place.probe, place.prior, crowd.positives, place.detection.threshold, levels)
+    if baseline.threat.metric == "auroc":
+        return universal_auroc_event(baseline.probe, baseline.prior, judged.origins, judged.labels, levels)
+    return universal_recall_event(
+        baseline.probe, baseline.prior, judged.positives, baseline.detection.threshold, levels
+    )
 
 
-def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_particles: int, seed: int) -> ThreatResult:
+def stress_universal(
+    prepared: Prepared, baseline: Baseline, *, max_bits: float, n_particles: int, seed: int
+) -> ThreatResult:
     """B at half advantage with its interval, and the metric at b bits over the whole curve."""
-    threat = place.threat
-    crowd = judged_on(scene, place)
-    tau = crowd.tau
-    clean = place.detection.recall if threat.metric == "recall" else place.detection.auroc
+    threat = baseline.threat
+    judged = judged_on(prepared, baseline)
+    tau = judged.tau
+    clean = baseline.detection.recall if threat.metric == "recall" else baseline.detection.auroc
     floor = 0.0 if threat.metric == "recall" else 0.5
     worthless = clean <= floor
-    n = len(scene.positives)
+    n = len(prepared.positives)
     levels = np.arange(n) / n if threat.metric == "recall" else np.linspace(0.5, 1, 21)
-    coarse = not place.probe.traits.linear
+    coarse = not baseline.probe.traits.linear
     if coarse:
         # without a closed form every level is an estimate, in which a particle is scored on all items
         levels = levels[np.unique(np.linspace(0, len(levels) - 1, _LEVELS).astype(int))]
     levels = np.unique(np.concatenate([[tau], levels[levels < clean]]))
     at_tau = int(np.searchsorted(levels, tau))
-    every = bits_of_levels(universal_event(crowd, place, levels), at_tau, max_bits, n_particles, seed)
+    every = bits_of_levels(universal_event(judged, baseline, levels), at_tau, max_bits, n_particles, seed)
     bits = every[at_tau]
     epsilon: float | None = None
     b_kept: Bits | None = None
     status = bits.status
     if threat.metric == "auroc" and status == "ok":
         status = "ok: the interval is the estimate's own error; for the AUROC items and contexts are not resampled"
-    flags: tuple[Flag, ...] = place.flags + bits.flags
+    flags: tuple[Flag, ...] = baseline.flags + bits.flags
     if threat.kept and not worthless and not (math.isinf(bits.value) and bits.kind is Kind.EXACT):
-        epsilon = threat.epsilon if threat.epsilon is not None else scene.epsilon
+        epsilon = threat.epsilon if threat.epsilon is not None else prepared.epsilon
         bits, b_kept, note = _kept(
-            crowd, place, universal_event(crowd, place, np.array([tau])), bits, epsilon, max_bits, seed
+            judged, baseline, universal_event(judged, baseline, np.array([tau])), bits, epsilon, max_bits, seed
         )
         status = note if note != "ok" else status
         if b_kept.kind is not Kind.CENSORED and bits.value - every[at_tau].value > 1 and b_kept.value < 1:
@@ -77,14 +81,14 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
     free = _descending(every, at_tau)
     extra = 0.0 if bits.value == free[at_tau] else float(bits.value - free[at_tau])
     cost = free + extra
-    replicates, metric_rows = _replicates(scene, place, free, levels, at_tau, extra, max_bits)
+    replicates, metric_rows = _replicates(prepared, baseline, free, levels, at_tau, extra, max_bits)
     low, high = np.quantile(replicates, [0.025, 0.975])
     if math.isnan(low):
         low, high = bits.low, bits.high
     conditional = (bits.low, bits.high)
     if worthless:
         headline = Bits(0.0, 0.0, 0.0, Kind.EXACT, "half_advantage", status="the probe has no advantage to lose")
-        flags += () if any(f.name == "flipped" for f in place.flags) else (flag("catches_nothing"),)
+        flags += () if any(f.name == "flipped" for f in baseline.flags) else (flag("catches_nothing"),)
     elif bits.value >= max_bits and not (math.isinf(bits.value) and bits.kind is Kind.EXACT):
         headline = Bits(max_bits, min(float(low), bits.low, max_bits), math.inf, Kind.CENSORED, "half_advantage")
     elif math.isinf(bits.value):
@@ -103,14 +107,14 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
         threat=threat,
         quantity="B at half advantage",
         headline=headline,
-        detection=place.detection,
+        detection=baseline.detection,
         curve=_curve(levels, n if threat.metric == "recall" else 10_000, cost, clean, metric_rows, max_bits, coarse),
         conditional=conditional,
         b_kept=b_kept,
         b_given_kept=None if b_kept is None else _difference(headline, b_kept),
         epsilon=epsilon,
-        scale={} if plain else {f"{c:g}": _at_scale(place, tau, every[at_tau], c, max_bits) for c in SCALES},
-        tails={} if plain else _other_tails(place, every[at_tau], max_bits),
+        scale={} if plain else {f"{c:g}": _at_scale(baseline, tau, every[at_tau], c, max_bits) for c in SCALES},
+        tails={} if plain else _other_tails(baseline, every[at_tau], max_bits),
         replicates=np.stack([replicates, np.minimum(replicates, max_bits)], axis=1),
         flags=flags,
         status=status,
@@ -118,30 +122,30 @@ def stress_universal(scene: Scene, place: Situation, *, max_bits: float, n_parti
 
 
 def universal_joint_event(
-    crowd: Crowd, place: Situation, epsilon: float, *, slack: float = 0.0
+    judged: JudgedItems, baseline: Baseline, epsilon: float, *, slack: float = 0.0
 ) -> tuple[LimitState, LimitState]:
     """Half advantage lost *and* the mean quadratic shift kept, and the latter alone: one problem each.
 
     The mean of the items' quadratic forms is that of their stacked factors. Recall under a linear probe is decided by
     one positive, whose own event is the universal one; with ``slack`` it must fall that far below the threshold.
     """
-    assert crowd.behaviour is not None
-    stacked = crowd.behaviour.factors(crowd.watched).reshape(1, -1, crowd.origins.shape[1])
-    stacked = stacked / math.sqrt(len(crowd.watched))
-    kept = kept_event(place.prior, stacked, epsilon)
-    i = _deciding(crowd.margin, crowd.tau)
-    origin = crowd.positives[i][None]
-    if place.threat.metric == "recall" and place.probe.traits.linear:
-        failing = item_event(place.probe, place.prior, origin, place.detection.threshold - slack, closed=False)
+    assert judged.behaviour is not None
+    stacked = judged.behaviour.factors(judged.watched).reshape(1, -1, judged.origins.shape[1])
+    stacked = stacked / math.sqrt(len(judged.watched))
+    kept = kept_event(baseline.prior, stacked, epsilon)
+    i = _deciding(judged.margin, judged.tau)
+    origin = judged.positives[i][None]
+    if baseline.threat.metric == "recall" and baseline.probe.traits.linear:
+        failing = item_event(baseline.probe, baseline.prior, origin, baseline.detection.threshold - slack, closed=False)
     else:
-        failing = universal_event(crowd, place, np.array([crowd.tau]))
+        failing = universal_event(judged, baseline, np.array([judged.tau]))
     if failing.backend != kept.backend:
         raise ValueError(
             "a common shift of all items never changes the AUROC of a linear probe, with or without behaviour kept; "
             "use the metric 'recall'"
         )
-    slope = score_gradients(place.probe, origin)
-    corner = nearest_kept(place.prior, slope, crowd.margin[i : i + 1], stacked, epsilon)
+    slope = score_gradients(baseline.probe, origin)
+    corner = nearest_kept(baseline.prior, slope, judged.margin[i : i + 1], stacked, epsilon)
     return replace(both(failing, kept), starts=corner), kept
 
 
@@ -160,25 +164,25 @@ def bits_of_levels(event: LimitState, at_tau: int, max_bits: float, n_particles:
 
 
 def _kept(
-    crowd: Crowd, place: Situation, failed: LimitState, bits: Bits, epsilon: float, max_bits: float, seed: int
+    judged: JudgedItems, baseline: Baseline, failed: LimitState, bits: Bits, epsilon: float, max_bits: float, seed: int
 ) -> tuple[Bits, Bits, str]:
     """B_joint and B_kept of one move for all.
 
     Where the shift is its quadratic form, from limit states; on a real model ``B_failed - log2 P[kept | failed]``,
     counted on draws given failure with the true mean shift.
     """
-    behaviour = crowd.behaviour
+    behaviour = judged.behaviour
     assert behaviour is not None
     n = behaviour.n_verify
-    prior = place.prior
+    prior = baseline.prior
     if behaviour.exact:
-        joint, kept = universal_joint_event(crowd, place, epsilon)
+        joint, kept = universal_joint_event(judged, baseline, epsilon)
         ends = (np.array([x]) for x in (bits.value, bits.low, bits.high))
         found = BitsBatch.build(next(ends), next(ends), next(ends), bits.kind, bits.method)
         options: dict[str, Any] = {"max_bits": max_bits, "n_particles": 1000, "seed": seed}
-        return joint_bits(joint, found, place.probe, prior, **options)[0], event_bits(kept, **options)[0], "ok"
+        return joint_bits(joint, found, baseline.probe, prior, **options)[0], event_bits(kept, **options)[0], "ok"
     moves = prior.sample(n, np.random.SeedSequence([seed, 0x0C0F]))
-    b_kept = _count(crowd.mean_shifts(moves) <= epsilon)
+    b_kept = _count(judged.mean_shifts(moves) <= epsilon)
     if math.isinf(bits.value):
         return bits, b_kept, "ok"
     if failed.linear is not None:
@@ -187,7 +191,7 @@ def _kept(
         again = event_bits(failed, max_bits=max_bits, n_particles=max(1000, n), seed=seed, keep_failures=n)
         draws = np.asarray(again.diagnostics["failures"])[0]
         draws = draws[np.isfinite(draws).all(axis=1)]
-    share = _count(crowd.mean_shifts(np.asarray(prior.move(draws))) <= epsilon)
+    share = _count(judged.mean_shifts(np.asarray(prior.move(draws))) <= epsilon)
     if share.kind is Kind.CENSORED or bits.kind is Kind.CENSORED:
         value = min(bits.low + share.value, max_bits)
         return (
@@ -231,7 +235,13 @@ def _descending(every: BitsBatch, at_tau: int) -> np.ndarray:
 
 
 def _replicates(
-    scene: Scene, place: Situation, free: np.ndarray, levels: np.ndarray, at_tau: int, extra: float, max_bits: float
+    prepared: Prepared,
+    baseline: Baseline,
+    free: np.ndarray,
+    levels: np.ndarray,
+    at_tau: int,
+    extra: float,
+    max_bits: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Replicates of B at half advantage, and of the metric along the grid, over items, contexts and negatives.
 
@@ -240,45 +250,47 @@ def _replicates(
     grows like its margin and falls like its deviation.
     """
     grid = grid_of(max_bits)
-    if place.threat.metric == "auroc":
+    if baseline.threat.metric == "auroc":
         # the deciding score difference is not resampled: no interval over items, hence no comparison either
-        return np.full(len(place.margins), math.nan), np.full((len(place.margins), len(grid)), place.detection.auroc)
-    weights = scene.resamples.positives
-    tail = place.prior.tail
-    spread = place.deviation[None, :] * place.deviation_factor[:, None]
-    own = _own_bits(place, free, levels, at_tau, max_bits)
-    cost = moved_bits(tail, own, place.margin, place.deviation, place.margins, spread, max_bits) + extra
-    order = np.argsort(-place.margins, axis=1, kind="stable")
+        return np.full(len(baseline.margins), math.nan), np.full(
+            (len(baseline.margins), len(grid)), baseline.detection.auroc
+        )
+    weights = prepared.resamples.positives
+    tail = baseline.prior.tail
+    spread = baseline.deviation[None, :] * baseline.deviation_factor[:, None]
+    own = _own_bits(baseline, free, levels, at_tau, max_bits)
+    cost = moved_bits(tail, own, baseline.margin, baseline.deviation, baseline.margins, spread, max_bits) + extra
+    order = np.argsort(-baseline.margins, axis=1, kind="stable")
     mass = np.cumsum(np.take_along_axis(weights, order, axis=1), axis=1)
     total = np.maximum(mass[:, -1:], 1e-12)
-    clean = (weights * (place.margins > 0)).sum(axis=1, keepdims=True) / total
+    clean = (weights * (baseline.margins > 0)).sum(axis=1, keepdims=True) / total
     position = np.minimum((mass <= 0.5 * clean * total + 1e-9).sum(axis=1), cost.shape[1] - 1)
     chosen = np.take_along_axis(order, position[:, None], axis=1)
     value = np.clip(np.take_along_axis(cost, chosen, axis=1)[:, 0], 0.0, max_bits)
     # the metric at b bits: share of caught positives whose own bits exceed b (one move along the probe moves them all)
-    alive = np.where(place.margins > 0, cost, -1.0)
+    alive = np.where(baseline.margins > 0, cost, -1.0)
     rows = np.stack([(weights * (alive > b)).sum(axis=1) / total[:, 0] for b in grid], axis=1)
     return value, rows
 
 
-def _own_bits(place: Situation, free: np.ndarray, levels: np.ndarray, at_tau: int, max_bits: float) -> np.ndarray:
+def _own_bits(baseline: Baseline, free: np.ndarray, levels: np.ndarray, at_tau: int, max_bits: float) -> np.ndarray:
     """``(positives,)`` bits at which each is lost to one move for all; NaN for those missed from the start."""
-    if place.probe.traits.linear:
+    if baseline.probe.traits.linear:
         # every level is a positive's own, in closed form
-        closed = bits_of_margin(place.prior.tail, place.margin, place.deviation)
-        return np.where(place.margin > 0, closed, math.nan)
-    n = len(place.margin)
+        closed = bits_of_margin(baseline.prior.tail, baseline.margin, baseline.deviation)
+        return np.where(baseline.margin > 0, closed, math.nan)
+    n = len(baseline.margin)
     rank = np.empty(n)
-    rank[np.argsort(-place.margin, kind="stable")] = np.arange(n)
+    rank[np.argsort(-baseline.margin, kind="stable")] = np.arange(n)
     deciding = ranks_of_levels(levels, n)
-    distance = margin_of_bits(place.prior.tail, np.minimum(free, max_bits))
+    distance = margin_of_bits(baseline.prior.tail, np.minimum(free, max_bits))
     between = np.interp(rank, deciding, distance)
     # beyond the last level lies what costs nothing: the first positive that is missed
-    last, clean = deciding[-1], float((place.margin > 0).sum())
+    last, clean = deciding[-1], float((baseline.margin > 0).sum())
     rest = np.clip((clean - rank) / max(clean - last, 1.0), 0.0, 1.0) * distance[-1]
-    own = bits_of_margin(place.prior.tail, np.where(rank > last, rest, between), np.ones(n))
+    own = bits_of_margin(baseline.prior.tail, np.where(rank > last, rest, between), np.ones(n))
     own = np.where(rank == deciding[at_tau], free[at_tau], own)
-    return np.where(place.margin > 0, own, math.nan)
+    return np.where(baseline.margin > 0, own, math.nan)
 
 
 def _curve(
@@ -300,23 +312,23 @@ def _curve(
     return Curve(grid, reached, np.minimum(low, reached), np.maximum(high, reached), reached, reached, censored)
 
 
-def _other_tails(place: Situation, found: Bits, max_bits: float) -> dict[str, float]:
+def _other_tails(baseline: Baseline, found: Bits, max_bits: float) -> dict[str, float]:
     """B at half advantage under other tails of the same covariance, at the same distance: exact for half-spaces."""
-    if place.threat.metric == "auroc":
+    if baseline.threat.metric == "auroc":
         return {}
     if math.isinf(found.value):
         return {t.name: max_bits for t in TAILS}
-    at = margin_of_bits(place.prior.tail, np.asarray(found.value))
+    at = margin_of_bits(baseline.prior.tail, np.asarray(found.value))
     return {t.name: float(np.clip(bits_of_margin(t, at, np.ones(())), 0.0, max_bits)) for t in TAILS}
 
 
-def _at_scale(place: Situation, tau: float, found: Bits, c: float, max_bits: float) -> float:
+def _at_scale(baseline: Baseline, tau: float, found: Bits, c: float, max_bits: float) -> float:
     """B at half advantage under a prior c times as large."""
-    if place.threat.metric == "auroc":
+    if baseline.threat.metric == "auroc":
         return math.nan
-    i = _deciding(place.margin, tau)
-    own = place.margin[i], place.deviation[i]
-    moved = moved_bits(place.prior.tail, np.asarray(found.value), *own, own[0], own[1] * c, max_bits)
+    i = _deciding(baseline.margin, tau)
+    own = baseline.margin[i], baseline.deviation[i]
+    moved = moved_bits(baseline.prior.tail, np.asarray(found.value), *own, own[0], own[1] * c, max_bits)
     return float(np.clip(moved, 0.0, max_bits))
 
 

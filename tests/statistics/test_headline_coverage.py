@@ -18,11 +18,11 @@ from scipy.stats import binom
 
 from elk_stress.probing.probe import FittedProbe, direction
 from elk_stress.testbeds.linear import Linear
-from elk_stress.thoughts.baseline import Situation, situation
+from elk_stress.thoughts.baseline import Baseline, baseline_of
 from elk_stress.thoughts.best_of_n import best_of_n_curves, prediction_flags
 from elk_stress.thoughts.engine import compare, stress
 from elk_stress.thoughts.item_scope import stress_items
-from elk_stress.thoughts.prepared import Scene, fit_probe, prepare_scene
+from elk_stress.thoughts.prepared import Prepared, fit_probe, prepare
 from elk_stress.thoughts.result import ThreatResult
 from elk_stress.thoughts.universal_scope import stress_universal
 from elk_stress.threats.threat import Threat
@@ -76,15 +76,15 @@ def false_positive_rate(testbed: Linear, weight: np.ndarray, threshold: float) -
     return float(1 - ndtr((threshold + effect - forms) / spread).mean())
 
 
-def measure(scene: Scene, probe: FittedProbe, scope: str) -> tuple[Situation, ThreatResult]:
-    place = situation(scene, probe, THREATS[scope], FPR)
+def measure(prepared: Prepared, probe: FittedProbe, scope: str) -> tuple[Baseline, ThreatResult]:
+    baseline = baseline_of(prepared, probe, THREATS[scope], FPR)
     by = stress_items if scope == "item" else stress_universal
-    return place, by(scene, place, max_bits=MAX_BITS, n_particles=100, seed=scene.seed)
+    return baseline, by(prepared, baseline, max_bits=MAX_BITS, n_particles=100, seed=prepared.seed)
 
 
-def scene_of(seed: int, **options: float) -> tuple[Linear, Scene]:
+def scene_of(seed: int, **options: float) -> tuple[Linear, Prepared]:
     testbed = Linear(seed=seed, dim=16, n_items=320, n_contexts=8, **options)  # type: ignore[arg-type]
-    return testbed, prepare_scene(testbed, seed=seed, replicates=400)
+    return testbed, prepare(testbed, seed=seed, replicates=400)
 
 
 def at_least(coverage: float, n: int) -> int:
@@ -102,15 +102,15 @@ def measured() -> dict[tuple[str, str], np.ndarray]:
     """Per probe and scope a row a seed: truth, low, high; false-positive rate in truth, its printed low and high."""
     out: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for seed in range(SEEDS):
-        testbed, scene = scene_of(1000 + seed)
+        testbed, prepared = scene_of(1000 + seed)
         for name, probe in (
             ("paper", testbed.known_probes()["paper"]),
             ("oracle", testbed.known_probes()["oracle"]),
-            ("logistic", fit_probe(scene, "logistic")),
+            ("logistic", fit_probe(prepared, "logistic")),
         ):
             weight, bias = np.asarray(probe.parameters["weight"], dtype=float), float(probe.parameters["bias"])
             for scope in THREATS:
-                _, row = measure(scene, probe, scope)
+                _, row = measure(prepared, probe, scope)
                 rate = false_positive_rate(testbed, weight, row.detection.threshold - bias)
                 ends = row.headline.low, row.headline.high
                 out.setdefault((name, scope), []).append(
@@ -150,17 +150,17 @@ def test_false_positive_rate_in_new_contexts(measured, probe):
     assert covers(true, low, high) >= at_least(RATE_COVERAGE, SEEDS)
 
 
-def equally_strong(pair: str, seed: int, scope: str) -> tuple[Scene, np.ndarray, np.ndarray] | None:
+def equally_strong(pair: str, seed: int, scope: str) -> tuple[Prepared, np.ndarray, np.ndarray] | None:
     """Two directions that keep as many bits per positive in the population; ``None`` where there are none."""
-    testbed, scene = scene_of(5000 + seed)
+    testbed, prepared = scene_of(5000 + seed)
     if pair == "truth and incidental":
         goal = population(testbed, testbed.incidental, scope)[1]
 
         def gap(g: float) -> float:
             return population(replace(testbed, truth_gap=g), testbed.truth, scope)[1] - goal
 
-        testbed, scene = scene_of(5000 + seed, truth_gap=brentq(gap, 0.8, 6.0, xtol=1e-2))
-        return scene, testbed.truth, testbed.incidental
+        testbed, prepared = scene_of(5000 + seed, truth_gap=brentq(gap, 0.8, 6.0, xtol=1e-2))
+        return prepared, testbed.truth, testbed.incidental
     known = testbed._basis[:, :3]
     sideways = np.random.default_rng(seed).standard_normal((2, testbed.dim))
     sideways -= sideways @ known @ known.T
@@ -177,7 +177,7 @@ def equally_strong(pair: str, seed: int, scope: str) -> tuple[Scene, np.ndarray,
     if not len(crossing):
         return None
     at = brentq(excess, grid[crossing[0]], grid[crossing[0] + 1], xtol=1e-3)
-    return scene, one, testbed.incidental + at * second
+    return prepared, one, testbed.incidental + at * second
 
 
 @pytest.mark.parametrize("scope", list(THREATS))
@@ -196,11 +196,11 @@ def test_two_equally_strong_probes_are_rarely_told_apart(pair, scope):
         found = equally_strong(pair, seed, scope)
         if found is None:
             continue
-        scene, *weights = found
+        prepared, *weights = found
         if template is None:
-            template = stress(scene, direction(weights[0]), threats=[THREATS[scope]], attacks=(), controls=False)
+            template = stress(prepared, direction(weights[0]), threats=[THREATS[scope]], attacks=(), controls=False)
         results = [
-            replace(template, probe=name, threats={scope: measure(scene, direction(weight), scope)[1]})
+            replace(template, probe=name, threats={scope: measure(prepared, direction(weight), scope)[1]})
             for name, weight in zip(("one", "other"), weights, strict=True)
         ]
         (row,) = compare(*results)
@@ -218,14 +218,14 @@ def test_predicted_best_of_n():
     """
     flagged, missed, rows = 0, 0, []
     for seed in range(SEEDS):
-        testbed, scene = scene_of(2000 + seed, incidental_sway=1.5, interaction_share=0.1)
+        testbed, prepared = scene_of(2000 + seed, incidental_sway=1.5, interaction_share=0.1)
         probe = testbed.known_probes()["paper"]
-        place, row = measure(scene, probe, "item")
-        if row.items is None or not len(place.caught):
+        baseline, row = measure(prepared, probe, "item")
+        if row.items is None or not len(baseline.caught):
             continue
-        curves = best_of_n_curves(scene, {"gaussian": place}, {"gaussian": row.items.bits}, None)
+        curves = best_of_n_curves(prepared, {"gaussian": baseline}, {"gaussian": row.items.bits}, None)
         assert curves is not None
-        means = testbed._means("test")[scene.positives[place.caught]] @ testbed.incidental
+        means = testbed._means("test")[prepared.positives[baseline.caught]] @ testbed.incidental
         spread = testbed.true_prior().standard_deviation(testbed.incidental)
         breaks = ndtr((row.detection.threshold - means) / spread)
         predicted = curves.predicted["gaussian"]

@@ -22,7 +22,7 @@ from elk_stress.ledger.budget import Account
 from elk_stress.ledger.ledger import Terms
 from elk_stress.probing.probe import direction
 from elk_stress.testbeds.linear import Linear
-from elk_stress.thoughts.engine import prepare_scene, stress
+from elk_stress.thoughts.engine import prepare, stress
 from elk_stress.threats.threat import Threat
 
 pytestmark = pytest.mark.statistics
@@ -37,11 +37,11 @@ def spent_to_the_end(seed: int, n_contexts: int, sway: float = 2.5, gap: float =
     testbed = Linear(
         dim=16, n_items=320, n_contexts=n_contexts, seed=seed, incidental_sway=sway, incidental_gap=gap
     )  # fmt: skip
-    scene = prepare_scene(testbed, replicates=100, seed=seed)
+    prepared = prepare(testbed, replicates=100, seed=seed)
     weight = testbed.incidental
     probe = direction(weight, site=testbed.site)
     result = stress(
-        scene, probe, threats=[Threat(), Threat(tail="best")], attacks=[], controls=False, seed=seed
+        prepared, probe, threats=[Threat(), Threat(tail="best")], attacks=[], controls=False, seed=seed
     )  # fmt: skip
     bits = np.array(Terms.of_result(result, ITEM, tolerated=TOLERATED).bits_low)
     row = result.threats[ITEM]

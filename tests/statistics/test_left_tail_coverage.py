@@ -64,13 +64,13 @@ def test_the_band_covers_where_contexts_sway_all_items_alike(contexts: int) -> N
         rng = np.random.default_rng(np.random.SeedSequence([seed, 0x5A4]))
         margin = rng.normal(2.5, 0.7, (40, 1))
         draw = rng.standard_normal((1, contexts)) + rng.standard_normal((40, contexts))
-        scene = SimpleNamespace(
+        prepared = SimpleNamespace(
             test=margin + draw, positives=np.arange(40), items=SimpleNamespace(groups=np.arange(40)), seed=seed
         )
         place = SimpleNamespace(
             probe=SimpleNamespace(score=lambda x: x), detection=SimpleNamespace(threshold=0.0), threat=None
         )
-        found = _left_tail(scene, place)  # type: ignore[arg-type]
+        found = _left_tail(prepared, place)  # type: ignore[arg-type]
         if found is None:
             continue
         seen += 1

@@ -24,19 +24,19 @@ from elk_stress.probing.probe import FittedProbe, Probe
 from elk_stress.testbeds.protocol import SplitName, Testbed
 from elk_stress.thoughts.attacks.proposal import Access, Edit, Proposal, SpentAs, allows
 from elk_stress.thoughts.baseline import score_gradients
-from elk_stress.thoughts.prepared import Scene, fit_probe
+from elk_stress.thoughts.prepared import Prepared, fit_probe
 from elk_stress.threats.priors import EllipticalPrior
 from elk_stress.threats.threat import Threat
 
-__all__ = ["Mind"]
+__all__ = ["ModelAccess"]
 
 
 @dataclass
-class Mind:
-    """What an attack with ``needs = ("mind",)`` finds in ``oracle.mind``.
+class ModelAccess:
+    """What an attack with ``needs = ("model_access",)`` finds in ``oracle.model_access``.
 
     Attributes:
-        scene: model, items and what they are like.
+        prepared: model, items and what they are like.
         threat, prior: what the attack is up to, and how differently the model could think.
         items: ``(problems,)`` test items that are attacked (in universal scope: all caught positives).
         epsilon: nats within which behaviour must stay, or ``None``.
@@ -44,7 +44,7 @@ class Mind:
         queries, gradients: rows that were scored, and differentiated.
     """
 
-    scene: Scene
+    prepared: Prepared
     threat: Threat
     prior: EllipticalPrior
     items: np.ndarray
@@ -62,11 +62,11 @@ class Mind:
     @property
     def testbed(self) -> Testbed:
         """Model and items."""
-        return self.scene.testbed
+        return self.prepared.testbed
 
     def activations(self, split: SplitName) -> np.ndarray:
         """``(n, dim)`` float32: every item of the split, as the model thinks of it on average."""
-        return self.scene.origins(split)
+        return self.prepared.origins(split)
 
     def truth(self, split: SplitName) -> np.ndarray:
         """``(n,)`` in {0, 1}: the latent that the probe is about; 1 = positive."""
@@ -75,7 +75,7 @@ class Mind:
     @property
     def training(self) -> np.ndarray:
         """Training items to learn on: all but the negated halves of contrast pairs."""
-        return self.scene.plain_train
+        return self.prepared.plain_train
 
     @property
     def origins(self) -> np.ndarray:
@@ -89,12 +89,12 @@ class Mind:
 
     def looks(self, split: SplitName, items: np.ndarray) -> np.ndarray | None:
         """``(p, rank, dim)``: F with ``shift(edit) ~ 0.5 ||F edit||^2`` for small edits, or ``None``: no output."""
-        behaviour = self.scene.train_behaviour if split == "train" else self.scene.behaviour
+        behaviour = self.prepared.train_behaviour if split == "train" else self.prepared.behaviour
         return None if behaviour is None else behaviour.factors(np.asarray(items)).astype(float)
 
     def fit(self, probe: str | Probe) -> FittedProbe:
         """A probe that the model fits on its own training thoughts, as a monitor would; asks the monitor's nothing."""
-        return fit_probe(self.scene, probe)
+        return fit_probe(self.prepared, probe)
 
     def to_u(self, edits: np.ndarray) -> np.ndarray:
         """``(..., dim)`` edits of activations -> points in u-space."""

@@ -21,7 +21,7 @@ from scipy.special import expit
 
 from elk_stress.models.contexts import contexts
 from elk_stress.testbeds.protocol import SplitName
-from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.model_access import ModelAccess
 from elk_stress.thoughts.attacks.proposal import Edit
 from elk_stress.threats.threat import DEFAULT_EPSILON_FACTOR
 
@@ -32,14 +32,14 @@ _CONTEXTS = 8
 _ITEMS = 12
 
 
-def sentences(mind: Mind, most: int, rng: np.random.Generator) -> np.ndarray:
+def sentences(model_access: ModelAccess, most: int, rng: np.random.Generator) -> np.ndarray:
     """At most ``most`` training positives, drawn without replacement: what a prefix is learned on.
 
     Raises:
         ValueError: there are none.
     """
-    rows = mind.training
-    positives = rows[mind.truth("train")[rows] == 1]
+    rows = model_access.training
+    positives = rows[model_access.truth("train")[rows] == 1]
     if not len(positives) or most < 1:
         raise ValueError(f"a prefix is learned on training positives: {len(positives)} there, {most} asked for")
     return np.asarray(np.sort(rng.choice(positives, min(most, len(positives)), replace=False)))
@@ -50,29 +50,29 @@ def evasion_loss(scores: np.ndarray, threshold: float) -> np.ndarray:
     return np.asarray(np.logaddexp(0.0, np.asarray(scores, dtype=float) - threshold).mean(axis=-1))
 
 
-def evasion_slope(mind: Mind, activations: Any) -> Any:
+def evasion_slope(model_access: ModelAccess, activations: Any) -> Any:
     """Gradient of the evasion loss in a tensor of ``activations (n, dim)``, like it; asks the probe n gradients."""
     import torch
 
-    scores, slopes = mind.gradient(activations.detach().cpu().numpy())
-    weight = expit(scores - mind.threshold) / len(scores)
+    scores, slopes = model_access.gradient(activations.detach().cpu().numpy())
+    weight = expit(scores - model_access.threshold) / len(scores)
     return torch.as_tensor(slopes * weight[:, None]).to(activations)
 
 
-def natural_epsilon(mind: Mind) -> float | None:
+def natural_epsilon(model_access: ModelAccess) -> float | None:
     """Nats per token that an ordinary change of context costs at most; ``None`` where behaviour is free.
 
     An epsilon that the threat states (``Threat(kept=True, epsilon=...)``) holds for prefixes too.
     """
-    if mind.epsilon is None or mind.threat.epsilon is not None:
-        return mind.epsilon
-    model = mind.model("test")
+    if model_access.epsilon is None or model_access.threat.epsilon is not None:
+        return model_access.epsilon
+    model = model_access.model("test")
     ordinary = [context for context in contexts("prior", _CONTEXTS + 1) if context != model.host][:_CONTEXTS]
-    return DEFAULT_EPSILON_FACTOR * float(np.median(model.shift_texts(ordinary, mind.items[:_ITEMS])))
+    return DEFAULT_EPSILON_FACTOR * float(np.median(model.shift_texts(ordinary, model_access.items[:_ITEMS])))
 
 
 def prefix_edit(
-    mind: Mind,
+    model_access: ModelAccess,
     read: Callable[[Any, np.ndarray], np.ndarray],
     shift: Callable[[Any, np.ndarray], np.ndarray],
     epsilon: float | None,
@@ -80,13 +80,13 @@ def prefix_edit(
     """The edit that one prefix makes of all items.
 
     Args:
-        mind: whose language model it is.
+        model_access: whose language model it is.
         read: ``(model of a split, items) -> (n, dim)`` activations behind the prefix.
         shift: ``(model of a split, items) -> (n,)`` nats per token.
         epsilon: what counts as kept.
     """
 
     def moved(split: SplitName) -> np.ndarray:
-        return read(mind.model(split), np.arange(len(mind.truth(split))))
+        return read(model_access.model(split), np.arange(len(model_access.truth(split))))
 
-    return Edit(moved, shift=lambda items: shift(mind.model("test"), items), epsilon=epsilon)
+    return Edit(moved, shift=lambda items: shift(model_access.model("test"), items), epsilon=epsilon)

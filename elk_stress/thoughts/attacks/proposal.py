@@ -63,7 +63,7 @@ class Proposal:
         spent_as: what kind of bits these are: they guarantee different things, and are not compared across kinds.
         edit: how the model thinks about every item from now on, of which the moves are what happens to these problems;
             the engine applies it again, to items of all splits
-            (:meth:`elk_stress.thoughts.attacks.model_access.Mind.propose` makes one).
+            (:meth:`elk_stress.thoughts.attacks.model_access.ModelAccess.propose` makes one).
     """
 
     moves: np.ndarray

@@ -14,12 +14,12 @@ from elk_stress.estimators.limit_state import LimitState, Meter
 from elk_stress.thoughts.attacks.proposal import Access, Proposal, SpentAs, allows
 
 if TYPE_CHECKING:
-    from elk_stress.thoughts.attacks.model_access import Mind
+    from elk_stress.thoughts.attacks.model_access import ModelAccess
 
 __all__ = ["Access", "Attack", "AttackOfAnyKind", "Need", "Oracle", "Proposal", "Scope", "SpentAs", "allows"]
 
 Scope = Literal["item", "universal"]
-Need = Literal["pool", "mind", "output", "model"]
+Need = Literal["pool", "model_access", "output", "model"]
 
 
 class Oracle:
@@ -30,7 +30,7 @@ class Oracle:
         access: the attack's declared access; asking for more raises ``PermissionError``.
         budget: questions per problem.
         pool: ``(problems, n, dim)`` real alternatives in u-space (contexts B), for attacks that choose among them.
-        mind: what the model knows of itself, for attacks that are its own doing.
+        model_access: what the model knows of itself, for attacks that are its own doing.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Oracle:
         access: Access,
         budget: int,
         pool: np.ndarray | None = None,
-        mind: Mind | None = None,
+        model_access: ModelAccess | None = None,
     ) -> None:
         self._meter = Meter(limit_state, budget)
         self.access = access
@@ -47,17 +47,17 @@ class Oracle:
         self.n_problems = limit_state.n_problems
         self.budget = budget
         self.pool = pool
-        self._mind = mind
+        self._mind = model_access
 
     @property
-    def mind(self) -> Mind:
+    def model_access(self) -> ModelAccess:
         """What the model knows of itself.
 
         Raises:
-            LookupError: the attack did not declare ``needs = ("mind",)``.
+            LookupError: the attack did not declare ``needs = ("model_access",)``.
         """
         if self._mind is None:
-            raise LookupError('this oracle has no mind; an attack that asks for it declares needs = ("mind",)')
+            raise LookupError('this oracle has no mind; an attack that asks for it declares needs = ("model_access",)')
         return self._mind
 
     @property

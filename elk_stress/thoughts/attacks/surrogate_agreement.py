@@ -24,9 +24,9 @@ from elk_stress.core.bits import Bits
 from elk_stress.probing.probe import FittedProbe, Probe
 from elk_stress.thoughts.attacks.protocol import Attack
 from elk_stress.thoughts.attacks.runner import run_attack
-from elk_stress.thoughts.attacks.target import arena
-from elk_stress.thoughts.baseline import situation
-from elk_stress.thoughts.prepared import Scene, fit_probe
+from elk_stress.thoughts.attacks.target import attack_target
+from elk_stress.thoughts.baseline import baseline_of
+from elk_stress.thoughts.prepared import Prepared, fit_probe
 from elk_stress.threats.threat import Threat
 
 __all__ = ["Agreement", "agreement"]
@@ -56,7 +56,7 @@ class Agreement:
 
 
 def agreement(
-    scene: Scene,
+    prepared: Prepared,
     probe: FittedProbe,
     *,
     surrogates: Sequence[str] | None = None,
@@ -68,29 +68,29 @@ def agreement(
     """Attack ``probe`` through each surrogate in turn; one row per surrogate, in their order.
 
     Args:
-        scene: a prepared testbed.
+        prepared: a prepared testbed.
         probe: the probe that is attacked; no surrogate is told anything of it.
         surrogates: registered names of probes; by default those of ``transfer``.
         threat: per item under natural thoughts by default.
         fpr: of the probe's threshold.
         attack: from a surrogate's name to the attack through it; by default the registered ``transfer``.
-        seed: of the fits and of the attacks; by default the scene's.
+        seed: of the fits and of the attacks; by default the prepared testbed's.
 
     Raises:
         UnknownName: no such surrogate.
     """
-    seed = scene.seed if seed is None else seed
+    seed = prepared.seed if seed is None else seed
     threat = Threat() if threat is None else threat
-    epsilon = (scene.epsilon if threat.epsilon is None else threat.epsilon) if threat.kept else None
-    field = arena(scene, situation(scene, probe, threat, fpr), epsilon)
+    epsilon = (prepared.epsilon if threat.epsilon is None else threat.epsilon) if threat.kept else None
+    target = attack_target(prepared, baseline_of(prepared, probe, threat, fpr), epsilon)
     through = attack or (lambda name: registry.load("attacks", "transfer", surrogates=(name,)))
-    labels = scene.items.labels
-    own = np.asarray(probe.score(scene.test_origins), dtype=float)
+    labels = prepared.items.labels
+    own = np.asarray(probe.score(prepared.test_origins), dtype=float)
     rows = []
     for name in surrogates or registry.load("attacks", "transfer").surrogates:
         recipe: Probe = registry.load("probes", name)
-        other = np.asarray(fit_probe(scene, recipe).score(scene.test_origins), dtype=float)
-        row = run_attack(through(name), field, budget=1, seed=seed)
+        other = np.asarray(fit_probe(prepared, recipe).score(prepared.test_origins), dtype=float)
+        row = run_attack(through(name), target, budget=1, seed=seed)
         halves = [_spearman(own[labels == label], other[labels == label]) for label in (0, 1)]
         rows.append(
             Agreement(

@@ -19,15 +19,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from elk_stress.estimators.limit_state import LimitState, both
-from elk_stress.thoughts.attacks.model_access import Mind
+from elk_stress.thoughts.attacks.model_access import ModelAccess
 from elk_stress.thoughts.attacks.protocol import Access
-from elk_stress.thoughts.baseline import Situation
+from elk_stress.thoughts.baseline import Baseline
 from elk_stress.thoughts.events import item_event, kept_event
-from elk_stress.thoughts.prepared import Scene
-from elk_stress.thoughts.universal_items import Crowd, judged_on, searched_on
+from elk_stress.thoughts.prepared import Prepared
+from elk_stress.thoughts.universal_items import JudgedItems, judged_on, searched_on
 from elk_stress.thoughts.universal_scope import universal_event, universal_joint_event
 
-__all__ = ["Arena", "arena", "judged_event"]
+__all__ = ["AttackTarget", "attack_target", "judged_event"]
 
 _SLACK = 0.5
 # joint events are searched in single precision, judged in double: a hair beyond the boundary is beyond it in both
@@ -37,7 +37,7 @@ _FEWEST = 5
 
 
 @dataclass(frozen=True)
-class Arena:
+class AttackTarget:
     """One (probe, threat) as attacks see it.
 
     Attributes:
@@ -45,20 +45,20 @@ class Arena:
         items: test items of the problems (item scope); all caught positives (universal).
         pool: real contexts B in u-space, ``(problems, n, dim)``, or ``None``.
         epsilon: nats, where behaviour is constrained.
-        crowd: the test items that one move for all is judged on (universal), or ``None``.
+        judged: the test items that one move for all is judged on (universal), or ``None``.
         asked, scored: activations that one question about ``searched``, and one verdict on ``failed``, scores.
         searchable: whether the probe catches enough that a move can be searched on (universal: 5 training positives).
     """
 
-    scene: Scene
-    place: Situation
+    prepared: Prepared
+    baseline: Baseline
     failed: LimitState
     joint: LimitState
     searched: LimitState
     items: np.ndarray
     pool: np.ndarray | None
     epsilon: float | None
-    crowd: Crowd | None = None
+    judged: JudgedItems | None = None
     asked: int = 1
     scored: int = 1
     searchable: bool = True
@@ -70,70 +70,72 @@ class Arena:
 
     def shift(self, problems: np.ndarray, moves: np.ndarray) -> np.ndarray:
         """True behaviour shift ``(p, n)`` of ``moves (p, n, d)`` of these problems."""
-        if self.crowd is not None:
-            return self.crowd.mean_shifts(moves[0])[None]
-        assert self.scene.behaviour is not None
-        return self.scene.behaviour.shift(self.items[problems], moves)
+        if self.judged is not None:
+            return self.judged.mean_shifts(moves[0])[None]
+        assert self.prepared.behaviour is not None
+        return self.prepared.behaviour.shift(self.items[problems], moves)
 
-    def mind(self, access: Access, budget: int) -> Mind:
+    def model_access(self, access: Access, budget: int) -> ModelAccess:
         """What the model knows of itself, and may ask of the probe."""
-        place = self.place
-        return Mind(
-            self.scene, place.threat, place.prior, self.items, self.epsilon,
-            place.probe, place.detection.threshold, access, budget,
+        baseline = self.baseline
+        return ModelAccess(
+            self.prepared, baseline.threat, baseline.prior, self.items, self.epsilon,
+            baseline.probe, baseline.detection.threshold, access, budget,
         )  # fmt: skip
 
 
-def arena(scene: Scene, place: Situation, epsilon: float | None) -> Arena:
+def attack_target(prepared: Prepared, baseline: Baseline, epsilon: float | None) -> AttackTarget:
     """Build the events of a threat for its attacks."""
-    threat, prior = place.threat, place.prior
-    items = scene.positives[place.caught]
+    threat, prior = baseline.threat, baseline.prior
+    items = prepared.positives[baseline.caught]
     kept = threat.kept and epsilon is not None and len(items) > 0
-    exact = scene.behaviour is None or scene.behaviour.exact
+    exact = prepared.behaviour is None or prepared.behaviour.exact
     aimed = 0.0 if epsilon is None else (_HAIR if exact else _SLACK) * epsilon
-    slack = (1 - _HAIR) * float(np.median(place.margin[place.caught])) if len(items) else 0.0
-    crowd = judged_on(scene, place) if threat.scope == "universal" else None
+    slack = (1 - _HAIR) * float(np.median(baseline.margin[baseline.caught])) if len(items) else 0.0
+    judged = judged_on(prepared, baseline) if threat.scope == "universal" else None
     asked = scored = 1
     searchable = True
-    if crowd is not None:
-        train = searched_on(scene, place)
+    if judged is not None:
+        train = searched_on(prepared, baseline)
         searchable = int((train.margin > 0).sum()) >= _FEWEST or threat.metric == "auroc"
-        asked, scored = (len(c.margin) if threat.metric == "recall" else len(c.rows) for c in (train, crowd))
-        failed = universal_event(crowd, place, np.array([crowd.tau]))
-        searched = universal_event(train, place, np.array([train.tau]))
+        asked, scored = (len(c.margin) if threat.metric == "recall" else len(c.rows) for c in (train, judged))
+        failed = universal_event(judged, baseline, np.array([judged.tau]))
+        searched = universal_event(train, baseline, np.array([train.tau]))
         joint = failed
         if kept:
-            searched, _ = universal_joint_event(train, place, aimed, slack=slack)
+            searched, _ = universal_joint_event(train, baseline, aimed, slack=slack)
             if exact:
-                joint, _ = universal_joint_event(crowd, place, aimed, slack=slack)
+                joint, _ = universal_joint_event(judged, baseline, aimed, slack=slack)
     else:
-        failed = item_event(place.probe, prior, scene.test_origins[items], place.detection.threshold)
+        failed = item_event(baseline.probe, prior, prepared.test_origins[items], baseline.detection.threshold)
         joint = searched = failed
         if kept:
-            assert scene.behaviour is not None
+            assert prepared.behaviour is not None
             opened = item_event(
-                place.probe, prior, scene.test_origins[items], place.detection.threshold - slack, closed=False
+                baseline.probe, prior, prepared.test_origins[items], baseline.detection.threshold - slack, closed=False
             )
-            joint = searched = both(opened, kept_event(prior, scene.behaviour.factors(items), aimed))
+            joint = searched = both(opened, kept_event(prior, prepared.behaviour.factors(items), aimed))
     pool = None
-    if scene.observed is not None:
-        edits = scene.observed - scene.test_origins[:, None, :]
-        pool = prior.inverse(edits[items] if crowd is None else edits.mean(axis=0)[None])
+    if prepared.observed is not None:
+        edits = prepared.observed - prepared.test_origins[:, None, :]
+        pool = prior.inverse(edits[items] if judged is None else edits.mean(axis=0)[None])
     kept_within = epsilon if threat.kept else None
-    field = Arena(scene, place, failed, joint, searched, items, pool, kept_within, crowd, asked, scored, searchable)
-    return replace(field, joint=judged_event(field)) if kept and not exact else field
+    target = AttackTarget(
+        prepared, baseline, failed, joint, searched, items, pool, kept_within, judged, asked, scored, searchable
+    )
+    return replace(target, joint=judged_event(target)) if kept and not exact else target
 
 
-def judged_event(field: Arena) -> LimitState:
+def judged_event(target: AttackTarget) -> LimitState:
     """Failed and kept, by a forward pass of every point that fails; no gradient."""
-    failed, epsilon = field.failed, field.epsilon
+    failed, epsilon = target.failed, target.epsilon
     assert epsilon is not None
 
     def function(problems: np.ndarray, u: np.ndarray) -> np.ndarray:
         g = failed.value(problems, u)
         some = np.flatnonzero((g <= 0).any(axis=1))
         if len(some):
-            shift = field.shift(problems[some], np.asarray(field.place.prior.move(u[some])))
+            shift = target.shift(problems[some], np.asarray(target.baseline.prior.move(u[some])))
             g[some] = np.maximum(g[some], shift / epsilon - 1)
         return g
 
