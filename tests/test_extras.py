@@ -82,8 +82,8 @@ def test_a_language_model_without_the_extra_is_one_clear_line(arguments: tuple[s
 @pytest.mark.parametrize(
     "code",
     [
-        "from elk_stress.models.sources import resolve; resolve",
-        "from elk_stress.models.language_model import LanguageModel; LanguageModel",
+        "from elk_stress.models.sources import resolve; resolve()",
+        "from elk_stress.models.language_model import LanguageModel; LanguageModel()",
         "import elk_stress; elk_stress.FittedProbe.pull('owner/name')",
         "import elk_stress; elk_stress.direction([1.0]).push('owner/name')",
     ],

@@ -55,7 +55,7 @@ class _Far(Stub):
 
 
 def test_moves_must_be_what_the_edit_does() -> None:
-    with pytest.raises(ValueError, match=r"not what its edit does .* oracle\.mind\.propose"):
+    with pytest.raises(ValueError, match=r"not what its edit does .* oracle\.model_access\.propose"):
         run_attack(_Liar(), _field("oracle", "item", 0.1), budget=100, seed=0)
 
 

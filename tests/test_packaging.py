@@ -193,7 +193,8 @@ def _expected() -> set[str]:
     engine = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "elk_stress").rglob("*.py")
-        if not {"probes", "attacks"} & set(path.relative_to(ROOT).parts)
+        # links to the folders beside it
+        if path.relative_to(ROOT).parts[1] not in ("probes", "attacks")
     }
     plugins = {f"elk_stress/{path.relative_to(ROOT)}" for path in PLUGINS}
     return engine | plugins | {"elk_stress/py.typed"}
@@ -247,12 +248,25 @@ def test_the_engine_imports_no_probe_and_no_attack(tree: Path) -> None:
     done = _lint_imports(tree)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "the engine imports no probe and no attack KEPT" in done.stdout
+    assert "a room imports rooms below it, never above KEPT" in done.stdout
+
+
+def test_a_room_above_is_not_imported(tree: Path) -> None:
+    victim = tree / "elk_stress" / "core" / "files.py"
+    clean = victim.read_text()
+    try:
+        victim.write_text(f"{clean}\n\ndef late() -> None:\n    import elk_stress.threats.tails\n")
+        done = _lint_imports(tree)
+    finally:
+        victim.write_text(clean)
+    assert done.returncode == 1
+    assert "elk_stress.core.files -> elk_stress.threats.tails" in done.stdout
 
 
 @pytest.mark.parametrize("planted", ["from elk_stress.probes.lda import LDA", "import elk_stress.attacks.gradient"])
 def test_a_planted_violation_is_caught(tree: Path, planted: str) -> None:
     """Control of the test above: the linter does look into the symlinked folders."""
-    victim = tree / "elk_stress" / "survival.py"
+    victim = tree / "elk_stress" / "thoughts" / "survival.py"
     clean = victim.read_text()
     try:
         victim.write_text(f"{clean}\n\ndef late() -> None:\n    {planted}\n")

@@ -46,9 +46,9 @@ T = TypeVar("T")
 Tell = Callable[[str], None]
 
 FORMAT = "elk-stress piece 1"
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 # these show what was computed, and compute nothing
-_SHOWING = ("report", "cli.py", "ledger_cli.py")
+_SHOWING = ("report", "cli")
 
 
 class Keeps(Protocol):
