@@ -97,7 +97,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
                     about += [value.probe.name, digest_of(value.probe), value.threat.name]
                 elif isinstance(value, FittedProbe) or hasattr(value, "propose"):
                     about += [value.name]
-                elif hasattr(value, "place"):
+                elif hasattr(value, "baseline"):
                     about += [value.baseline.probe.name, value.baseline.threat.name]
                 elif isinstance(value, engine._Baselines):
                     about += [value.probe.name]

@@ -1,1 +1,1 @@
-"""What every room stands on: bits, flags, seeds, settings, inputs, arrays, the registry, files."""
+"""What every room stands on: bits, flags, settings, inputs, arrays, the registry, files."""
