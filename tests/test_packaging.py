@@ -76,7 +76,19 @@ def test_import_is_light() -> None:
     assert min(elapsed for elapsed, _ in measured) < 0.3
 
 
-@pytest.mark.parametrize("module", ["registry", "bits", "probe", "attack", "testbed", "limit_state", "testing", "cli"])
+MODULES = (
+    "core.registry",
+    "core.bits",
+    "probing.probe",
+    "thoughts.attacks.protocol",
+    "testbeds.protocol",
+    "estimators.limit_state",
+    "testing",
+    "cli",
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_contract_modules_load_nothing_heavy(module: str) -> None:
     code = f"import sys, elk_stress.{module}; print([n for n in {HEAVY!r} if n in sys.modules])"
     assert _run(sys.executable, "-c", code).stdout.strip() == "[]"
