@@ -10,7 +10,6 @@ import mkdocs_gen_files
 import elk_stress
 from elk_stress.core import registry
 from elk_stress.core.flags import CATALOGUE
-from elk_stress.testing import scores, shared  # noqa: F401
 from elk_stress.testing.probes import checks_for_probe
 from elk_stress.threats.threat import default_threats
 
@@ -110,6 +109,6 @@ write("testbeds.md", testbeds())
 write("api.md", "# API\n\n" + "\n\n".join(f"::: elk_stress.{name}" for name in elk_stress.__all__ if name[0] != "_"))
 write("contributing.md", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
 page = (ROOT / "docs" / "test-your-probe.md").read_text(encoding="utf-8")
-write("test-your-probe.md", page.replace("CATALOGUE", suite()))
+write("test-your-probe.md", page.split("<!-- checks -->")[0] + suite())
 for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
     write(f"notebooks/{notebook.name}", notebook.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -166,6 +167,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no threat": ({"threats": [3]}, "each a name or a Threat, got 3"),
     "an attack twice": ({"attacks": ["gradient", "gradient"]}, "attacks must be named once each"),
     "no attack": ({"attacks": [None]}, "attacks are each a name or"),
+    "half an attack": (
+        {"attacks": [SimpleNamespace(name="half", scopes=("item",))]},
+        "'half' is no attack: it has no propose",
+    ),
     "a class": ({"probe": FittedProbe}, "got the class FittedProbe"),
     "a probe of another width": ({"probe": np.ones(3)}, "fitted on 3 features"),
 }

@@ -154,8 +154,8 @@ def _combine(config: Annealed, meter: Meter, found: Found, cut: bool) -> BitsBat
     poor = some & (found.effective < config.min_effective)
     low_p = np.where(poor, np.minimum(low_p, log_p + np.log(gammaincinv(k, 0.025) / k)), low_p)
     # were all particles as heavy as the few that carry the estimate
-    judged = np.log(np.maximum(found.n * runs, k) / k) + np.log(gammaincinv(k + 1, 0.975) / k)
-    high_p = np.where(poor, np.maximum(high_p, log_p + judged), high_p)
+    crowd = np.log(np.maximum(found.n * runs, k) / k) + np.log(gammaincinv(k + 1, 0.975) / k)
+    high_p = np.where(poor, np.maximum(high_p, log_p + crowd), high_p)
     # by counting alone the interval is exact (Clopper & Pearson)
     count, drawn = found.counted, np.maximum(found.drawn, 1)
     plain = some & (found.levels == 0)

@@ -160,7 +160,7 @@ class Ledger:
         self.path, timeout, readonly = as_path("path", path), setting("timeout", timeout), truth("readonly", readonly)
         if terms is not None and not isinstance(terms, Terms):
             raise TypeError(
-                f"terms are elk_stress.ledger.ledger.Terms, e.g. Terms.of_result(result, threat); got {shown(terms)}"
+                f"terms are elk_stress.ledger.Terms, e.g. Terms.of_result(result, threat); got {shown(terms)}"
             )
         if terms is not None and not readonly and not os.path.lexists(self.path):
             ledger_store.Store.create(self.path, terms.to_record())

@@ -179,11 +179,11 @@ class LanguageModel:
         self.padded, self.shared = True, False
         try:
             long, alone = self._check_stream(row), self._states([short])[0]
+            self._check_trunk(short, alone[-1])
         except (TypeError, ValueError):
             raise
         except Exception as error:
             raise unreadable(self.name, f"its forward pass on text alone fails ({error})") from error
-        self._check_trunk(short)
         cut = len(short)
         # some encoders fill up to whole windows, so states may be longer than the text
         long, alone = long[:, : len(row)], alone[:, :cut]
@@ -230,28 +230,20 @@ class LanguageModel:
         stacked = torch.stack([captured[site] for site in self.sites[1:]], dim=1)
         return list(stacked)
 
-    def _check_trunk(self, row: list[int]) -> None:
-        """The part that is run must give the states that it has in the whole model (other masks, say, are possible)."""
+    def _check_trunk(self, row: list[int], alone: Any) -> None:
+        """The language part alone must give the states ``alone (tokens, dim)`` that it has in the whole model.
+
+        Asked of decoders: the whole model of an encoder does more than to encode.
+        """
         import torch
 
         if not self.causal or self.trunk is self.model:
-            # of an encoder's whole model a decoder is part, or the head of another task
             return
-        leaves: list[Any] = []
-
-        def after(module: Any, args: Any, output: Any) -> None:
-            leaves.append(output[0] if isinstance(output, tuple) else output)
-
-        ids, mask = self.pad([row])
-        with torch.no_grad():
-            handle = self.blocks[-1].register_forward_hook(after)
-            try:
-                self.base(ids, mask, None)
-                # as somebody calls it who reads its hidden states
-                self.model(ids)
-            finally:
-                handle.remove()
-        if not (len(leaves) == 2 and self.agrees(leaves[0], leaves[1])):
+        captured: dict[str, Any] = {}
+        last = self.sites[-1]
+        with torch.no_grad(), self._listening([last], captured, stop_after=self.depth(last)), suppress(_Finished):
+            self.model(self.pad([row])[0])
+        if not self.agrees(captured[last][0], alone):
             raise unreadable(self.name, "its language part gives other states alone than in the whole model")
 
     def _check_stream(self, row: list[int]) -> Any:

@@ -16,8 +16,8 @@ not. Where hypothesis draws the examples (shapes, dtypes, scales, batches, budge
 
 ============================  ==========================================================================================
 ``check_probe(probe)``        :mod:`elk_stress.testing.probes`: the checks, and the traits that ask for them
-``check_attack(attack)``      :mod:`elk_stress.testing.attacks`; of those that know their own mind
-                              :mod:`elk_stress.testing.mind`
+``check_attack(attack)``      :mod:`elk_stress.testing.attacks`; of those that know the model
+                              :mod:`elk_stress.testing.model_access`
 ``check_training_attack``     ``(attack, trainee)``: of one that moves weights, :mod:`elk_stress.testing.training`
 ``check_testbed(testbed)``    :mod:`elk_stress.testing.testbeds`
 ``planted_classes()``         the data: rows, pairs, ``tokens()``, a ``prior`` and ``behaviour``; ``fit(probe)`` fits on

@@ -15,7 +15,7 @@ chooses_from_the_pool          ``needs = ("pool",)``: every move is in its probl
 control                        a ``control`` method asks the probe nothing and proposes well-formed moves
 =============================  =========================================================================================
 
-An attack that needs a ``mind`` runs through :mod:`elk_stress.testing.mind` instead.
+An attack that needs ``model_access`` runs through :mod:`elk_stress.testing.model_access` instead.
 """
 
 from __future__ import annotations
@@ -199,9 +199,9 @@ def checks_for_attack(attack: Attack, *, seed: int = 0) -> Checks:
         assert np.array_equal(asked.queries + asked.gradients, spent), "its benign control asked the probe"
 
     if "model_access" in attack.needs:
-        from elk_stress.testing.mind import checks_for_mind
+        from elk_stress.testing.model_access import checks_for_model_access
 
-        return {"declarations": declarations, **checks_for_mind(attack, _well_formed, seed=seed)}
+        return {"declarations": declarations, **checks_for_model_access(attack, _well_formed, seed=seed)}
     checks: Checks = {
         "declarations": declarations,
         "proposals": proposals,

@@ -133,7 +133,7 @@ class Pieces:
     """The pieces of one prepared testbed under one set of settings."""
 
     def __init__(self, memory: Memory, prepared: Prepared, shared: str) -> None:
-        self._memory, self._scene, self._shared = memory, prepared, shared
+        self._memory, self._prepared_testbed, self._shared = memory, prepared, shared
 
     def keep(self, kind: str, key: Any, make: Callable[[], T]) -> T:
         """What ``make()`` returned when it was called under this key, or else ``make()`` itself, and keep it.
@@ -151,17 +151,17 @@ class Pieces:
         if not memory.fresh or path in memory._made:
             try:
                 value, learned = _read(path, header)
-                _teach(self._scene, learned)
+                _teach(self._prepared_testbed, learned)
                 return value  # type: ignore[no-any-return]
             except FileNotFoundError:
                 pass
             except (OSError, ValueError) as error:
                 memory._once(f"ignored a damaged piece, {path.name}: {error}")
         self._prepare()
-        before = _known(self._scene)
+        before = _known(self._prepared_testbed)
         value = make()
         try:
-            body = json.dumps(encode((value, _learned(self._scene, before)))).encode()
+            body = json.dumps(encode((value, _learned(self._prepared_testbed, before)))).encode()
             path.parent.mkdir(parents=True, exist_ok=True)
             checksum = hashlib.sha256(body).hexdigest()
             replace_bytes(path, json.dumps({**header, "sha256": checksum}).encode() + b"\n" + body + b"\n")
@@ -172,7 +172,7 @@ class Pieces:
 
     def _prepare(self) -> None:
         """Run all positives once, unmoved, where behaviour is a model's: see (2) above."""
-        prepared, done = self._scene, self._memory._prepared
+        prepared, done = self._prepared_testbed, self._memory._prepared
         if any(other is prepared for other in done):
             return
         done.append(prepared)
@@ -222,8 +222,7 @@ def identity(value: Any) -> Any:
 
 
 def prepared_identity(prepared: Prepared) -> Any:
-    """The prepared testbed and its testbed, with every activation; a testbed that is no dataclass is what it
-    describes."""
+    """A testbed with every activation, and what was prepared of it; one that is no dataclass is what it describes."""
     testbed = prepared.testbed
     parts = [f.name for f in dataclasses.fields(prepared) if f.name != "testbed" and not f.name.startswith("_")]
     return {

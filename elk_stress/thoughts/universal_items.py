@@ -68,7 +68,7 @@ class JudgedItems:
 
 def judged_on(prepared: Prepared, baseline: Baseline) -> JudgedItems:
     """The test set: what one move for all is judged on."""
-    return _crowd(
+    return _judged_items(
         prepared,
         baseline,
         np.arange(len(prepared.items)),
@@ -89,7 +89,7 @@ def searched_on(prepared: Prepared, baseline: Baseline) -> JudgedItems:
     if len(rows) > _TRAINING_ITEMS:
         rng = np.random.default_rng(np.random.SeedSequence([prepared.seed, 0x7124]))
         rows = np.sort(rng.choice(rows, _TRAINING_ITEMS, replace=False))
-    found = _crowd(
+    found = _judged_items(
         prepared,
         baseline,
         rows,
@@ -104,7 +104,7 @@ def searched_on(prepared: Prepared, baseline: Baseline) -> JudgedItems:
     return replace(found, tau=floor + left * (found.tau - floor))
 
 
-def _crowd(
+def _judged_items(
     prepared: Prepared,
     baseline: Baseline,
     rows: np.ndarray,

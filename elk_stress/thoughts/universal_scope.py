@@ -36,7 +36,7 @@ _LEVELS = 7
 
 
 def universal_event(judged: JudgedItems, baseline: Baseline, levels: np.ndarray) -> LimitState:
-    """One problem per level: the real metric on the crowd is at most that level."""
+    """One problem per level: the real metric on all items is at most that level."""
     if baseline.threat.metric == "auroc":
         return universal_auroc_event(baseline.probe, baseline.prior, judged.origins, judged.labels, levels)
     return universal_recall_event(

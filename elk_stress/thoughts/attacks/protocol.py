@@ -47,7 +47,7 @@ class Oracle:
         self.n_problems = limit_state.n_problems
         self.budget = budget
         self.pool = pool
-        self._mind = model_access
+        self._model_access = model_access
 
     @property
     def model_access(self) -> ModelAccess:
@@ -56,9 +56,11 @@ class Oracle:
         Raises:
             LookupError: the attack did not declare ``needs = ("model_access",)``.
         """
-        if self._mind is None:
-            raise LookupError('this oracle has no mind; an attack that asks for it declares needs = ("model_access",)')
-        return self._mind
+        if self._model_access is None:
+            raise LookupError(
+                'this oracle gives no access to the model; an attack that asks declares needs = ("model_access",)'
+            )
+        return self._model_access
 
     @property
     def queries(self) -> np.ndarray:
@@ -110,8 +112,9 @@ class Attack(Protocol):
         name: registered name.
         access: the most that it asks of the oracle.
         scopes: the scopes it works in.
-        needs: what it cannot do without: ``pool``, real alternatives to choose among; ``mind``, what the model knows of
-            itself; ``output``, behaviour that can be kept; ``model``, a language model that reads prefixes.
+        needs: what it cannot do without: ``pool``, real alternatives to choose among; ``model_access``, what the
+            model knows of itself; ``output``, behaviour that can be kept; ``model``, a language model that reads
+            prefixes.
         priors: names of the priors it makes sense under; empty for all.
 
     An attack whose moves no random direction resembles also has ``control(oracle, proposal, *, seed) -> Proposal``: the

@@ -152,7 +152,7 @@ def _not_run(attack: Attack, target: AttackTarget, status: str) -> AttackResult:
 
 
 def _scored(target: AttackTarget, per_problem: np.ndarray, model_access: ModelAccess | None, what: str) -> float:
-    """Activations that were scored, per attacked item: a question about one move for all scores a crowd."""
+    """Activations that were scored, per attacked item: one about a move for all scores many."""
     own = 0 if model_access is None else getattr(model_access, what)
     return float(per_problem.sum() * target.asked + own) / len(target.items)
 

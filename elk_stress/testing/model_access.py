@@ -1,4 +1,4 @@
-"""Checks of attacks that know their own mind, on a testbed whose truth is known; part of :mod:`elk_stress.testing`.
+"""Checks of attacks that know what the model knows of itself, on a testbed whose truth is known.
 
 The stage is a small :class:`~elk_stress.testbeds.linear.Linear`: ``paper`` must break, and under kept behaviour
 ``oracle`` must hold against whoever moves activations alone.
@@ -23,12 +23,12 @@ from elk_stress.thoughts.prepared import Prepared, prepare
 from elk_stress.thoughts.result import AttackResult
 from elk_stress.threats.threat import Threat
 
-__all__ = ["checks_for_mind"]
+__all__ = ["checks_for_model_access"]
 
 _BUDGET = 400
 
 
-def checks_for_mind(attack: Attack, well_formed: Any, *, seed: int = 0) -> dict[str, Any]:
+def checks_for_model_access(attack: Attack, well_formed: Any, *, seed: int = 0) -> dict[str, Any]:
     """The checks of an attack with ``needs = ("model_access", ...)``, by name."""
     if "model" in attack.needs:
         # what it writes in is a language model's context, which no testbed of known truth has
